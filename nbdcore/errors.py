@@ -1,0 +1,169 @@
+"""Every error nbdcore raises, sorted by what the caller can still do.
+
+    Error(errno, message)          base of all; an OSError, so `except OSError` catches it too
+    ├── UsageError                 the call was wrong: nothing was sent, the connection is as it was
+    ├── CommandError               the server refused one command: the connection lives
+    ├── NegotiationError           the server refused an option
+    ├── TransportError             the way to the server could not be opened
+    │   └── TransportUnavailable   that transport is not loaded here
+    ├── TLSError                   encryption was refused or failed
+    ├── ProtocolViolation          the server broke the protocol: the connection is dead
+    ├── Disconnected               the connection is gone
+    └── DeadlineExceeded           the caller's own timeout ran out
+
+`errno` is a number from the `errno` module, or 0 where none fits. The message says what happened, to what, and what to try.
+The text that a server sent is kept raw in `server_text`; in messages its control characters are escaped, since it is untrusted.
+"""
+
+from __future__ import annotations
+
+import errno as errno_names
+
+__all__ = [
+    "CommandError",
+    "DeadlineExceeded",
+    "Disconnected",
+    "Error",
+    "NegotiationError",
+    "ProtocolViolation",
+    "TLSError",
+    "TransportError",
+    "TransportUnavailable",
+    "UsageError",
+]
+
+# Server text shown in a message. The specification allows 4096 bytes; an error line wants less.
+_SHOWN_TEXT = 500
+
+
+def printable(text: str) -> str:
+    """Return untrusted `text` with control and undecodable characters escaped, cut to a length that fits an error line."""
+    shown = "".join(char if char.isprintable() else _escaped(char) for char in text[:_SHOWN_TEXT])
+    return shown + ("…" if len(text) > _SHOWN_TEXT else "")
+
+
+def _escaped(char: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in char.encode("utf-8", "surrogateescape"))
+
+
+class Error(OSError):
+    """Base of all errors of nbdcore.
+
+    What is still usable depends on the subclass; catching this one, assume nothing.
+
+    Attributes:
+        errno: a number of the `errno` module, 0 where none fits.
+        message: one sentence for a human.
+        server_text: what the server said about it, raw, or "" where it said nothing.
+    """
+
+    def __init__(self, errno: int, message: str, *, server_text: str = "") -> None:
+        super().__init__(errno, message)
+        self.message = message
+        self.server_text = server_text
+
+    def __str__(self) -> str:
+        text = f"{self.message}: {printable(self.server_text)}" if self.server_text else self.message
+        name = errno_names.errorcode.get(self.errno or 0)
+        return f"{text} ({name})" if name else text
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.errno, self.message), {"server_text": self.server_text})
+
+
+class UsageError(Error, ValueError):
+    """The call itself was wrong: a bad argument, a flag the export does not offer, or a call not legal in this phase.
+
+    Nothing was sent; the connection is exactly as it was.
+    """
+
+
+class CommandError(Error):
+    """The server answered a command with an error.
+
+    The connection lives and every other command goes on. `errno` is the specification's error number in this platform's terms.
+    For a failed read no data is returned, and a caller's buffer must be taken as undefined.
+
+    Attributes:
+        offset: absolute offset in bytes of the failure, where the server named one inside the request; else None.
+    """
+
+    def __init__(self, errno: int, message: str, *, server_text: str = "", offset: int | None = None) -> None:
+        super().__init__(errno, message, server_text=server_text)
+        self.offset = offset
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.errno, self.message), {"server_text": self.server_text, "offset": self.offset})
+
+
+class NegotiationError(Error):
+    """The server refused an option of the handshake: unknown export, TLS required, not allowed.
+
+    In opt mode the connection stays in the negotiating phase; in automatic mode it has been closed.
+
+    Attributes:
+        reply: the NBD_REP_ERR_* number, 0 where the refusal was no reply of the server.
+    """
+
+    def __init__(self, errno: int, message: str, *, server_text: str = "", reply: int = 0) -> None:
+        super().__init__(errno, message, server_text=server_text)
+        self.reply = reply
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.errno, self.message), {"server_text": self.server_text, "reply": self.reply})
+
+
+class TransportError(Error):
+    """The way to the server could not be opened; the cause is the operating system's own error.
+
+    That client cannot be connected any more: make a new one to try again.
+    """
+
+
+class TransportUnavailable(TransportError):
+    """The transport needed is not loaded: it is not installed, was blocked, or cannot work on this platform.
+
+    Raised by a transport plugin at import to say that it cannot work here, with the reason; raised to the caller who needs it.
+    `errno` is ENOTSUP. Nothing was opened.
+    """
+
+    def __init__(self, reason: str, *, errno: int = errno_names.ENOTSUP) -> None:
+        super().__init__(errno, reason)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.message,), {"errno": self.errno})
+
+
+class TLSError(Error):
+    """TLS was required and refused, or its handshake or a certificate check failed.
+
+    The connection is dead, and nothing but the handshake was sent in the clear.
+    """
+
+
+class ProtocolViolation(Error):
+    """The server sent what the specification forbids, and the two sides no longer agree where a message begins.
+
+    The connection is dead; every command that was in flight failed.
+    """
+
+
+class Disconnected(Error, ConnectionError):
+    """The connection is gone: closed by the server, broken on the way, or closed by another thread of this program.
+
+    Every command that was in flight failed; whether the server carried out a write or a zero is unknown.
+    """
+
+
+class DeadlineExceeded(Error, TimeoutError):
+    """The caller's timeout ran out before the answer came; `errno` is ETIMEDOUT.
+
+    A command is abandoned: its buffer is not written to any more, whether the server carried it out is unknown, and the
+    connection stays usable. While connecting or negotiating the connection is dead.
+    """
+
+    def __init__(self, message: str, *, errno: int = errno_names.ETIMEDOUT) -> None:
+        super().__init__(errno, message)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.message,), {"errno": self.errno})
