@@ -1,8 +1,8 @@
 """The layouts of every NBD message, as Struct objects and pack/unpack pairs. Nothing here has state; client and server share it.
 
 Each layout stands in the specification's own words beside it; all numbers are in network byte order. Functions that unpack what
-a peer sent check each length against what is really there and raise ValueError with what is wrong; the caller says what that means
-for the connection.
+a peer sent check each length against what is really there and raise ValueError with what is wrong; the caller says what that
+means for the connection.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The Stream contract: an open, ordered, two-way byte pipe that never waits.
 
-A session owns one stream and moves bytes between it and the engine; whoever waits (a thread in poll, an asyncio loop, a stranger's
-event loop) waits on `fileno()` for what the session and `wants()` ask for. So a stream knows nothing of NBD, of time or of
-threads: two methods that move bytes, and a few that say how things stand. Anything can be a stream that has a pollable descriptor:
-a socket, a child process behind a socketpair, TLS over another stream.
+A session owns one stream and moves bytes between it and the engine; whoever waits (a thread in poll, an asyncio loop, any other
+loop) waits on `fileno()` for what the session and `wants()` ask for. So a stream knows nothing of NBD, of time or of threads: two
+methods that move bytes, and a few that say how things stand. Anything can be a stream that has a pollable descriptor: a socket,
+a child process behind a socketpair, TLS over another stream.
 """
 
 from __future__ import annotations

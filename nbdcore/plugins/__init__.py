@@ -1,0 +1,1 @@
+"""Transports as plugins: what one is (`spec`), and how they are found, kept and reported (`registry`)."""

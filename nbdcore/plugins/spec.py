@@ -1,0 +1,115 @@
+"""What a transport plugin is: the contract between nbdcore and anyone who can carry bytes to an NBD server.
+
+A plugin is a module named by an entry point of the group `nbdcore.transports`; the entry point's name is what the user says
+(`vsock`). The module has one hook, `nbdcore_transports`, that returns its transports. A module that cannot work on this platform
+raises TransportUnavailable at import, with the reason: that is quiet, and kept. This module imports pluggy, so that only plugins
+and the registry's scan pay for it, never `import nbdcore`.
+
+A transport knows addresses and descriptors, never NBD: an address says where, `connect` opens a Stream to it, and `listen`, where
+the transport can, a Listener.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+import pluggy
+
+from nbdcore.errors import TransportUnavailable, UsageError
+from nbdcore.streams.base import Stream, Want
+
+if TYPE_CHECKING:
+    from nbdcore.uri import URI
+
+__all__ = ["Address", "Connecting", "Listener", "Transport", "TransportUnavailable", "Waiting", "hookimpl", "hookspec"]
+
+#: The entry-point group, and pluggy's project name.
+GROUP = "nbdcore.transports"
+PROJECT = "nbdcore"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+#: Something to wait for before going on: a descriptor and what it must become.
+Waiting = tuple[int, Want]
+#: A connection being opened: yields what to wait for, returns the open stream. Closing it early frees what it had opened.
+Connecting = Generator[Waiting, None, Stream]
+
+
+@runtime_checkable
+class Address(Protocol):
+    """Where a server is, in the terms of one transport: a frozen, picklable dataclass that holds no socket.
+
+    `str(address)` is how messages name it, such as "vsock CID 2, port 10809".
+    """
+
+    def uri(self, export: str = "") -> str:
+        """Return the NBD URI that leads here, with the export name percent-encoded."""
+
+
+class Listener(ABC):
+    """An open, listening endpoint. No method waits."""
+
+    @property
+    @abstractmethod
+    def address(self) -> Address:
+        """The address in effect: where port 0 was asked for, the port that the kernel chose."""
+
+    @abstractmethod
+    def accept(self) -> Stream | None:
+        """Return the next client's stream, or None when nobody is waiting. Raises OSError when accepting failed."""
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """Return the descriptor to poll for READ; -1 once closed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop listening and remove what `listen` created (a unix socket's file). Idempotent; never raises."""
+
+
+class Transport(ABC):
+    """One way to carry bytes to a server.
+
+    Attributes:
+        name: what the user says, and the entry point's name: "vsock".
+        schemes: the URI schemes without TLS that it answers to, such as ("nbd+vsock",). Their `nbds` twins follow by themselves.
+    """
+
+    name: ClassVar[str]
+    schemes: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def address(self, **parts: Any) -> Address:
+        """Return the address that these parts name (host and port, path, cid and port), each checked.
+
+        Raises UsageError for a part that is missing, unknown or out of range.
+        """
+
+    @abstractmethod
+    def parse(self, uri: URI) -> Address:
+        """Return the address that a URI of one of `schemes` names, defaults filled in. Raises UsageError where it does not fit."""
+
+    @abstractmethod
+    def connect(self, address: Any, *, timeout: float | None = None) -> Connecting:
+        """Open a stream to `address`.
+
+        A generator: it yields `(descriptor, Want)` whenever it must wait, and returns the stream. It must read nothing of what
+        the server says: an NBD server speaks first. `timeout` (seconds) is what the caller will wait in all; the caller enforces
+        it, a transport needs it only where a kernel has a limit of its own. Raises TransportError, with the operating system's
+        error as its cause and its errno.
+        """
+
+    def listen(self, address: Any) -> Listener:
+        """Open a listening endpoint at `address`. Raises TransportError where that fails, UsageError where it cannot listen."""
+        raise UsageError(0, f"transport {self.name} can connect, but it cannot listen (asked for {address})")
+
+
+class TransportHooks:
+    """The hooks of the `nbdcore` plugin project."""
+
+    @hookspec
+    def nbdcore_transports(self) -> Iterable[Transport]:  # type: ignore[empty-body]  # pluggy calls the plugins', never this one
+        """Return the transports of this plugin."""
