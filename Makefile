@@ -1,0 +1,62 @@
+# The developer's interface. Each target does its whole set-up; a second run finds it done. `make help` lists them.
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Two workers on the two cores that CI has; tests marked with one xdist_group share a worker, and so what that worker started.
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
+
+# 3 is a set-up script's word for "not on this machine", after it said what it would have run: then the tests that need it are
+# left out, and say so. In CI that is a failure like any other.
+where_possible = $(1) || { status=$$?; [ $$status -eq 3 ] && [ "$$CI" != true ] || exit $$status; }
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-quick test-vsock lint docs servers vm-parts clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+
+demo: $(VENV)/ready ## start a server on every transport that works here, and talk to it through each
+	@$(BIN)/nbdcore demo
+
+test: lint servers vm-parts ## check everything, against real servers and in a virtual machine (root on Debian installs them)
+	$(PYTEST)
+
+test-quick: $(VENV)/ready ## run the tests that need nothing but Python
+	$(PYTEST) -m "not interop and not vm and not packaging"
+
+test-vsock: $(VENV)/ready servers vm-parts ## run the tests over a real AF_VSOCK, in a throw-away virtual machine
+	$(BIN)/pytest -m vm
+
+lint: $(VENV)/ready-lint ## check style, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+docs: $(VENV)/ready-docs ## build the documentation site, strictly, into site/
+	$(BIN)/mkdocs build --strict
+
+servers:
+	@$(call where_possible,tests/setup/servers)
+
+# The virtual machine's own programs are among the servers.
+vm-parts: servers
+	@$(call where_possible,tests/vm/fetch)
+
+clean: ## remove all that make made, the virtual environment and downloads too
+	rm -rf $(VENV) .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist site
+	find nbdcore transports tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What is installed changes with pyproject.toml only: the package itself is installed editable.
+$(VENV)/ready: pyproject.toml hatch_build.py tests/setup/venv
+	@tests/setup/venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --editable '.[cli]' --group test
+	@touch $@
+
+$(VENV)/ready-lint: $(VENV)/ready
+	@$(BIN)/python -m pip install --quiet --group lint
+	@touch $@
+
+$(VENV)/ready-docs: $(VENV)/ready
+	@$(BIN)/python -m pip install --quiet --group docs
+	@touch $@
