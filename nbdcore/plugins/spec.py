@@ -76,10 +76,13 @@ class Transport(ABC):
     Attributes:
         name: what the user says, and the entry point's name: "vsock".
         schemes: the URI schemes without TLS that it answers to, such as ("nbd+vsock",). Their `nbds` twins follow by themselves.
+        parameters: the query parameters that its URIs may have, in lower case, such as ("socket",). Those about TLS need not be
+            named; a URI with any other is refused before `parse` sees it.
     """
 
     name: ClassVar[str]
     schemes: ClassVar[tuple[str, ...]]
+    parameters: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def address(self, **parts: Any) -> Address:
@@ -90,7 +93,7 @@ class Transport(ABC):
 
     @abstractmethod
     def parse(self, uri: URI) -> Address:
-        """Return the address that a URI of one of `schemes` names, defaults filled in. Raises UsageError where it does not fit."""
+        """Return the address that a URI of one of `schemes` names, with defaults. Raises UsageError where it does not fit."""
 
     @abstractmethod
     def connect(self, address: Any, *, timeout: float | None = None) -> Connecting:
