@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pluggy
 
 from nbdcore.errors import TransportUnavailable, UsageError
-from nbdcore.streams.base import Stream, Want
+from nbdcore.streams.base import Address, Listener, Stream, Want
 
 if TYPE_CHECKING:
     from nbdcore.uri import URI
@@ -36,38 +36,6 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 Waiting = tuple[int, Want]
 #: A connection being opened: yields what to wait for, returns the open stream. Closing it early frees what it had opened.
 Connecting = Generator[Waiting, None, Stream]
-
-
-@runtime_checkable
-class Address(Protocol):
-    """Where a server is, in the terms of one transport: a frozen, picklable dataclass that holds no socket.
-
-    `str(address)` is how messages name it, such as "vsock CID 2, port 10809".
-    """
-
-    def uri(self, export: str = "") -> str:
-        """Return the NBD URI that leads here, with the export name percent-encoded."""
-
-
-class Listener(ABC):
-    """An open, listening endpoint. No method waits."""
-
-    @property
-    @abstractmethod
-    def address(self) -> Address:
-        """The address in effect: where port 0 was asked for, the port that the kernel chose."""
-
-    @abstractmethod
-    def accept(self) -> Stream | None:
-        """Return the next client's stream, or None when nobody is waiting. Raises OSError when accepting failed."""
-
-    @abstractmethod
-    def fileno(self) -> int:
-        """Return the descriptor to poll for READ; -1 once closed."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Stop listening and remove what `listen` created (a unix socket's file). Idempotent; never raises."""
 
 
 class Transport(ABC):
@@ -104,6 +72,13 @@ class Transport(ABC):
         it, a transport needs it only where a kernel has a limit of its own. Raises TransportError, with the operating system's
         error as its cause and its errno.
         """
+
+    def listening_address(self, **parts: Any) -> Address:
+        """Return the address to listen at that these parts name: as `address` does, where other defaults do not make more sense.
+
+        Connecting to a vsock port without a CID goes to the host; listening without one takes callers on every CID.
+        """
+        return self.address(**parts)
 
     def listen(self, address: Any) -> Listener:
         """Open a listening endpoint at `address`. Raises TransportError where that fails, UsageError where it cannot listen."""

@@ -1,4 +1,4 @@
-"""The Stream contract: an open, ordered, two-way byte pipe that never waits.
+"""The Stream contract: an open, ordered, two-way byte pipe that never waits; and Listener, a server's source of them.
 
 A session owns one stream and moves bytes between it and the engine; whoever waits (a thread in poll, an asyncio loop, any other
 loop) waits on `fileno()` for what the session and `wants()` ask for. So a stream knows nothing of NBD, of time or of threads: two
@@ -11,8 +11,9 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
-__all__ = ["Stream", "Want"]
+__all__ = ["Address", "Listener", "Stream", "Want"]
 
 
 class Want(enum.IntFlag):
@@ -28,6 +29,7 @@ class Stream(ABC):
 
     Calls come from one thread at a time, except `close`, which may come from any. A method that fails raises an `OSError` (an
     `nbdcore.Error` is one too); after that only `close` may be called. None means "not now": wait on `fileno()`, then call again.
+    `str(stream)` is how messages name the other end.
     """
 
     @abstractmethod
@@ -63,4 +65,43 @@ class Stream(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free the descriptor, whatever happens. Idempotent; never raises; loses bytes not yet sent."""
+        """Free the descriptor, whatever happens. Idempotent; never raises; may lose bytes that the stream itself still holds.
+
+        A thread that waits on the descriptor wakes up, and its next call raises Disconnected.
+        """
+
+
+@runtime_checkable
+class Address(Protocol):
+    """Where a server is, in the terms of one transport: a frozen, picklable dataclass that holds no socket.
+
+    `str(address)` is how messages name it, such as "vsock CID 2, port 10809".
+    """
+
+    def uri(self, export: str = "") -> str:
+        """Return the NBD URI that leads here, with the export name percent-encoded."""
+
+
+class Listener(ABC):
+    """An open, listening endpoint. No method waits. Calls come from one thread at a time."""
+
+    @property
+    @abstractmethod
+    def address(self) -> Address:
+        """The address in effect: where port 0 was asked for, the port that the kernel chose."""
+
+    @abstractmethod
+    def accept(self) -> Stream | None:
+        """Return the next client's stream, or None when nobody is waiting any more.
+
+        Raises OSError when accepting failed: with EMFILE, ENFILE, ENOBUFS or ENOMEM it may be tried again later, though the
+        descriptor stays readable all the while.
+        """
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """Return the descriptor to poll for READ; -1 once closed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop listening and remove what `listen` created (a unix socket's file). Idempotent; never raises."""
