@@ -1,0 +1,331 @@
+"""Commands: one slotted object a request, one factory a command, and every check that the client makes before anything is sent.
+
+A factory gets the Limits of the connection and the caller's arguments, checks them in a fixed order (flags, what the export can
+do, zero length, bounds, alignment, size) and raises UsageError, or returns a Command ready to queue. Checks can be turned off one
+by one (Strict), as libnbd lets testers of servers do; the limits of the header itself always hold. A Command then collects its
+outcome: data, extents, the first error. It knows nothing of how bytes travel.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nbdcore.errors import Error, UsageError
+from nbdcore.protocol import wire
+from nbdcore.protocol.constants import (
+    DEFAULT_MAXIMUM,
+    MAX_COMPACT_LENGTH,
+    MAX_PAYLOAD,
+    CommandFlag,
+    CommandType,
+    TransmissionFlag,
+)
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Strict(enum.IntFlag):
+    """Which client-side checks are made; the numbers are libnbd's."""
+
+    COMMANDS = 1 << 0
+    FLAGS = 1 << 1
+    BOUNDS = 1 << 2
+    ZERO_SIZE = 1 << 3
+    ALIGN = 1 << 4
+    PAYLOAD = 1 << 5
+    AUTO_FLAG = 1 << 6
+
+
+ALL_STRICT = Strict(0x7F)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What requests of a connection must obey.
+
+    Attributes:
+        size: of the export, in bytes.
+        flags: what the export can do.
+        minimum: block size in bytes that offsets and counts are multiples of.
+        payload: most bytes that a single write is allowed to carry.
+        maximum: most bytes that the server wants in one request; larger ones are split before they come here.
+        extended: lengths of 64 bits may be used.
+        structured: structured replies are on.
+        contexts: metadata contexts are selected.
+        strict: which checks are made.
+    """
+
+    size: int
+    flags: int
+    minimum: int = 1
+    payload: int = MAX_PAYLOAD
+    maximum: int = DEFAULT_MAXIMUM
+    extended: bool = False
+    structured: bool = False
+    contexts: bool = False
+    strict: int = ALL_STRICT
+
+
+@dataclass(frozen=True, slots=True)
+class StatusChunk:
+    """The extents of one metadata context in a reply to block status.
+
+    Attributes:
+        context: its name.
+        lengths: bytes of each extent, the first one beginning at the command's offset.
+        flags: status of each extent.
+    """
+
+    context: str
+    lengths: tuple[int, ...]
+    flags: tuple[int, ...]
+
+
+class Command:
+    """One request and its outcome.
+
+    Attributes:
+        type, flags, offset, count: as in the request; count in bytes.
+        payload: bytes that follow the header, else None.
+        target: where read data go; None lets the reply's data become `data`, or memory of our own.
+        data: outcome of a read without a target.
+        chunks: outcome of block status.
+        error: the first error, else None.
+        done: whether the outcome is final.
+        completion: called once with the command when it is done.
+    """
+
+    __slots__ = (
+        "chunks",
+        "completion",
+        "cookie",
+        "count",
+        "data",
+        "discard",
+        "done",
+        "error",
+        "flags",
+        "fragments",
+        "offset",
+        "payload",
+        "received",
+        "target",
+        "type",
+    )
+
+    def __init__(self, kind: int, flags: int, offset: int, count: int) -> None:
+        self.type = kind
+        self.flags = flags
+        self.offset = offset
+        self.count = count
+        self.payload: memoryview | None = None
+        self.target: memoryview | None = None
+        self.data: bytes | None = None
+        self.chunks: list[StatusChunk] = []
+        self.error: Error | None = None
+        self.done = False
+        self.completion: Callable[[Command], Any] | None = None
+        self.cookie = 0
+        #: bytes of data received for a read, extents for block status
+        self.received = 0
+        #: ranges of a read that arrived in several pieces; None while one piece is all
+        self.fragments: list[list[int]] | None = None
+        #: the caller has given up: whatever still comes is thrown away
+        self.discard = False
+
+    def __str__(self) -> str:
+        name = _NAMES[self.type]
+        return (
+            name
+            if self.type in (CommandType.FLUSH, CommandType.DISC)
+            else f"{name} of {self.count} bytes at offset {self.offset}"
+        )
+
+    def allocate(self) -> memoryview:
+        """Give a read memory of its own, where the caller brought none, and return where its data go."""
+        if self.target is None:
+            self.target = memoryview(bytearray(self.count))
+        return self.target
+
+    def result(self) -> bytes:
+        """Return the data of a finished read that had no target."""
+        if self.data is None:
+            self.data = bytes(self.allocate())
+        return self.data
+
+    def release(self) -> None:
+        """Let go of the caller's memory: the payload is sent, or the outcome is final."""
+        self.payload = None
+
+
+_NAMES: dict[int, str] = {
+    CommandType.READ: "read",
+    CommandType.WRITE: "write",
+    CommandType.DISC: "disconnect",
+    CommandType.FLUSH: "flush",
+    CommandType.TRIM: "trim",
+    CommandType.CACHE: "cache",
+    CommandType.WRITE_ZEROES: "write zeroes",
+    CommandType.BLOCK_STATUS: "block status",
+}
+
+# ---------------------------------------------------------------------------------------------- factories
+
+
+def read(limits: Limits, count: int, offset: int, *, target: memoryview | None = None, flags: int = 0) -> Command:
+    """Build NBD_CMD_READ. `target`, if given, is writable and holds exactly `count` bytes; flags: DF."""
+    command = Command(CommandType.READ, flags, offset, count)
+    if (
+        limits.strict != ALL_STRICT
+        or flags
+        or not (0 < count <= MAX_PAYLOAD and 0 <= offset <= limits.size - count)
+        or limits.minimum > 1
+    ):
+        _check(limits, command, CommandFlag.DF, past_end=errno.EINVAL)
+    command.target = target
+    return command
+
+
+def write(limits: Limits, data: memoryview, offset: int, *, flags: int = 0) -> Command:
+    """Build NBD_CMD_WRITE. `data` is a view of bytes that must not change until the command is done; flags: FUA."""
+    command = Command(CommandType.WRITE, _auto_payload_flag(limits, flags), offset, len(data))
+    _check(limits, command, CommandFlag.FUA | CommandFlag.PAYLOAD_LEN, past_end=errno.ENOSPC, writes=True)
+    command.payload = data
+    return command
+
+
+def flush(limits: Limits, *, flags: int = 0) -> Command:
+    """Build NBD_CMD_FLUSH."""
+    command = Command(CommandType.FLUSH, flags, 0, 0)
+    _check_flags(limits, command, CommandFlag(0))
+    _check_supported(limits, command, TransmissionFlag.SEND_FLUSH)
+    return command
+
+
+def trim(limits: Limits, count: int, offset: int, *, flags: int = 0) -> Command:
+    """Build NBD_CMD_TRIM; flags: FUA."""
+    command = Command(CommandType.TRIM, flags, offset, count)
+    _check(limits, command, CommandFlag.FUA, needs=TransmissionFlag.SEND_TRIM, past_end=errno.ENOSPC, writes=True)
+    return command
+
+
+def cache(limits: Limits, count: int, offset: int, *, flags: int = 0) -> Command:
+    """Build NBD_CMD_CACHE."""
+    command = Command(CommandType.CACHE, flags, offset, count)
+    _check(limits, command, CommandFlag(0), needs=TransmissionFlag.SEND_CACHE, past_end=errno.EINVAL)
+    return command
+
+
+def zero(limits: Limits, count: int, offset: int, *, flags: int = 0) -> Command:
+    """Build NBD_CMD_WRITE_ZEROES; flags: FUA, NO_HOLE, FAST_ZERO."""
+    command = Command(CommandType.WRITE_ZEROES, flags, offset, count)
+    allowed = CommandFlag.FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO
+    _check(limits, command, allowed, needs=TransmissionFlag.SEND_WRITE_ZEROES, past_end=errno.ENOSPC, writes=True)
+    return command
+
+
+def block_status(limits: Limits, count: int, offset: int, *, context_ids: Sequence[int] | None = None, flags: int = 0) -> Command:
+    """Build NBD_CMD_BLOCK_STATUS; `context_ids` limits the answer to some of the selected contexts; flags: REQ_ONE."""
+    allowed = CommandFlag.REQ_ONE
+    if context_ids is not None:
+        flags = _auto_payload_flag(limits, flags)
+        allowed |= CommandFlag.PAYLOAD_LEN
+    command = Command(CommandType.BLOCK_STATUS, flags, offset, count)
+    _check(limits, command, allowed, past_end=errno.EINVAL)
+    if context_ids is not None:
+        command.payload = memoryview(wire.UINT64.pack(count) + b"".join(map(wire.UINT32.pack, context_ids)))
+    return command
+
+
+def disconnect() -> Command:
+    """Build NBD_CMD_DISC, which has no reply."""
+    return Command(CommandType.DISC, 0, 0, 0)
+
+
+# ---------------------------------------------------------------------------------------------- checks
+
+
+def _auto_payload_flag(limits: Limits, flags: int) -> int:
+    """Set PAYLOAD_LEN on a command with a payload exactly when extended headers are on, unless the caller sees to it."""
+    if not limits.strict & Strict.AUTO_FLAG:
+        return flags
+    return flags | CommandFlag.PAYLOAD_LEN if limits.extended else flags & ~CommandFlag.PAYLOAD_LEN
+
+
+def _check(
+    limits: Limits,
+    command: Command,
+    allowed: CommandFlag,
+    *,
+    past_end: int,
+    needs: int = 0,
+    writes: bool = False,
+) -> None:
+    """Make every check of a command that has an offset and a count."""
+    _check_flags(limits, command, allowed)
+    _check_supported(limits, command, needs)
+    if limits.strict & Strict.COMMANDS:
+        _check_capabilities(limits, command, writes=writes)
+    _check_range(limits, command, past_end)
+    _check_length(limits, command)
+
+
+def _check_flags(limits: Limits, command: Command, allowed: CommandFlag) -> None:
+    strange = command.flags & ~allowed if limits.strict & Strict.FLAGS else command.flags & ~0xFFFF
+    if strange:
+        raise UsageError(errno.EINVAL, f"{command}: flags {strange:#x} do not belong to this command")
+
+
+def _check_supported(limits: Limits, command: Command, needs: int) -> None:
+    if limits.strict & Strict.COMMANDS and limits.flags & needs != needs:
+        raise UsageError(errno.EINVAL, f"{command}: the server does not offer this command for the export")
+
+
+def _check_capabilities(limits: Limits, command: Command, *, writes: bool) -> None:
+    if writes and limits.flags & TransmissionFlag.READ_ONLY:
+        raise UsageError(errno.EPERM, f"{command}: the export is read-only")
+    for flag, needs in (
+        (CommandFlag.FUA, TransmissionFlag.SEND_FUA),
+        (CommandFlag.DF, TransmissionFlag.SEND_DF),
+        (CommandFlag.FAST_ZERO, TransmissionFlag.SEND_FAST_ZERO),
+    ):
+        if command.flags & flag and not limits.flags & needs:
+            raise UsageError(errno.EINVAL, f"{command}: the server does not offer the flag {flag.name} for the export")
+    if command.type == CommandType.BLOCK_STATUS:
+        if not (limits.structured and limits.contexts):
+            raise UsageError(errno.ENOTSUP, f"{command}: no metadata context is selected, or the server has none")
+        if command.flags & CommandFlag.PAYLOAD_LEN and not limits.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD:
+            raise UsageError(errno.ENOTSUP, f"{command}: the server cannot limit it to some of the contexts")
+    elif bool(command.flags & CommandFlag.PAYLOAD_LEN) != (limits.extended and command.type == CommandType.WRITE):
+        raise UsageError(
+            errno.EINVAL, f"{command}: the flag PAYLOAD_LEN goes with a payload under extended headers, and only there"
+        )
+
+
+def _check_range(limits: Limits, command: Command, past_end: int) -> None:
+    offset, count = command.offset, command.count
+    if count < 0 or offset < 0 or offset >= 1 << 64:
+        raise UsageError(errno.EINVAL, f"{command}: offset and count must be numbers from 0 on that fit 64 bits")
+    if count == 0 and limits.strict & Strict.ZERO_SIZE:
+        raise UsageError(errno.EINVAL, f"{command}: a request for no bytes has no defined meaning")
+    if limits.strict & Strict.BOUNDS and (offset > limits.size or count > limits.size - offset):
+        raise UsageError(past_end, f"{command} reaches past the end of the export ({limits.size} bytes)")
+    if limits.strict & Strict.ALIGN and limits.minimum > 1 and (offset % limits.minimum or count % limits.minimum):
+        raise UsageError(
+            errno.EINVAL, f"{command}: the server wants multiples of {limits.minimum} bytes (its minimum block size)"
+        )
+
+
+def _check_length(limits: Limits, command: Command) -> None:
+    if command.type in (CommandType.READ, CommandType.WRITE):
+        most = MAX_PAYLOAD
+        if command.type == CommandType.WRITE and limits.strict & Strict.PAYLOAD:
+            most = min(most, limits.payload)
+    else:
+        most = (1 << 64) - 1 if limits.extended else MAX_COMPACT_LENGTH
+    if command.count > most:
+        raise UsageError(errno.ERANGE, f"{command}: one request may cover {most} bytes at most; split it")

@@ -1,0 +1,384 @@
+"""The engine of one connection: phase, conversations, commands; bytes in, bytes out, nothing that waits.
+
+Whoever owns it moves bytes: `outgoing` says what to send and `sent` how much went; `room` says where the next bytes must go and
+`received` how many came. The two halves share only the table of commands in flight, so a full send buffer never stops replies
+from being read. A session does this for a stream; tests do it with bytes.
+
+Nothing here raises because of the peer. A broken protocol, like a broken transport, ends in `fail`: the phase becomes DEAD (or
+CLOSED, where the server hung up between two messages), the reason is kept in `error`, and every pending command and conversation
+completes exactly once with it. Completions run after the bytes at hand have been dealt with; they may submit, never receive.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from nbdcore.errors import Disconnected, Error, NegotiationError, ProtocolViolation, UsageError
+from nbdcore.protocol import negotiation, options, wire
+from nbdcore.protocol.agreement import Agreement, Settings
+from nbdcore.protocol.commands import ALL_STRICT, Command, Limits
+from nbdcore.protocol.constants import (
+    DEFAULT_MAXIMUM,
+    EXTENDED_REQUEST_MAGIC,
+    MAX_PAYLOAD,
+    REQUEST_MAGIC,
+    CommandType,
+)
+from nbdcore.protocol.negotiation import HANDOVER, Conversation
+from nbdcore.protocol.replies import LARGE, Replies
+from nbdcore.protocol.state import Phase
+
+#: A payload up to so many bytes is copied behind its header: one part more for the kernel costs more than 4 KiB copied.
+INLINE_PAYLOAD = 4096
+# Most commands packed at once: sendmsg takes 1024 parts, and a command has two at most.
+_BURST = 256
+# A single write may always carry so many bytes: section "Block size constraints" asks servers for a maximum of 1 MiB at least.
+_SMALLEST_CAP = 1 << 20
+
+
+class Exchange:
+    """A conversation under way, and its outcome.
+
+    Attributes:
+        enters: success leads to the transmission phase, unless the result is False.
+        fatal: a refusal by the server ends the connection.
+        result: what the conversation returned.
+        error: why it failed, else None.
+        done: whether the outcome is final.
+        completion: called once with the exchange when it is done.
+    """
+
+    __slots__ = ("completion", "conversation", "done", "enters", "error", "fatal", "result")
+
+    def __init__(self, conversation: Conversation[Any], *, enters: bool, fatal: bool) -> None:
+        self.conversation = conversation
+        self.enters = enters
+        self.fatal = fatal
+        self.result: Any = None
+        self.error: Error | None = None
+        self.done = False
+        self.completion: Callable[[Exchange], Any] | None = None
+
+
+class Engine:
+    """The state of one connection.
+
+    Raises UsageError for an export name or metadata context that the protocol cannot carry.
+
+    Attributes:
+        settings: what the client asked for.
+        phase: where the connection stands.
+        agreement: what was agreed on, or learnt.
+        limits: what requests must obey; set when the phase becomes CONNECTED.
+        error: why the connection ended, else None.
+        wants_tls: the stream is to be swapped for an encrypted one; then call `tls_started`.
+    """
+
+    def __init__(self, settings: Settings, *, strict: int = ALL_STRICT) -> None:
+        self.settings = settings
+        self.phase = Phase.CREATED
+        self.agreement = Agreement()
+        self.limits = Limits(size=0, flags=0)
+        self.error: Error | None = None
+        self.wants_tls = False
+        self.in_flight: dict[int, Command] = {}
+        options.info_request(settings.export, block_size=True, full=True)  # raises UsageError for what cannot be sent
+        options.meta_context_request(settings.export, settings.contexts)
+        self._strict = strict
+        self._exchange: Exchange | None = None
+        self._reading = memoryview(b"")
+        self._filled = 0
+        self._replies: Replies | None = None
+        self._queue: deque[Command] = deque()
+        self._parts: list[memoryview] = []
+        self._last_cookie = 0
+        self._ending = False
+
+    # ------------------------------------------------------------------------------------------ phases
+
+    def connecting(self) -> None:
+        """The transport is being opened."""
+        self.phase = Phase.CONNECTING
+
+    def handshake(self) -> Exchange:
+        """The transport is open: begin the handshake. Returns it as an exchange, whose result says whether an export is open."""
+        self.phase = Phase.CONNECTING
+        return self._begin(Exchange(negotiation.handshake(self.agreement, self.settings), enters=True, fatal=True))
+
+    def option(self, conversation: Conversation[Any], *, enters: bool = False) -> Exchange:
+        """Begin a conversation of opt mode; `enters`: its success opens the export.
+
+        Raises UsageError, with nothing sent, for arguments that cannot be sent.
+        """
+        exchange = self._begin(Exchange(conversation, enters=enters, fatal=False))
+        if self.phase is Phase.NEGOTIATING and not exchange.done:
+            self.phase = Phase.CONNECTING
+        return exchange
+
+    def abort(self) -> None:
+        """Leave opt mode: say goodbye and count the connection as closed, whatever the server answers."""
+        for step in negotiation.abort(self.agreement, self.settings):
+            if isinstance(step, bytes):
+                self._parts.append(memoryview(step))
+        self.phase = Phase.CLOSED
+
+    def fail(self, error: Error, *, phase: Phase = Phase.DEAD) -> None:
+        """The connection has ended: every pending command and conversation completes with `error`. Only the first one counts."""
+        if self.phase in (Phase.CLOSED, Phase.DEAD):
+            return
+        self.phase, self.error = phase, error
+        self.wants_tls = False
+        if not isinstance(error, NegotiationError):
+            self._parts.clear()
+        pending = [*self.in_flight.values(), *self._queue]
+        self.in_flight.clear()
+        self._queue.clear()
+        self._replies = None
+        for command in pending:
+            if not command.done:
+                command.error = command.error or error
+                command.done = True
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.conversation.close()
+            exchange.error, exchange.done = error, True
+            if exchange.completion is not None:
+                exchange.completion(exchange)
+        self._complete(pending)
+
+    # ------------------------------------------------------------------------------------------ commands
+
+    def submit(self, command: Command) -> int:
+        """Queue a command and return its cookie. Raises UsageError once a disconnect is queued."""
+        if self._ending:
+            raise UsageError(errno.EINVAL, f"{command}: the connection is being closed")
+        self._last_cookie += 1
+        command.cookie = self._last_cookie
+        if command.type == CommandType.DISC:
+            self._ending = True
+        self._queue.append(command)
+        return command.cookie
+
+    def abandon(self, command: Command, error: Error) -> None:
+        """The caller gives a command up: it completes with `error` now, and its memory is not touched any more.
+
+        A command of which nothing was sent is never sent; the answer to any other is thrown away when it comes.
+        """
+        if command.done:
+            return
+        if command in self._queue:
+            self._queue.remove(command)
+        else:
+            command.discard = True
+            if self._replies is not None:
+                self._replies.forget(command)
+            if command.payload is not None and self._parts:
+                self._parts = [memoryview(b"".join(self._parts))]
+        command.target = command.payload = None
+        command.error, command.done = error, True
+        if command.completion is not None:
+            command.completion(command)
+
+    @property
+    def pending(self) -> int:
+        """How many commands are queued or in flight."""
+        return len(self._queue) + len(self.in_flight)
+
+    @property
+    def finished_sending(self) -> bool:
+        """Whether a disconnect was queued and everything has been sent: the sending side may be shut down."""
+        return self._ending and not self._queue and not self._parts
+
+    # ------------------------------------------------------------------------------------------ bytes out
+
+    def outgoing(self) -> list[memoryview]:
+        """Return what is to be sent next; empty when there is nothing."""
+        if self._queue and not self._parts:
+            self._pack()
+        return self._parts
+
+    @property
+    def has_outgoing(self) -> bool:
+        """Whether `outgoing` would return something."""
+        return bool(self._parts or self._queue)
+
+    def sent(self, count: int) -> None:
+        """The first `count` bytes of `outgoing()` have been sent."""
+        parts = self._parts
+        done = 0
+        for part in parts:
+            if count < len(part):
+                break
+            count -= len(part)
+            done += 1
+        del parts[:done]
+        if count:
+            parts[0] = parts[0][count:]
+
+    def _pack(self) -> None:
+        """Turn queued commands into bytes: headers and small payloads into one buffer, large payloads as they are."""
+        queue, parts, in_flight = self._queue, self._parts, self.in_flight
+        extended = self.limits.extended
+        pack = wire.EXTENDED_REQUEST.pack if extended else wire.REQUEST.pack
+        magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
+        gathered: list[bytes | memoryview] = []
+        for _ in range(min(len(queue), _BURST)):
+            command = queue.popleft()
+            payload = command.payload
+            filtered = payload is not None and command.type == CommandType.BLOCK_STATUS
+            length = len(payload) if filtered and payload is not None else command.count
+            gathered.append(pack(magic, command.flags, command.type, command.cookie, command.offset, length))
+            if payload is not None:
+                if len(payload) <= INLINE_PAYLOAD:
+                    gathered.append(payload)
+                else:
+                    parts += (memoryview(b"".join(gathered)), payload)
+                    gathered.clear()
+            if command.type == CommandType.DISC:
+                command.done = True  # it has no reply
+            else:
+                in_flight[command.cookie] = command
+                if command.type == CommandType.READ and command.count >= LARGE and self._replies is not None:
+                    self._replies.large += 1
+        if gathered:
+            parts.append(memoryview(b"".join(gathered)))
+
+    # ------------------------------------------------------------------------------------------ bytes in
+
+    def room(self) -> memoryview:
+        """Return where the next bytes must go. Empty when none may be received now: between options, and before TLS."""
+        if self._replies is not None:
+            return self._replies.room()
+        return self._reading[self._filled :]
+
+    def received(self, count: int) -> None:
+        """Take in `count` bytes that were put into `room()`, and run the completions that follow from them."""
+        if self._replies is None:
+            self._filled += count
+            if self._filled == len(self._reading):
+                self._advance(bytes(self._reading))
+            return
+        try:
+            completed = self._replies.received(count)
+        except ProtocolViolation as exc:
+            self.fail(exc)
+            return
+        if completed:
+            self._complete(completed)
+
+    def received_eof(self) -> None:
+        """The server has finished sending."""
+        if self._replies is not None and self._replies.between_messages:
+            unanswered = f" with {self.pending} commands unanswered" if self.pending else ""
+            self.fail(Disconnected(errno.ENOTCONN, f"the server closed the connection{unanswered}"), phase=Phase.CLOSED)
+        elif self._replies is not None:
+            self.fail(Disconnected(errno.ENOTCONN, "the server closed the connection in the middle of a reply"))
+        else:
+            self.fail(Disconnected(errno.ENOTCONN, f"the server closed the connection during the handshake{self._eof_hint()}"))
+
+    def _eof_hint(self) -> str:
+        if not self.agreement.protocol:
+            return ", before its greeting" if not self._filled else ", within its greeting"
+        if not self.agreement.fixed:
+            return f" (a server of this age does so when it has no export {self.settings.export!r})"
+        return ""
+
+    # ------------------------------------------------------------------------------------------ conversations
+
+    def _begin(self, exchange: Exchange) -> Exchange:
+        self._step(exchange, None)
+        return exchange
+
+    def _advance(self, data: bytes) -> None:
+        """The bytes that the current conversation asked for are here."""
+        self._reading, self._filled = memoryview(b""), 0
+        if self._exchange is not None:
+            self._step(self._exchange, data)
+
+    def tls_started(self) -> None:
+        """The stream is encrypted now, as `wants_tls` asked."""
+        self.wants_tls = False
+        self._advance(b"")
+
+    def _step(self, exchange: Exchange, data: bytes | None) -> None:
+        """Let a conversation go on until it needs bytes again, or is over."""
+        send = exchange.conversation.send
+        try:
+            wanted = next(exchange.conversation) if data is None else send(data)
+            while isinstance(wanted, bytes):
+                self._parts.append(memoryview(wanted))
+                wanted = send(b"")
+        except StopIteration as stop:
+            self._settle(exchange, stop.value)
+        except UsageError:
+            # Wrong arguments show at a conversation's first step, before anything is sent: the caller's to handle.
+            raise
+        except Error as exc:
+            self._refused(exchange, exc)
+        else:
+            self._exchange = exchange
+            if wanted is HANDOVER:
+                self.wants_tls = True
+            elif isinstance(wanted, int):
+                self._reading, self._filled = memoryview(bytearray(wanted)), 0
+
+    def _settle(self, exchange: Exchange, result: object) -> None:
+        """A conversation came to its end: the phase follows from what was agreed on."""
+        self._exchange = None
+        exchange.result, exchange.done = result, True
+        if exchange.enters and result is not False:
+            self._enter_transmission()
+        elif self.phase is Phase.CONNECTING:
+            self.phase = Phase.NEGOTIATING
+        if exchange.completion is not None:
+            exchange.completion(exchange)
+
+    def _refused(self, exchange: Exchange, error: Error) -> None:
+        """A conversation failed. A refusal in opt mode is an answer like others; everything else ends the connection."""
+        self._exchange = exchange
+        if isinstance(error, NegotiationError) and not exchange.fatal:
+            self._exchange = None
+            self.phase = Phase.NEGOTIATING
+            exchange.error, exchange.done = error, True
+            if exchange.completion is not None:
+                exchange.completion(exchange)
+        else:
+            self.fail(error)
+
+    def _enter_transmission(self) -> None:
+        agreement, export = self.agreement, self.agreement.export
+        if export is None:
+            self.fail(ProtocolViolation(errno.EPROTO, "the handshake ended without an export"))
+            return
+        block_size = export.block_size
+        payload = min(max(block_size.maximum, _SMALLEST_CAP), MAX_PAYLOAD) if block_size.advertised else DEFAULT_MAXIMUM
+        self.limits = Limits(
+            size=export.size,
+            flags=int(export.flags),
+            minimum=block_size.minimum,
+            payload=payload,
+            maximum=min(block_size.maximum, MAX_PAYLOAD),
+            extended=agreement.extended,
+            structured=agreement.structured,
+            contexts=bool(agreement.contexts),
+            strict=self._strict,
+        )
+        self._replies = Replies(
+            self.in_flight,
+            structured=agreement.structured,
+            extended=agreement.extended,
+            contexts=agreement.contexts,
+            size=export.size,
+        )
+        self.phase = Phase.CONNECTED
+
+    # ------------------------------------------------------------------------------------------ completions
+
+    def _complete(self, completed: list[Command]) -> None:
+        for command in completed:
+            command.payload = None
+            if command.completion is not None and not command.discard:
+                command.completion(command)
