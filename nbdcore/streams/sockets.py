@@ -1,0 +1,203 @@
+"""Streams and listeners over the operating system's sockets; the one place where an OSError of a socket becomes an error of ours.
+
+It knows sockets of any family, and neither NBD nor any family's addresses: whoever opens a socket says how messages name the
+other end. Sockets are non-blocking here; a socket handed over belongs to the stream or listener from then on. A program that
+passes a duplicate of a socket elsewhere must know that the mode is shared by both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from nbdcore.errors import Disconnected, Error, TransportError, UsageError, printable
+from nbdcore.streams.base import Address, Listener, Stream
+
+__all__ = ["SocketListener", "SocketStream", "connected_pair", "transport_errors"]
+
+#: Buffers in one sendmsg: the smallest IOV_MAX of today's systems (Linux, the BSDs, macOS). More are refused with EMSGSIZE.
+_MOST_PARTS = 1024
+#: A peer that hangs up must not kill a program that has SIGPIPE at its default, as command-line tools do.
+_SEND_FLAGS = getattr(socket, "MSG_NOSIGNAL", 0)
+_HAS_SENDMSG = hasattr(socket.socket, "sendmsg")
+
+#: What accept reports about the one connection that failed before it was taken (accept(2), "Error handling"): the next is fine.
+_PASSING = frozenset(
+    getattr(errno, name)
+    for name in ("ENETDOWN", "EPROTO", "ENOPROTOOPT", "EHOSTDOWN", "ENONET", "EHOSTUNREACH", "EOPNOTSUPP", "ENETUNREACH")
+    if hasattr(errno, name)
+)
+
+_NO_HINTS: Mapping[int, str] = MappingProxyType({})
+
+
+@contextlib.contextmanager
+def transport_errors(doing: str, hints: Mapping[int, str] = _NO_HINTS) -> Iterator[None]:
+    """Turn an OSError of the block into a TransportError "cannot {doing}: ...", with its errno, and itself as the cause.
+
+    `hints` says for an errno what it means here, in place of the system's words. Errors of nbdcore pass unchanged.
+    """
+    try:
+        yield
+    except Error:
+        raise
+    except OSError as exc:
+        # A failed name look-up has a number of its own kind.
+        number = 0 if isinstance(exc, socket.gaierror) else exc.errno or 0
+        raise TransportError(number, f"cannot {doing}: {hints.get(number) or exc.strerror or exc}") from exc
+
+
+class SocketStream(Stream):
+    """A connected stream socket of any family as a Stream.
+
+    Args:
+        sock: connected, of type SOCK_STREAM. Put into non-blocking mode; closed with the stream.
+        peer: how messages name the other end; left out, the socket is asked, which also proves that it is connected.
+
+    Raises UsageError for any other socket, which is left as it was and remains the caller's.
+    """
+
+    def __init__(self, sock: socket.socket, *, peer: str | None = None) -> None:
+        try:
+            kind = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+            self._peer = _peer_name(sock.getpeername()) if peer is None else peer
+        except OSError as exc:
+            raise UsageError(exc.errno or 0, f"an open and connected socket is needed, not {sock}: {exc.strerror}") from exc
+        if kind != socket.SOCK_STREAM:
+            raise UsageError(errno.EPROTOTYPE, f"a stream socket is needed (SOCK_STREAM), not {sock}")
+        sock.setblocking(False)
+        self._sock = sock
+        self._closed = False
+
+    def __str__(self) -> str:
+        return self._peer
+
+    def recv_into(self, room: memoryview) -> int | None:
+        """Receive into `room`. Raises Disconnected when the connection broke, or was closed by this program."""
+        try:
+            count = self._sock.recv_into(room)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError as exc:
+            raise self._broken("receiving", exc) from exc
+        if not count and self._closed:
+            # What `close` in another thread looks like while it is at work.
+            raise self._broken("receiving", None)
+        return count
+
+    def send(self, parts: Sequence[memoryview]) -> int | None:
+        """Send from the front of `parts` with one system call. Raises Disconnected as `recv_into` does."""
+        try:
+            if _HAS_SENDMSG:
+                return self._sock.sendmsg(parts if len(parts) <= _MOST_PARTS else parts[:_MOST_PARTS], (), _SEND_FLAGS)
+            return self._sock.send(next(filter(len, parts), b""))
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError as exc:
+            raise self._broken("sending", exc) from exc
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, -1 once closed."""
+        return self._sock.fileno()
+
+    def finish_sending(self) -> bool:
+        """Shut the sending half down; the kernel still delivers what was sent."""
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError as exc:
+            raise self._broken("finishing", exc) from exc
+        return True
+
+    def close(self) -> None:
+        """Close the socket; the kernel still delivers what was sent, unless the peer's own bytes were left unread."""
+        self._closed = True
+        # Closing a descriptor does not wake a thread that polls it; shutting it down does. It fails when the peer is gone.
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        # The descriptor is freed even where close reports an error, and nobody could act on one.
+        with contextlib.suppress(OSError):
+            self._sock.close()
+
+    def _broken(self, doing: str, exc: OSError | None) -> Disconnected:
+        if self._closed or exc is None:
+            return Disconnected(errno.ENOTCONN, f"the connection to {self._peer} was closed by this program")
+        return Disconnected(exc.errno or 0, f"the connection to {self._peer} broke while {doing}: {exc.strerror or exc}")
+
+
+class SocketListener(Listener):
+    """A listening stream socket of any family as a Listener; a base for the transports', which override `stream`.
+
+    Args:
+        sock: listening. Put into non-blocking mode; closed with the listener.
+        address: the address in effect.
+    """
+
+    def __init__(self, sock: socket.socket, address: Address) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._address = address
+
+    @property
+    def address(self) -> Address:
+        """The address in effect."""
+        return self._address
+
+    def accept(self) -> Stream | None:
+        """Return the next client's stream, or None when there is none to take just now. Raises TransportError."""
+        try:
+            sock, name = self._sock.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return None
+        except OSError as exc:
+            if exc.errno in _PASSING:
+                return None
+            raise TransportError(exc.errno or 0, f"cannot accept clients on {self._address}: {exc.strerror or exc}") from exc
+        try:
+            return self.stream(sock, name)
+        except OSError:
+            # Gone again already: some systems then refuse to set options. It is that client's trouble only.
+            sock.close()
+            return None
+        except BaseException:
+            sock.close()
+            raise
+
+    def stream(self, sock: socket.socket, name: Any) -> Stream:
+        """Return the stream of an accepted socket, whose far end the operating system calls `name`."""
+        return SocketStream(sock, peer=f"a client of {self._address} ({_peer_name(name)})")
+
+    def fileno(self) -> int:
+        """Return the listening descriptor, -1 once closed."""
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        """Stop listening. Clients that were not accepted yet are turned away."""
+        # As for a stream: the descriptor is freed all the same.
+        with contextlib.suppress(OSError):
+            self._sock.close()
+
+
+def connected_pair() -> tuple[socket.socket, socket.socket]:
+    """Return two sockets connected to each other inside this process, on any platform. The caller closes them."""
+    if os.name == "nt" or hasattr(socket, "AF_UNIX"):
+        return socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0), backlog=1) as server:
+        near = socket.create_connection(server.getsockname())
+        far, name = server.accept()
+        while name != near.getsockname():  # a stranger on this machine was faster
+            far.close()
+            far, name = server.accept()
+    return near, far
+
+
+def _peer_name(name: Any) -> str:
+    """Put a socket name of any family into words: internet and vsock ones begin with host and port, unix ones are one string."""
+    if isinstance(name, tuple) and len(name) > 1:
+        return f"{name[0]} port {name[1]}"
+    text = os.fsdecode(name) if isinstance(name, bytes) else str(name)
+    return f"unix socket {printable(text)}" if text else "an unnamed unix socket"
