@@ -80,13 +80,13 @@ class Plugin:
     @classmethod
     def announced(cls, entry_point: importlib_metadata.EntryPoint) -> Plugin:
         """Return the plugin behind an entry point."""
-        source = entry_point.dist
+        source = entry_point.dist  # damaged metadata may lack a name or version, whatever the annotations promise
         return cls(
             name=entry_point.name,
             module=entry_point.value,
             load=entry_point.load,
-            distribution=source.name if source else "",
-            version=source.version if source else "",
+            distribution=(source.name or "") if source else "",
+            version=(source.version or "") if source else "",
         )
 
     def status(self, state: State, reason: str) -> TransportStatus:
