@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -111,6 +111,10 @@ class Guest:
         # 15 s more than the guest allows itself: then it is not the call that hangs, but the machine.
         return lambda: self._answer(name, deadline + 15)
 
+    def load_modules(self, *names: str) -> None:
+        """Load these kernel modules, and what they depend on, into the guest's kernel."""
+        self.call(modules.load, paths=[str(path) for path in modules.load_order(_MODULES, names)])
+
     def _answer(self, name: str, timeout: float) -> Any:
         answer = self._receive(timeout)
         written = self._written()
@@ -154,6 +158,15 @@ class Guest:
     def host_socket(self, port: int) -> Path:
         """Return the path of the unix socket on which a server of the host is CID 2, port `port` to the guest."""
         return self.folder / f"vsock_{port}"
+
+    @contextlib.contextmanager
+    def offer(self, path: Path, *, port: int) -> Iterator[None]:
+        """Make a server that listens on a unix socket of its own choice, `path`, CID 2, port `port` to the guest."""
+        self.host_socket(port).symlink_to(path)
+        try:
+            yield
+        finally:
+            self.host_socket(port).unlink()
 
     def connect(self, port: int, *, deadline: float = 20.0) -> socket.socket:
         """Connect to vsock port `port` of the guest, trying again until somebody listens there.

@@ -1,12 +1,13 @@
 """Kernel modules and the order in which they must be loaded, by what each module itself says that it depends on.
 
 Debian's package holds no modules.dep (it is made at installation), and the machine may have no kmod: a module names its
-dependencies in its .modinfo section, as `depends=a,b`.
+dependencies in its .modinfo section, as `depends=a,b`. The order is worked out on the host; `load` runs in the guest.
 """
 
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,6 +28,14 @@ def load_order(folder: Path, wanted: Iterable[str]) -> list[Path]:
     for name in wanted:
         visit(name)
     return list(ordered.values())
+
+
+def load(paths: Iterable[str]) -> None:
+    """Load these modules into the kernel that this runs on, but for those that it has."""
+    loaded = {line.split()[0] for line in Path("/proc/modules").read_text().splitlines()}
+    for path in paths:
+        if _name(Path(path)) not in loaded:
+            subprocess.run(["/bin/busybox", "insmod", path], check=True)
 
 
 def _name(path: Path) -> str:
