@@ -1,0 +1,183 @@
+"""The TCP transport: `nbd://HOST:PORT/EXPORT`.
+
+A host name may have several addresses: each is tried in turn, in the resolver's order. Names are looked up in a thread, so that
+connecting never blocks whoever drives it. Nagle's algorithm is off: a small request must not wait for the answer to the one
+before it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+from nbdcore.errors import TransportError, UsageError, printable
+from nbdcore.plugins.spec import Connecting, Listener, Transport, Waiting, hookimpl
+from nbdcore.streams.base import Stream
+from nbdcore.streams.connecting import connect_socket, in_thread
+from nbdcore.streams.sockets import SocketListener, SocketStream, transport_errors
+from nbdcore.uri import URI, format_uri
+
+DEFAULT_HOST = "localhost"
+#: Assigned to NBD by IANA (doc/uri.md).
+DEFAULT_PORT = 10809
+
+_LAST_PORT = 65535
+_HINTS = {errno.ECONNREFUSED: "nothing listens there, or a firewall refuses"}
+
+#: What getaddrinfo returns: family, type, protocol, canonical name, socket name.
+_Found = Sequence[tuple[int, int, int, str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class TCPAddress:
+    """Where a server is on the internet.
+
+    Attributes:
+        host: name, or IPv4 or IPv6 address without brackets.
+        port: 1 to 65535; 0 lets the kernel choose where it is listened on.
+        keepalive: have the kernel probe an idle connection, so that a dead peer is noticed. Not part of the URI.
+    """
+
+    host: str = DEFAULT_HOST
+    port: int = DEFAULT_PORT
+    keepalive: bool = False
+
+    def __post_init__(self) -> None:
+        _check_host(self.host)
+        _check_port(self.port)
+
+    def __str__(self) -> str:
+        return f"TCP {self.host} port {self.port}"
+
+    def uri(self, export: str = "") -> str:
+        """Return `nbd://HOST:PORT/EXPORT`."""
+        return format_uri("nbd", host=self.host, port=self.port, export=export)
+
+
+class TCPTransport(Transport):
+    """NBD over TCP, where it was born."""
+
+    name: ClassVar[str] = "tcp"
+    schemes: ClassVar[tuple[str, ...]] = ("nbd",)
+
+    def address(self, **parts: Any) -> TCPAddress:
+        """Return the address of `host`, `port` and `keepalive`, each optional."""
+        try:
+            return TCPAddress(**parts)
+        except TypeError as exc:
+            raise UsageError(errno.EINVAL, f"a TCP address is host, port and keepalive, not {', '.join(parts)}") from exc
+
+    def parse(self, uri: URI) -> TCPAddress:
+        """Return the address of the URI's host and port, localhost and 10809 where it has none."""
+        host = DEFAULT_HOST if uri.host is None else uri.host
+        return TCPAddress(host, DEFAULT_PORT if uri.port is None else uri.port)
+
+    def connect(self, address: TCPAddress, *, timeout: float | None = None) -> Connecting:  # noqa: ARG002 (the kernel has no limit)
+        """Try each of the host's addresses in turn; where none answers, the first one's error counts and all are listed."""
+        if not address.port:
+            raise UsageError(errno.EINVAL, f"port 0 can be listened on, but not connected to (asked for {address})")
+        found = yield from _look_up(address, f"connect to {address}")
+        failures: list[TransportError] = []
+        for family, kind, protocol, _, name in found:
+            what = str(address) if name[0] == address.host else f"{address} at {name[0]}"
+            try:
+                with transport_errors(f"connect to {what}"):
+                    sock = socket.socket(family, kind, protocol)
+                yield from connect_socket(sock, name, what, _HINTS)
+            except TransportError as exc:
+                failures.append(exc)
+            else:
+                return _stream(sock, str(address), keepalive=address.keepalive)
+        raise _all_failed(failures) from failures[0].__cause__
+
+    def listen(self, address: TCPAddress) -> Listener:
+        """Listen on the first of the host's addresses: "0.0.0.0" and "::" stand for all of this machine's."""
+        doing = f"listen on {address}"
+        with transport_errors(doing):
+            family, kind, protocol, _, name = _resolve(address, socket.AI_PASSIVE)[0]
+            sock = socket.socket(family, kind, protocol)
+            try:
+                # A server that starts again must not wait for its old connections to time out. On Windows the option means
+                # something else: that strangers may take the port over.
+                if os.name == "posix":
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind(name)
+                sock.listen()
+                return _TCPListener(sock, replace(address, port=sock.getsockname()[1]))
+            except BaseException:
+                sock.close()
+                raise
+
+
+class _TCPListener(SocketListener):
+    def __init__(self, sock: socket.socket, address: TCPAddress) -> None:
+        super().__init__(sock, address)
+        self._keepalive = address.keepalive
+
+    def stream(self, sock: socket.socket, name: Any) -> Stream:
+        return _stream(sock, f"TCP client {name[0]} port {name[1]}", keepalive=self._keepalive)
+
+
+def _stream(sock: socket.socket, peer: str, *, keepalive: bool) -> SocketStream:
+    try:
+        with transport_errors(f"set up the connection to {peer}"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, keepalive)
+            return SocketStream(sock, peer=peer)
+    except BaseException:
+        sock.close()
+        raise
+
+
+# --- names ---
+
+
+def _check_host(host: object) -> None:
+    """Refuse what is no host name, so that the error names the argument and not the resolver."""
+    if not isinstance(host, str) or not host:
+        raise UsageError(errno.EINVAL, f"a host is a name or an address such as {DEFAULT_HOST!r}, not {host!r}")
+    if host.startswith("-") or not host.isprintable() or any(char in " []/" for char in host):
+        raise UsageError(errno.EINVAL, f"{printable(host)!r} is no host name: give a name, or an address without brackets")
+    try:
+        _encoded(host)
+    except UnicodeError as exc:
+        raise UsageError(errno.EINVAL, f"{printable(host)!r} is no host name: {exc}") from exc
+
+
+def _check_port(port: object) -> None:
+    if not isinstance(port, int) or not 0 <= port <= _LAST_PORT:
+        raise UsageError(errno.EINVAL, f"a TCP port is a number from 0 to {_LAST_PORT}, not {port!r}")
+
+
+def _encoded(host: str) -> bytes:
+    """Return the name as DNS knows it. Python's IDNA tables are loaded only for a name that needs them."""
+    return host.encode("ascii" if host.isascii() else "idna")
+
+
+def _resolve(address: TCPAddress, flags: int = 0) -> _Found:
+    return socket.getaddrinfo(_encoded(address.host), address.port, type=socket.SOCK_STREAM, flags=flags)
+
+
+def _look_up(address: TCPAddress, doing: str) -> Generator[Waiting, None, _Found]:
+    with transport_errors(doing):
+        try:
+            return _resolve(address, socket.AI_NUMERICHOST)
+        except socket.gaierror:
+            # A name, then. Asking for it may take as long as a name server does.
+            return (yield from in_thread(partial(_resolve, address)))
+
+
+def _all_failed(failures: list[TransportError]) -> TransportError:
+    """Return the one error for several: the first, whose address the resolver thought best, with the others' words."""
+    return TransportError(failures[0].errno or 0, "; ".join(failure.message for failure in failures))
+
+
+@hookimpl
+def nbdcore_transports() -> Iterable[Transport]:
+    """Return the one transport of this plugin."""
+    return (TCPTransport(),)
