@@ -1,0 +1,17 @@
+"""An NBD server to embed: disks in memory, in files or in any Python object, on any loaded transport.
+
+    from nbdcore.server import MemoryDisk, Server
+
+    with Server(MemoryDisk(1 << 30)) as server:
+        uri = server.listen("tcp", host="127.0.0.1", port=0).address.uri()
+
+What can be exported says `Backend`; how it is presented, `ExportSettings`.
+"""
+
+from nbdcore.server.backend import Backend
+from nbdcore.server.exports import BlockSizes, ExportSettings
+from nbdcore.server.files import FileDisk
+from nbdcore.server.listening import Server
+from nbdcore.server.memory import MemoryDisk
+
+__all__ = ["Backend", "BlockSizes", "ExportSettings", "FileDisk", "MemoryDisk", "Server"]

@@ -1,0 +1,173 @@
+"""One client's bytes: received ahead into a scratch buffer, sent in batches, waited for here and nowhere else.
+
+A channel never holds more than its scratch buffer, one payload and a bounded queue of replies, whatever the client does: nothing
+is received while replies wait for room. Requests that arrive together are taken from the scratch buffer one after the other, and
+their replies leave in one send, right before more would be received. It knows no messages, only how many bytes are wanted.
+"""
+
+from __future__ import annotations
+
+from nbdcore.server.shutdown import Shutdown
+from nbdcore.streams.base import Stream, Want
+from nbdcore.streams.waiting import NEVER, Deadline, wait, wait_any
+
+__all__ = ["Channel", "ConnectionOver"]
+
+# One receive brings dozens of requests, or sixteen writes of 4 KiB with their payloads.
+_SCRATCH = 64 << 10
+# Replies are sent when this much waits: a send this large costs no more per byte than a larger one.
+_QUEUE = 256 << 10
+# Parts smaller than this are copied together: a copy is then cheaper than one more part for the kernel to walk.
+_JOIN = 32 << 10
+# A payload buffer up to this size is kept for the next request; a larger one goes back to the system.
+_KEEP = 4 << 20
+
+
+class ConnectionOver(Exception):  # not an error of ours: how a connection's thread finds its way out
+    """This connection ends here, for the reason given.
+
+    Attributes:
+        violation: whether the client is to blame, which is worth a line in the log.
+    """
+
+    def __init__(self, reason: str, *, violation: bool = False) -> None:
+        super().__init__(reason)
+        self.violation = violation
+
+
+class Channel:
+    """Bytes from and to one client, for one thread. Every method may raise OSError or ConnectionOver: then close it.
+
+    Attributes:
+        buffer: the scratch buffer; what `need` returned is where to unpack from.
+        deadline: when waiting must end: the handshake's. Once a shutdown is requested, its deadline counts instead.
+    """
+
+    def __init__(self, stream: Stream, shutdown: Shutdown) -> None:
+        self.buffer = bytearray(_SCRATCH)
+        self.deadline: Deadline = NEVER
+        self._stream = stream
+        self._shutdown = shutdown
+        self._view = memoryview(self.buffer)
+        self._start = self._end = 0
+        self._kept = bytearray()
+        self._parts: list[bytes] = []
+        self._queued = 0
+
+    # ------------------------------------------------------------------------------------------ receiving
+
+    def need(self, count: int, *, between: bool = False) -> int:
+        """Take `count` bytes, at most the scratch buffer's size, and return where they begin in `buffer`.
+
+        They stay there until the next call. `between` says that a message begins here: only then is the end of the stream an
+        orderly one, and only then does a shutdown end the connection when nothing has arrived.
+        """
+        if self._end - self._start < count:
+            self._fill(count, between=between)
+        start = self._start
+        self._start = start + count
+        return start
+
+    def payload(self, count: int) -> memoryview:
+        """Take `count` bytes of any number; the view is valid until the next call."""
+        if count <= _JOIN or count <= self._end - self._start:
+            start = self.need(count)
+            return self._view[start : start + count]
+        if len(self._kept) < count <= _KEEP:
+            self._kept = bytearray(count)
+        room = memoryview(self._kept if count <= _KEEP else bytearray(count))[:count]
+        filled = self._end - self._start
+        room[:filled] = self._view[self._start : self._end]
+        self._start = self._end = 0
+        while filled < count:
+            filled += self._receive(room[filled:])
+        return room
+
+    def drain(self, count: int) -> None:
+        """Take and forget `count` bytes."""
+        while count:
+            piece = min(count, _SCRATCH)
+            self.need(piece)
+            count -= piece
+
+    def _fill(self, count: int, *, between: bool) -> None:
+        left = self._end - self._start
+        self._view[:left] = self._view[self._start : self._end]
+        self._start, self._end = 0, left
+        while self._end < count:
+            self._end += self._receive(self._view[self._end :], between=between and self._end == 0)
+
+    def _receive(self, room: memoryview, *, between: bool = False) -> int:
+        """Send what is queued, then receive at least one byte."""
+        if self._queued:
+            self.flush()
+        while (got := self._stream.recv_into(room)) is None:
+            if between and self._shutdown.requested:
+                raise ConnectionOver("the server is being shut down")
+            self._wait(Want.READ)
+        if got == 0:
+            raise ConnectionOver("the client hung up" if between else "the client hung up inside a message")
+        self._check_deadline()
+        return got
+
+    # ------------------------------------------------------------------------------------------ sending
+
+    def queue(self, part: bytes) -> None:
+        """Queue bytes to be sent, and send when enough have come together."""
+        self._parts.append(part)
+        self._queued += len(part)
+        if self._queued >= _QUEUE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send everything queued."""
+        views = _gathered(self._parts)
+        self._parts.clear()
+        self._queued = 0
+        while views:
+            sent = self._stream.send(views)
+            if sent is None:
+                self._wait(Want.WRITE)
+                continue
+            views = _after(views, sent)
+
+    # ------------------------------------------------------------------------------------------ waiting
+
+    def _wait(self, want: Want) -> None:
+        stream, shutdown = self._stream, self._shutdown
+        want |= stream.wants()
+        if shutdown.requested:
+            wait(stream.fileno(), want, shutdown.deadline, "the client did not finish before the server's deadline")
+        elif not wait_any([(stream.fileno(), want), (shutdown.fileno(), Want.READ)], self.deadline):
+            self._check_deadline()
+
+    def _check_deadline(self) -> None:
+        """End what a client that always has a little more would drag on for ever."""
+        if (self._shutdown.deadline if self._shutdown.requested else self.deadline).expired:
+            raise ConnectionOver("the client took too long", violation=True)
+
+
+def _gathered(parts: list[bytes]) -> list[memoryview]:
+    """Return the bytes of `parts` as few views: small neighbours joined, large ones as they are."""
+    views: list[memoryview] = []
+    small: list[bytes] = []
+    for part in parts:
+        if len(part) < _JOIN:
+            small.append(part)
+            continue
+        if small:
+            views.append(memoryview(b"".join(small)))
+            small = []
+        views.append(memoryview(part))
+    if small:
+        views.append(memoryview(b"".join(small)))
+    return views
+
+
+def _after(views: list[memoryview], sent: int) -> list[memoryview]:
+    """Return what is left of `views` after `sent` bytes."""
+    for place, view in enumerate(views):
+        if sent < len(view):
+            return [view[sent:], *views[place + 1 :]]
+        sent -= len(view)
+    return []

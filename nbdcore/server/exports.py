@@ -1,0 +1,279 @@
+"""Exports: what a client can choose, with what, and under which name.
+
+`ExportSettings` is what the user says; `Export` joins it to the back end, works out what can be offered, and guards the back end:
+its errors become refusals with the wire's numbers, what it returns is checked, what it lacks is done in another way. Nothing
+here knows sockets or messages.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+from nbdcore.errors import UsageError
+from nbdcore.protocol.constants import DEFAULT_MAXIMUM, MAX_PAYLOAD, MAX_SIZE, ErrorNumber, TransmissionFlag
+from nbdcore.protocol.wire import encode_string
+from nbdcore.server.backend import Backend, Refusal, error_number
+from nbdcore.server.ranges import aligned, clipped, merged
+
+__all__ = ["BlockSizes", "Export", "ExportSettings", "Exports", "exports_of"]
+
+_log = logging.getLogger("nbdcore.server")
+
+# Zeroes written in place of a zeroing that the back end cannot do: one shared piece, so that a request over the whole disk costs
+# no memory, and a stop need not wait for its end.
+_ZEROES = memoryview(bytes(1 << 20))
+# Extents looked at for one request: enough for a fragmented file, little enough that a client cannot keep a thread busy.
+_MAX_EXTENTS = 8192
+
+
+class BlockSizes(NamedTuple):
+    """Block size constraints in bytes (section "Block size constraints"); the default accepts every request up to 32 MiB."""
+
+    minimum: int = 1
+    preferred: int = 4096
+    maximum: int = DEFAULT_MAXIMUM
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSettings:
+    """A back end, and how it is presented to clients.
+
+    Attributes:
+        backend: what is exported.
+        description: a line for humans, shown in lists.
+        read_only: refuse to change it, whatever the back end can do.
+        block_sizes: what requests must fit. With a minimum other than 1 clients that do not ask for block sizes are refused.
+        multi_conn: whether a flush on one connection covers the writes of all: true of any back end that is one object.
+        rotational: whether clients should schedule as for a spinning disk.
+    """
+
+    backend: Backend
+    _: KW_ONLY
+    description: str = ""
+    read_only: bool = False
+    block_sizes: BlockSizes | tuple[int, int, int] = field(default_factory=BlockSizes)
+    multi_conn: bool = True
+    rotational: bool = False
+
+
+class Export:
+    """One export as clients see it, safe from several threads as far as its back end is.
+
+    The methods that act on the back end take ranges that were checked, and raise Refusal.
+    """
+
+    def __init__(self, name: str, settings: ExportSettings, *, read_only: bool = False) -> None:
+        """Work out what can be offered. Raises UsageError for a name, size, description or block sizes that cannot be."""
+        backend = settings.backend
+        self.name = _checked_string("name", name)
+        self.description = _checked_string("description", settings.description)
+        self.size = _checked_size(name, backend.size)
+        self.block_sizes = _checked_block_sizes(name, BlockSizes(*settings.block_sizes), self.size)
+        self.read_only = read_only or settings.read_only or getattr(backend, "read_only", False) or not hasattr(backend, "pwrite")
+        self._settings = settings
+        self._pread = backend.pread
+        self._pwrite = self._optional("pwrite", writing=True)
+        self._flush = self._optional("flush", writing=True)
+        self._trim = self._optional("trim", writing=True)
+        self._zero = self._optional("zero", writing=True)
+        self._cache = self._optional("cache")
+        self._extents = self._optional("extents")
+        self._reported: set[tuple[str, type]] = set()
+
+    def flags(self, *, structured: bool, extended: bool) -> TransmissionFlag:
+        """Return the transmission flags for a client that negotiated these replies (section "Transmission flags")."""
+        flag = TransmissionFlag
+        offered = {
+            flag.HAS_FLAGS: True,
+            flag.READ_ONLY: self.read_only,
+            flag.SEND_FLUSH: self._flush,
+            flag.SEND_FUA: self._flush,
+            flag.ROTATIONAL: self._settings.rotational,
+            flag.SEND_TRIM: self._trim,
+            flag.SEND_WRITE_ZEROES: self._pwrite,
+            flag.SEND_DF: structured,
+            flag.CAN_MULTI_CONN: self._settings.multi_conn,
+            flag.SEND_CACHE: self._cache,
+            flag.SEND_FAST_ZERO: self._pwrite,
+            flag.BLOCK_STATUS_PAYLOAD: extended,
+        }
+        return flag(sum(bit for bit, offer in offered.items() if offer))
+
+    @property
+    def knows_holes(self) -> bool:
+        """Whether asking for extents can tell anything."""
+        return self._extents is not None
+
+    # ------------------------------------------------------------------------------------------ what clients do
+
+    def read(self, count: int, offset: int) -> bytes:
+        """Return `count` bytes that nobody changes any more."""
+        data = self._guarded("pread", self._pread, count, offset)
+        if type(data) is not bytes:
+            # A copy, since the back end may use its buffer for the next client; bytes() alone would make zeroes of a number.
+            data = self._guarded("pread", lambda: bytes(memoryview(data)))
+        if len(data) != count:
+            raise self._fault("pread", f"returned {len(data)} bytes where {count} were asked for")
+        return data  # type: ignore[no-any-return]  # bytes, by the lines above
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write all of `data`."""
+        self._guarded("pwrite", self._pwrite, data, offset)
+
+    def flush(self) -> None:
+        """Return when what was written is on permanent storage."""
+        self._guarded("flush", self._flush)
+
+    def trim(self, count: int, offset: int) -> None:
+        """Give up the contents of a range."""
+        self._guarded("trim", self._trim, count, offset)
+
+    def cache(self, count: int, offset: int) -> None:
+        """Prepare for reading a range."""
+        self._guarded("cache", self._cache, count, offset)
+
+    def zero(self, count: int, offset: int, *, may_trim: bool, fast: bool, interrupted: Callable[[], bool]) -> None:
+        """Make a range read as zeroes: by the back end's own means, else in pieces, unless it must be `fast`.
+
+        `interrupted` is asked between pieces; when it says yes the rest is refused with NBD_ESHUTDOWN.
+        """
+        if self._zero is not None:
+            try:
+                self._guarded("zero", self._zero, count, offset, may_trim=may_trim)
+            except Refusal as refusal:
+                if fast or refusal.number != ErrorNumber.ENOTSUP:
+                    raise
+            else:
+                return
+        if fast:
+            raise Refusal(ErrorNumber.ENOTSUP, "zeroing this range is no faster than writing zeroes")
+        end = offset + count
+        while offset < end:
+            if interrupted():
+                raise Refusal(ErrorNumber.ESHUTDOWN, "the server is being shut down; part of the range was zeroed")
+            piece = _ZEROES[: end - offset]
+            self.write(piece, offset)
+            offset += len(piece)
+
+    def extents(self, count: int, offset: int, limit: int = _MAX_EXTENTS) -> list[tuple[int, int]]:
+        """Return at least one and at most `limit` (length, flags), consecutive from `offset` on, none past the range.
+
+        Neighbours differ, and all lengths fit the minimum block size.
+        """
+        if self._extents is None:
+            return [(count, 0)]
+        found: list[tuple[int, int]] = self._guarded("extents", self._look_up, count, offset, limit)
+        if not found:
+            raise self._fault("extents", f"knows nothing at offset {offset}")
+        return found
+
+    def close(self) -> None:
+        """Close the back end, where it can be closed. An error is logged."""
+        close = getattr(self._settings.backend, "close", None)
+        if close is not None:
+            try:
+                self._guarded("close", close)
+            except Refusal as refusal:
+                _log.warning("export %r could not be closed: %s", self.name, refusal.text)
+
+    # ------------------------------------------------------------------------------------------ guarding the back end
+
+    def _optional(self, name: str, *, writing: bool = False) -> Callable[..., Any] | None:
+        return None if writing and self.read_only else getattr(self._settings.backend, name, None)
+
+    def _look_up(self, count: int, offset: int, limit: int) -> list[tuple[int, int]]:
+        assert self._extents is not None
+        told = islice(self._extents(count, offset), _MAX_EXTENTS)
+        return list(islice(merged(aligned(clipped(told, count), self.block_sizes.minimum)), limit))
+
+    def _guarded(self, what: str, function: Callable[..., Any] | None, *arguments: Any, **options: Any) -> Any:
+        """Call the back end; whatever it raises becomes a refusal."""
+        assert function is not None, what  # the flags offered, and the checks that follow them, leave out what is missing
+        try:
+            return function(*arguments, **options)
+        except OSError as problem:
+            text = problem.strerror or type(problem).__name__
+            _log.debug("export %r: %s%r failed", self.name, what, arguments[-2:], exc_info=True)
+            raise Refusal(error_number(problem), text) from problem
+        except Exception as problem:  # a back end is anybody's code, and its faults must not end the connection
+            self._report(what, type(problem), f"raised {type(problem).__name__}", trace=True)
+            raise Refusal(ErrorNumber.EIO, "the back end of this export failed; the server's log says why") from problem
+
+    def _fault(self, what: str, problem: str) -> Refusal:
+        self._report(what, Refusal, problem)
+        return Refusal(ErrorNumber.EIO, f"the back end of this export failed: {what} {problem}")
+
+    def _report(self, what: str, kind: type, problem: str, *, trace: bool = False) -> None:
+        """Log a fault of the back end, loudly the first time only: clients decide how often it happens."""
+        level = logging.DEBUG if (what, kind) in self._reported else logging.ERROR
+        self._reported.add((what, kind))
+        _log.log(level, "export %r: the back end's %s %s", self.name, what, problem, exc_info=trace)
+
+
+class Exports:
+    """All exports of a server by name; the empty name chooses the only one."""
+
+    def __init__(self, exports: Iterable[Export]) -> None:
+        self._named = {export.name: export for export in exports}
+
+    def __iter__(self) -> Iterator[Export]:
+        return iter(self._named.values())
+
+    def find(self, name: str) -> Export | None:
+        """Return the export of that name, or None."""
+        if name == "" and len(self._named) == 1:
+            return next(iter(self._named.values()))
+        return self._named.get(name)
+
+
+def exports_of(given: Backend | ExportSettings | Mapping[str, Backend | ExportSettings], *, read_only: bool) -> Exports:
+    """Return the exports that a server was given: one, called "", or several by name. Raises UsageError."""
+    named = given if isinstance(given, Mapping) else {"": given}
+    if not named:
+        raise UsageError(errno.EINVAL, "a server needs at least one export")
+    settings = {name: one if isinstance(one, ExportSettings) else ExportSettings(one) for name, one in named.items()}
+    return Exports(Export(name, one, read_only=read_only) for name, one in settings.items())
+
+
+# ---------------------------------------------------------------------------------------------- checks of what the user says
+
+
+def _checked_string(what: str, text: str) -> str:
+    try:
+        encode_string(text)
+    except ValueError as problem:
+        raise UsageError(errno.EINVAL, f"the {what} of an export cannot be sent: {problem}") from problem
+    return text
+
+
+def _checked_size(name: str, size: object) -> int:
+    if not isinstance(size, int) or not 0 <= size <= MAX_SIZE:
+        raise UsageError(errno.EINVAL, f"export {name!r}: the back end's size is {size!r}, not a number from 0 to {MAX_SIZE}")
+    return size
+
+
+def _checked_block_sizes(name: str, sizes: BlockSizes, size: int) -> BlockSizes:
+    """Hold the user to the rules of section "Block size constraints", and to what a server's memory allows."""
+    minimum, preferred, maximum = sizes
+    rules = {
+        "the minimum must be a power of two from 1 to 65536": _power_of_two(minimum) and minimum <= 1 << 16,
+        "the preferred size must be a power of two, no less than 512 and the minimum": _power_of_two(preferred)
+        and preferred >= max(minimum, 512),
+        "the maximum must be a multiple of the minimum": minimum > 0 and maximum % minimum == 0,
+        "the maximum must be no less than the preferred size or the export's": maximum >= min(preferred, size),
+        f"the maximum must be from 1 to {MAX_PAYLOAD}": 1 <= maximum <= MAX_PAYLOAD,
+        f"the size of the export, {size}, must be a multiple of the minimum": minimum > 0 and size % minimum == 0,
+    }
+    for rule, kept in rules.items():
+        if not kept:
+            raise UsageError(errno.EINVAL, f"export {name!r}: block sizes {tuple(sizes)}: {rule}")
+    return sizes
+
+
+def _power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0

@@ -1,0 +1,149 @@
+"""A disk in a file or on a block device.
+
+Positioned reads and writes go straight to the operating system, so clients do not wait for each other. What a platform lacks is
+done without: no pread/pwrite (Windows): one lock around seeking; no SEEK_DATA: all is data; no fallocate: the server writes
+zeroes. Holes are looked up when they are asked for, never remembered, since others may write to the file too.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from nbdcore.errors import UsageError
+from nbdcore.protocol.constants import AllocationFlag
+from nbdcore.server import fallocate
+from nbdcore.server.backend import Bytes
+
+__all__ = ["FileDisk"]
+
+_HOLE = AllocationFlag.HOLE | AllocationFlag.ZERO
+_DATA = AllocationFlag(0)
+
+
+class FileDisk:
+    """A regular file or block device as a disk; its size is what it is now.
+
+    Attributes:
+        read_only: whether it was opened for reading only.
+        size: size in bytes.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False) -> None:
+        """Open `path`. Raises OSError where that fails, UsageError for what is neither a regular file nor a block device."""
+        mode = Path(path).stat().st_mode  # asked first: opening a named pipe would wait for its other end
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise UsageError(errno.EINVAL, f"{os.fspath(path)} is neither a regular file nor a block device")
+        access = os.O_RDONLY if read_only else os.O_RDWR
+        self._fd = os.open(path, access | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        self.read_only = read_only
+        self.size = os.lseek(self._fd, 0, os.SEEK_END)  # a block device's st_size is 0
+        self._seeking = threading.Lock()
+        self._positioned = hasattr(os, "pread") and hasattr(os, "pwrite")
+        self._seek_data: int | None = getattr(os, "SEEK_DATA", None)
+        self._seek_hole: int | None = getattr(os, "SEEK_HOLE", None)
+
+    def pread(self, count: int, offset: int) -> bytes:
+        """Return `count` bytes from `offset` on. Raises OSError, EIO where the file has become shorter."""
+        data = self._read(count, offset)
+        if len(data) == count:
+            return data
+        parts = [data]
+        got = len(data)
+        while got < count:  # Linux returns at most 2^31 - 4096 bytes at once, network file systems less
+            data = self._read(count - got, offset + got)
+            if not data:
+                raise OSError(errno.EIO, f"the file ends at {offset + got}, though it had {self.size} bytes")
+            parts.append(data)
+            got += len(data)
+        return b"".join(parts)
+
+    def pwrite(self, data: Bytes, offset: int) -> None:
+        """Write all of `data` at `offset`. Raises OSError."""
+        rest = memoryview(data).cast("B")
+        while rest:
+            written = self._write(rest, offset)
+            rest = rest[written:]
+            offset += written
+
+    def flush(self) -> None:
+        """Return when everything written is on permanent storage. Raises OSError."""
+        if hasattr(os, "fdatasync"):
+            os.fdatasync(self._fd)
+        else:
+            os.fsync(self._fd)
+
+    def trim(self, count: int, offset: int) -> None:
+        """Turn the range into a hole where that can be done; else do nothing. Raises OSError for other failures."""
+        try:
+            fallocate.punch_hole(self._fd, count, offset)
+        except OSError as problem:
+            if problem.errno != errno.ENOTSUP:
+                raise
+
+    def zero(self, count: int, offset: int, *, may_trim: bool) -> None:
+        """Make the range read as zeroes without writing them. Raises OSError, ENOTSUP where that cannot be done."""
+        if may_trim:
+            try:
+                fallocate.punch_hole(self._fd, count, offset)
+            except OSError as problem:
+                if problem.errno != errno.ENOTSUP:
+                    raise
+            else:
+                return
+        fallocate.zero_range(self._fd, count, offset)
+
+    def cache(self, count: int, offset: int) -> None:
+        """Ask the operating system to read ahead, where it can be asked."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_WILLNEED)
+
+    def extents(self, count: int, offset: int) -> Iterator[tuple[int, AllocationFlag]]:
+        """Yield length and flags of each extent of the range, holes where the file system tells them."""
+        end = offset + count
+        while offset < end:
+            data = self._next(self._seek_data, offset, unknown=offset, none=end)
+            if data > offset:
+                stop, flags = min(data, end), _HOLE
+            else:
+                stop, flags = min(self._next(self._seek_hole, offset, unknown=end, none=end), end), _DATA
+            if stop > offset:  # else a hole appeared here between the two questions: ask again
+                yield stop - offset, flags
+            offset = stop
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _next(self, what: int | None, offset: int, *, unknown: int, none: int) -> int:
+        """Return where the next data or hole begins: `unknown` where nobody can tell, `none` where there is none."""
+        if what is None:
+            return unknown
+        try:
+            return os.lseek(self._fd, offset, what)
+        except OSError as problem:
+            if problem.errno == errno.ENXIO:
+                return none
+            if problem.errno in {errno.EINVAL, errno.ENOTSUP}:  # block devices; file systems that do not keep it
+                return unknown
+            raise
+
+    def _read(self, count: int, offset: int) -> bytes:
+        if self._positioned:
+            return os.pread(self._fd, count, offset)
+        with self._seeking:
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            return os.read(self._fd, count)
+
+    def _write(self, data: memoryview, offset: int) -> int:
+        if self._positioned:
+            return os.pwrite(self._fd, data, offset)
+        with self._seeking:
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            return os.write(self._fd, data)

@@ -1,0 +1,237 @@
+"""The server: its listeners, its clients' threads, and their orderly end.
+
+One thread accepts for each listener, one serves each client. All of them wait for the shutdown as well, so that stopping wakes
+every thread and no thread is ever left: a request being carried out is finished and answered, what comes later is answered
+NBD_ESHUTDOWN, idle clients are disconnected at once, and those that will not finish when the deadline comes.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+from nbdcore.errors import UsageError
+from nbdcore.plugins.spec import Listener
+from nbdcore.server.backend import Backend
+from nbdcore.server.channel import Channel, ConnectionOver
+from nbdcore.server.exports import ExportSettings, exports_of
+from nbdcore.server.negotiation import negotiate
+from nbdcore.server.shutdown import Shutdown
+from nbdcore.server.transmission import transmit
+from nbdcore.streams.base import Stream, Want
+from nbdcore.streams.waiting import NEVER, Deadline, wait_any
+
+__all__ = ["Server"]
+
+_log = logging.getLogger("nbdcore.server")
+
+# After a failed accept (most often: no descriptors left) trying again at once would only spin.
+_ACCEPT_PAUSE = 0.25
+# What a thread cut off at the deadline may still need to end.
+_LAST_MOMENT = 0.5
+
+
+class Server:
+    """An NBD server inside this process.
+
+        with Server(MemoryDisk(1 << 30)) as server:
+            print(server.listen("tcp", host="127.0.0.1", port=0).address.uri())
+            server.serve_forever()
+
+    As a context manager it starts on entering and stops on leaving. It owns its back ends: stopping closes them. A stopped server
+    stays stopped. All methods may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        exports: Backend | ExportSettings | Mapping[str, Backend | ExportSettings],
+        *,
+        read_only: bool = False,
+        max_clients: int = 128,
+        handshake_timeout: float = 30.0,
+    ) -> None:
+        """Prepare to serve one export, called "", or several by name; nothing is opened yet.
+
+        A single export is also found under the empty name, whatever it is called. `read_only` holds for all exports. A client
+        beyond `max_clients` is disconnected at once, one that has not chosen an export after `handshake_timeout` seconds then.
+        Raises UsageError for exports that cannot be.
+        """
+        if max_clients < 1:
+            raise UsageError(errno.EINVAL, f"max_clients is {max_clients}: it must be at least 1")
+        Deadline.after(handshake_timeout)  # raises UsageError where it is no number of seconds
+        self._exports = exports_of(exports, read_only=read_only)
+        self._max_clients = max_clients
+        self._handshake_timeout = handshake_timeout
+        self._shutdown = Shutdown()
+        # Guards what follows; re-entrant, since a signal handler that stops the server may interrupt a thread that holds it.
+        self._lock = threading.RLock()
+        self._started = self._abandoned = self._finished = False
+        self._listeners: list[Listener] = []
+        self._acceptors: set[threading.Thread] = set()
+        self._clients: set[threading.Thread] = set()
+
+    # ------------------------------------------------------------------------------------------ life
+
+    def listen(self, transport: str, **address: Any) -> Listener:
+        """Listen on a loaded transport at the address that its parts name: `listen("tcp", host="127.0.0.1", port=0)`.
+
+        Returns the listener; its `address` is the one in effect, and `address.uri(export)` what clients connect to. Clients are
+        accepted once the server is started; until then they queue. Raises TransportUnavailable for a transport that is not
+        loaded, TransportError where listening fails, UsageError for a wrong address or a stopped server.
+        """
+        from nbdcore.plugins.registry import registry  # the scan for plugins is costly, and serve_stream() needs none
+
+        self._refuse_if_stopped()
+        chosen = registry.get(transport)
+        listener = chosen.listen(chosen.address(**address))
+        with self._lock:
+            if not self._shutdown.requested:
+                self._listeners.append(listener)
+                if self._started:
+                    self._start_accepting(listener)
+                return listener
+        listener.close()
+        self._refuse_if_stopped()
+        return listener
+
+    def start(self) -> None:
+        """Start accepting clients, in threads of its own. Idempotent. Raises UsageError for a stopped server."""
+        self._refuse_if_stopped()
+        with self._lock:
+            if not self._started:
+                self._started = True
+                for listener in self._listeners:
+                    self._start_accepting(listener)
+
+    def serve_stream(self, stream: Stream) -> None:
+        """Serve one client that is connected already, in a thread of its own; the server closes the stream.
+
+        Raises UsageError for a stopped server, with the stream closed too.
+        """
+        if not self._start_client(stream, limited=False):
+            self._refuse_if_stopped()
+
+    def serve_forever(self) -> None:
+        """Start, and return when another thread (or a signal handler) has stopped the server; stop it when interrupted."""
+        self.start()
+        try:
+            while not self._shutdown.requested:
+                # In steps of a second, since on Windows a wait without end would not see Ctrl-C.
+                wait_any([(self._shutdown.fileno(), Want.READ)], Deadline.after(1.0))
+        finally:
+            self.stop()
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Stop: accept nobody, answer what was begun, disconnect everybody, close the back ends. Idempotent.
+
+        Returns within about `timeout` seconds. Only a back end that does not return by then leaves a thread behind, until it
+        does; that is logged, and its back ends stay open.
+        """
+        with self._lock:
+            self._shutdown.request(Deadline.after(timeout))
+            acceptors, clients, listeners = [*self._acceptors], [*self._clients], [*self._listeners]
+        self._join(acceptors)
+        for listener in listeners:
+            listener.close()
+        self._join(clients)
+        self._finish()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def _join(self, threads: Iterable[threading.Thread]) -> None:
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join((self._shutdown.deadline.remaining() or 0) + _LAST_MOMENT)
+
+    def _finish(self) -> None:
+        """Close what the clients used, once the last of them is gone; the last one does it where stop() could not wait."""
+        with self._lock:
+            stuck = len(self._clients)
+            if self._finished or stuck:
+                if stuck:
+                    self._abandoned = True
+                    _log.warning("%d clients are still inside a back end that does not return", stuck)
+                return
+            self._finished = True
+        for export in self._exports:
+            export.close()
+        self._shutdown.close()
+
+    def _refuse_if_stopped(self) -> None:
+        if self._shutdown.requested:
+            raise UsageError(errno.EINVAL, "this server was stopped; make a new one")
+
+    # ------------------------------------------------------------------------------------------ accepting
+
+    def _start_accepting(self, listener: Listener) -> None:
+        thread = threading.Thread(target=self._accept, args=(listener,), name=f"nbdcore-accept {listener.address}", daemon=True)
+        self._acceptors.add(thread)
+        thread.start()
+
+    def _accept(self, listener: Listener) -> None:
+        waiting = [(listener.fileno(), Want.READ), (self._shutdown.fileno(), Want.READ)]
+        while not self._shutdown.requested:
+            wait_any(waiting, NEVER)
+            try:
+                stream = listener.accept()
+                if stream is not None:
+                    self._start_client(stream, limited=True)
+            except OSError as problem:
+                _log.warning("accepting on %s failed: %s", listener.address, problem)
+                wait_any([(self._shutdown.fileno(), Want.READ)], Deadline.after(_ACCEPT_PAUSE))
+
+    # ------------------------------------------------------------------------------------------ clients
+
+    def _start_client(self, stream: Stream, *, limited: bool) -> bool:
+        """Start a thread for a client; close its stream and return False where that cannot be."""
+        thread = threading.Thread(target=self._serve, args=(stream,), name="nbdcore-client", daemon=True)
+        with self._lock:
+            if self._shutdown.requested:
+                problem = "the server was stopped"
+            elif limited and len(self._clients) >= self._max_clients:
+                problem = f"there are {self._max_clients} clients already"
+            else:
+                problem = ""
+                self._clients.add(thread)
+        if not problem:
+            try:
+                thread.start()
+            except RuntimeError as failure:  # the system gives no more threads
+                problem = str(failure)
+                with self._lock:
+                    self._clients.discard(thread)
+        if problem:
+            _log.warning("a client was disconnected: %s", problem)
+            stream.close()
+        return not problem
+
+    def _serve(self, stream: Stream) -> None:
+        """Serve one client to its end, whatever that is: it must harm no other."""
+        try:
+            channel = Channel(stream, self._shutdown)
+            channel.deadline = Deadline.after(self._handshake_timeout)
+            agreement = negotiate(channel, self._exports, self._shutdown)
+            if agreement is not None:
+                channel.deadline = NEVER
+                transmit(channel, agreement, self._shutdown)
+        except ConnectionOver as end:
+            _log.log(logging.WARNING if end.violation else logging.DEBUG, "a client was disconnected: %s", end)
+        except OSError as problem:
+            _log.debug("a client's connection failed: %s", problem)
+        except Exception:  # noqa: BLE001  # a fault of ours costs this client, and must be seen, but not the others
+            _log.exception("a client was disconnected by a fault of the server")
+        finally:
+            stream.close()
+            with self._lock:
+                self._clients.discard(threading.current_thread())
+                last = self._abandoned and not self._clients
+            if last:
+                self._finish()
