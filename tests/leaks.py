@@ -1,0 +1,101 @@
+"""What a test session may have left behind: child processes, open descriptors, listening unix sockets.
+
+Each function names what it finds, so that the message leads to the test that did it. On a platform without /proc and /dev/fd
+there is nothing to look at, and nothing is found; Linux is where leaks are caught.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+Found = TypeVar("Found", dict[int, str], list[Path])
+
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of whatever its children leave behind, so that `children` sees it too."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def open_descriptors() -> dict[int, str]:
+    """Return this process's open descriptors, each with what it leads to."""
+    return dict(_descriptors())
+
+
+def _descriptors() -> Iterator[tuple[int, str]]:
+    folder = Path("/dev/fd")
+    for entry in list(folder.iterdir()) if folder.exists() else ():
+        number = int(entry.name)
+        with contextlib.suppress(OSError):  # the listing's own descriptor, closed by now
+            yield number, _destination(number)
+
+
+def _destination(number: int) -> str:
+    kind = stat.filemode(os.fstat(number).st_mode)[0]
+    try:
+        return f"{Path(f'/proc/self/fd/{number}').readlink()} ({kind})"
+    except FileNotFoundError:  # no /proc here: the kind must do
+        return kind
+
+
+def children() -> dict[int, str]:
+    """Return the living child processes of this one, each with its command line; reaps the dead ones it adopted."""
+    return {process: _command_line(process) for process in _child_numbers() if not _reaped(process)}
+
+
+def _child_numbers() -> list[int]:
+    numbers = []
+    for task in Path("/proc/self/task").glob("*/children"):
+        numbers += map(int, task.read_text().split())
+    return numbers
+
+
+def _reaped(process: int) -> bool:
+    """Whether the process was a dead one; a Popen object that nobody waited for has its own warning, which is an error here."""
+    try:
+        return os.waitpid(process, os.WNOHANG)[0] == process
+    except ChildProcessError:
+        return True
+
+
+def _command_line(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except FileNotFoundError:
+        return "(just ended)"
+
+
+def listening_sockets(folders: Iterable[Path]) -> list[Path]:
+    """Return the unix sockets under these folders on which something still listens."""
+    return [path for folder in folders for path in folder.rglob("*") if path.is_socket() and _listens(path)]
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1)  # a full backlog is somebody listening too
+        try:
+            probe.connect(str(path))
+        except TimeoutError:
+            return True
+        except OSError:
+            return False
+    return True
+
+
+def settled(look: Callable[[], Found], *, seconds: float = 5) -> Found:
+    """Return what `look` still finds when it has had `seconds` to find nothing: a process takes a moment to end."""
+    end = time.monotonic() + seconds
+    while (found := look()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return found

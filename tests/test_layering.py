@@ -1,0 +1,196 @@
+"""Who may import whom: the house rules of docs (explanation, architecture), as a table that every import is held against.
+
+Imports inside functions count like those at the top of a module. A module without a row in the table fails too: a new part of the
+house says first where it stands.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class May:
+    """What a part of the house may import beside the standard library and itself: modules (or packages, whole), distributions."""
+
+    ours: tuple[str, ...] = ()
+    theirs: tuple[str, ...] = ()
+    itself: bool = True
+
+
+A_TRANSPORT = May(("nbdcore.plugins", "nbdcore.streams", "nbdcore.uri", "nbdcore.errors"), itself=False)
+PUBLIC = ("nbdcore", "nbdcore.errors", "nbdcore.uri", "nbdcore.protocol", "nbdcore.streams", "nbdcore.plugins", "nbdcore.clients")
+
+# The row of a module is that of the longest prefix of its name.
+TABLE = {
+    # The public names, and nothing else of its own.
+    "nbdcore": May(PUBLIC, itself=False),
+    "nbdcore.__main__": May(("nbdcore.cli",)),
+    "nbdcore.errors": May(),
+    "nbdcore.uri": May(("nbdcore.errors",)),
+    # It knows no stream at all.
+    "nbdcore.protocol": May(("nbdcore.errors",)),
+    # The one interface that the core stands on.
+    "nbdcore.streams.base": May(),
+    # The one module that waits, shared by client and server: no stream knows it, and it knows no stream but the interface.
+    "nbdcore.streams.waiting": May(("nbdcore.streams.base", "nbdcore.errors")),
+    # Plain sockets, and their errors, are what other streams are made of.
+    "nbdcore.streams": May(("nbdcore.streams.base", "nbdcore.streams.sockets", "nbdcore.errors"), itself=False),
+    "nbdcore.plugins": May(("nbdcore.streams", "nbdcore.uri", "nbdcore.errors"), ("pluggy", "importlib_metadata")),
+    # Its stream comes as an argument.
+    "nbdcore.clients.session": May(
+        ("nbdcore.protocol", "nbdcore.streams.base", "nbdcore.streams.tls", "nbdcore.errors"), itself=False
+    ),
+    "nbdcore.clients": May(
+        (
+            "nbdcore.streams.base",
+            "nbdcore.streams.waiting",
+            "nbdcore.plugins",
+            "nbdcore.protocol",
+            "nbdcore.uri",
+            "nbdcore.errors",
+        ),
+    ),
+    "nbdcore.libnbd": May(("nbdcore.clients",)),
+    "nbdcore.disk": May(("nbdcore.clients",)),
+    "nbdcore.server": May(
+        (
+            "nbdcore.protocol.constants",
+            "nbdcore.protocol.wire",
+            "nbdcore.streams",
+            "nbdcore.plugins",
+            "nbdcore.uri",
+            "nbdcore.errors",
+        ),
+    ),
+    "nbdcore.cli": May((*PUBLIC, "nbdcore.libnbd", "nbdcore.disk", "nbdcore.server"), ("click", "rich")),
+    # Kits for the tests of others: they may use whatever those could.
+    "nbdcore.testing": May((*PUBLIC, "nbdcore.server")),
+    # Shaped as a stranger's: alone in its module, on what plugins are offered. Nobody imports one.
+    "nbdcore_tcp": A_TRANSPORT,
+    "nbdcore_unix": A_TRANSPORT,
+    "nbdcore_vsock": A_TRANSPORT,
+}
+
+#: Bytes in, bytes out: nothing that waits, tells the time, opens a socket or configures logging.
+NOT_IN_PROTOCOL = {
+    "asyncio",
+    "concurrent",
+    "logging",
+    "multiprocessing",
+    "select",
+    "selectors",
+    "socket",
+    "ssl",
+    "threading",
+    "time",
+}
+
+#: What `import nbdcore` must not cost.
+NOT_AT_IMPORT = ("pluggy", "asyncio", "ssl", "click", "rich", "importlib_metadata", "importlib.metadata")
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Yield the name and file of each module of the project."""
+    for source_root, pattern in ((REPOSITORY, "nbdcore/**/*.py"), (REPOSITORY / "transports", "*.py")):
+        for path in sorted(source_root.glob(pattern)):
+            parts = path.relative_to(source_root).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+MODULES = dict(modules())
+
+
+def imports(source: str) -> Iterator[str]:
+    """Yield the full name of each thing that the source imports: the module, or the submodule that it takes from a package."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (imported_from(node, alias.name) for alias in node.names)
+
+
+def imported_from(node: ast.ImportFrom, name: str) -> str:
+    if node.level:
+        return "." * node.level  # relative: in no row of the table, and so an error
+    submodule = f"{node.module}.{name}"
+    return submodule if submodule in MODULES else str(node.module)
+
+
+def row_of(module: str) -> str | None:
+    """Return the row that speaks for a module: its own, or its nearest package's; but `nbdcore` speaks for itself only."""
+    while module and module not in TABLE:
+        module = module.rpartition(".")[0]
+        if module == "nbdcore":
+            return None
+    return module or None
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or (package != "nbdcore" and name.startswith(f"{package}."))
+
+
+def is_allowed(name: str, row: str) -> bool:
+    may = TABLE[row]
+    top = name.partition(".")[0]
+    return (
+        top in sys.stdlib_module_names
+        or top in may.theirs
+        or any(within(name, ours) for ours in may.ours)
+        or (may.itself and within(name, row))
+    )
+
+
+def offences(module: str, source: str) -> list[str]:
+    row = row_of(module)
+    if row is None:
+        return [f"{module} has no row in the table of {Path(__file__).name}"]
+    return sorted({f"{module} imports {name}" for name in imports(source) if not is_allowed(name, row)})
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_the_table_allows(module):
+    assert offences(module, MODULES[module].read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("nbdcore.uri", "import nbdcore.clients.blocking"),
+        ("nbdcore.uri", "import pluggy"),
+        ("nbdcore.protocol.engine", "from nbdcore.streams.base import Stream"),
+        ("nbdcore.protocol.engine", "def f():\n    from nbdcore import streams"),
+        ("nbdcore.streams.sockets", "from nbdcore.streams.waiting import wait"),
+        ("nbdcore.streams.sockets", "from .base import Stream"),
+        ("nbdcore.clients.session", "from nbdcore.clients.blocking import Client"),
+        ("nbdcore.clients.blocking", "import nbdcore_tcp"),
+        ("nbdcore.server.serving", "from nbdcore.protocol.engine import Engine"),
+        ("nbdcore_tcp", "import nbdcore_unix"),
+        ("nbdcore_tcp", "import nbdcore"),
+        ("nbdcore.gadgets", ""),
+        ("nbdcore.gadgets.gears", "import os"),
+    ],
+)
+def test_the_table_sees_an_offence(module, source):
+    assert len(offences(module, source)) == 1
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("nbdcore.protocol")])
+def test_the_protocol_core_neither_waits_nor_knows_a_socket(module):
+    names = {name.partition(".")[0] for name in imports(MODULES[module].read_text(encoding="utf-8"))}
+    assert names.isdisjoint(NOT_IN_PROTOCOL)
+
+
+def test_import_nbdcore_is_cheap():
+    code = f"import nbdcore, sys; print([name for name in {NOT_AT_IMPORT!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
