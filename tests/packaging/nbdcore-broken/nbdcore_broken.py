@@ -1,0 +1,3 @@
+"""A transport plugin whose author never tried it."""
+
+raise RuntimeError("the flux capacitor is missing")
