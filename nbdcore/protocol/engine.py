@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from nbdcore.errors import Disconnected, Error, NegotiationError, ProtocolViolation, UsageError
@@ -98,6 +99,11 @@ class Engine:
         self._ending = False
 
     # ------------------------------------------------------------------------------------------ phases
+
+    def choose_export(self, name: str) -> None:
+        """Take another export than the settings named. Raises UsageError for a name that cannot be sent."""
+        options.export_name(name)
+        self.settings = replace(self.settings, export=name)
 
     def connecting(self) -> None:
         """The transport is being opened."""
@@ -271,7 +277,9 @@ class Engine:
 
     def received_eof(self) -> None:
         """The server has finished sending."""
-        if self._replies is not None and self._replies.between_messages:
+        if self._replies is not None and self._replies.between_messages and self.finished_sending and not self.pending:
+            self.fail(Disconnected(errno.ENOTCONN, "this program took leave of the server"), phase=Phase.CLOSED)
+        elif self._replies is not None and self._replies.between_messages:
             unanswered = f" with {self.pending} commands unanswered" if self.pending else ""
             self.fail(Disconnected(errno.ENOTCONN, f"the server closed the connection{unanswered}"), phase=Phase.CLOSED)
         elif self._replies is not None:

@@ -1,0 +1,490 @@
+"""The blocking client: every call waits for its outcome. Safe to use from several threads at once.
+
+A thin skin: commands and their checks come from the protocol core, waiting from `sharing`, arithmetic from `splitting` and
+`extents`. What is left here is the shape of the calls.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self, TypedDict, Unpack, overload
+
+from nbdcore.clients.connecting import Route, route_by_name, route_by_uri
+from nbdcore.clients.extents import CombinedExtent, Extent, ExtentWalk, extents_by_context
+from nbdcore.clients.options import OptionCalls
+from nbdcore.clients.session import Session, StartTLS
+from nbdcore.clients.sharing import SharedSession
+from nbdcore.clients.splitting import aligned, data_limit, length_limit, pieces
+from nbdcore.errors import DeadlineExceeded, Error, TransportError, UsageError
+from nbdcore.protocol import commands
+from nbdcore.protocol.agreement import Export, Settings, TLSPolicy
+from nbdcore.protocol.commands import Command
+from nbdcore.protocol.constants import BASE_ALLOCATION, DEFAULT_PORT, CommandFlag
+from nbdcore.protocol.engine import Engine, Exchange
+from nbdcore.protocol.state import Phase
+from nbdcore.streams.base import Stream
+from nbdcore.streams.waiting import Deadline
+
+# Pieces of one split request that are under way at a time: enough to keep a server busy, few enough to bound its memory.
+_DEPTH = 4
+# Seconds that leaving a `with` block waits for the server to hang up after the goodbye; what was written is not at stake.
+_GOODBYE = 5.0
+
+Buffer = bytes | bytearray | memoryview
+_VSOCK_HOST = 2  # VMADDR_CID_HOST: seen from a virtual machine, the machine that runs it
+
+
+class ClientOptions(TypedDict, total=False):
+    """Keyword options of `Client`, which every `connect` function takes too."""
+
+    export: str
+    contexts: Iterable[str]
+    opt_mode: bool
+    structured_replies: bool
+    extended_headers: bool
+    block_size: bool
+    full_info: bool
+    tls: TLSPolicy
+    start_tls: StartTLS | None
+
+
+class Client(OptionCalls):
+    """A connection to one export of an NBD server.
+
+    Newly created it is not connected: call one of its `connect` methods once, or use the functions `nbdcore.connect` and its
+    kind, which do both. As a context manager it says goodbye and closes at the end.
+
+    Every call that waits takes a `timeout` in seconds (None: for ever) and raises DeadlineExceeded when it runs out; a command is
+    then abandoned and the connection stays usable. Any command raises UsageError for arguments that are wrong (nothing is sent),
+    CommandError when the server refuses it (the connection lives), Disconnected or ProtocolViolation when the connection ended.
+    Offsets and counts are bytes.
+
+    Args:
+        stream: connect over this open stream at once, as `connect_stream` does.
+        export: name of the export; "" is the server's default one. A name in a URI goes first.
+        contexts: metadata contexts for `extents` and `block_status`, such as "base:allocation" or "qemu:dirty-bitmap:NAME".
+        opt_mode: stop before the export is opened, for the `opt_` calls.
+        structured_replies: ask for structured replies; without them there is no block status.
+        extended_headers: ask for extended headers, with lengths of 64 bits.
+        block_size: ask for block size constraints, and promise to obey them.
+        full_info: ask for the export's own name and description.
+        tls: whether to ask for TLS; needs `start_tls`.
+        start_tls: makes an encrypted stream out of a plain one, for servers that agree to start TLS.
+        timeout: for `stream` only.
+    """
+
+    def __init__(
+        self,
+        stream: Stream | None = None,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[ClientOptions],
+    ) -> None:
+        self._start_tls = options.pop("start_tls", None)
+        settings = Settings(**{**options, "contexts": tuple(options.get("contexts", (BASE_ALLOCATION,)))})  # type: ignore[arg-type]
+        if settings.tls is not TLSPolicy.DISABLE and self._start_tls is None:
+            raise UsageError(errno.EINVAL, "TLS was asked for without start_tls, which says how to encrypt a stream")
+        super().__init__(Engine(settings))
+        self._shared: SharedSession | None = None
+        self._route: Route | None = None
+        if stream is not None:
+            self.connect_stream(stream, timeout=timeout)
+
+    def __repr__(self) -> str:
+        where = f" to {self._route.address}" if self._route is not None else ""
+        return f"<nbdcore.Client {self.phase.value}{where}>"
+
+    # ------------------------------------------------------------------------------------------ connecting
+
+    def connect(self, uri: str, *, timeout: float | None = None) -> Self:
+        """Connect to the server and export that an NBD URI names, such as "nbd://host/export" or "nbd+vsock://2:10809".
+
+        Legal in a newly created client only, as every way to connect; by default it goes all the way to the transmission phase.
+        Raises UsageError for a URI that is wrong, TransportUnavailable, TransportError, NegotiationError, ProtocolViolation,
+        Disconnected, TLSError, DeadlineExceeded. After an error of the last six the client is dead.
+        """
+        self._legal("connect")
+        route, export = route_by_uri(uri)
+        if export:
+            self._engine.choose_export(export)
+        return self._connect(route, timeout)
+
+    def connect_tcp(
+        self, host: str = "localhost", port: int = DEFAULT_PORT, *, keepalive: bool = False, timeout: float | None = None
+    ) -> Self:
+        """Connect over TCP, trying each address of `host` in turn. `keepalive` lets the system notice a peer that vanished."""
+        return self._connect_transport("connect_tcp", "tcp", {"host": host, "port": port, "keepalive": keepalive}, timeout)
+
+    def connect_unix(self, path: Any, *, timeout: float | None = None) -> Self:
+        """Connect to a unix socket: its path (str, bytes or path-like), or NUL and a Linux abstract name."""
+        return self._connect_transport("connect_unix", "unix", {"path": path}, timeout)
+
+    def connect_vsock(self, cid: int = _VSOCK_HOST, port: int = DEFAULT_PORT, *, timeout: float | None = None) -> Self:
+        """Connect over vsock; the default is the host of this virtual machine, NBD's port."""
+        return self._connect_transport("connect_vsock", "vsock", {"cid": cid, "port": port}, timeout)
+
+    def connect_transport(self, name: str, /, *, timeout: float | None = None, **address: Any) -> Self:
+        """Connect over any transport by its name; the address parts are the transport's own."""
+        return self._connect_transport("connect_transport", name, address, timeout)
+
+    def connect_stream(self, stream: Stream, *, timeout: float | None = None) -> Self:
+        """Connect over a stream that is open already, and belongs to the client from here on."""
+        self._legal("connect_stream")
+        self._engine.connecting()
+        self._shake_hands(stream, Deadline.after(timeout))
+        return self
+
+    def _connect_transport(self, call: str, name: str, parts: dict[str, Any], timeout: float | None) -> Self:
+        self._legal(call)
+        return self._connect(route_by_name(name, parts), timeout)
+
+    def _connect(self, route: Route, timeout: float | None) -> Self:
+        deadline = Deadline.after(timeout)
+        self._engine.connecting()
+        self._route = route
+        try:
+            stream = route.open(timeout=timeout, deadline=deadline)
+        except BaseException as exc:
+            error = exc if isinstance(exc, Error) else TransportError(0, f"connecting to {route.address} was given up ({exc!r})")
+            self._engine.fail(error)
+            raise
+        self._shake_hands(stream, deadline)
+        return self
+
+    def _shake_hands(self, stream: Stream, deadline: Deadline) -> None:
+        self._shared = SharedSession(Session(self._engine, stream, start_tls=self._start_tls))
+        self._exchange(Engine.handshake, deadline)
+
+    # ------------------------------------------------------------------------------------------ ending
+
+    def disconnect(self, *, timeout: float | None = None) -> None:
+        """Say goodbye (NBD_CMD_DISC, or NBD_OPT_ABORT in opt mode), wait until the server has hung up, and close.
+
+        It does not wait for commands of other threads, and it does not flush. Does nothing on a connection that has ended.
+        """
+        if self._shared is not None and self.phase is Phase.CONNECTED:
+            deadline = Deadline.after(timeout)
+            try:
+                self._shared.run(_say_goodbye, deadline)
+                self._shared.until_over(deadline)
+            finally:
+                self.close()
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Close the connection now. Never raises; may be called twice, and from any thread: waiting calls of others end."""
+        if self._shared is None:
+            if self.phase is Phase.CREATED:
+                self._engine.fail(UsageError(errno.EINVAL, "the client was closed"), phase=Phase.CLOSED)
+            return
+        if self.phase is Phase.NEGOTIATING:
+            self._engine.abort()
+        self._shared.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.close()
+            return
+        try:
+            self.disconnect(timeout=_GOODBYE)
+        except Error:
+            # The server did not take leave in time, or broke off: every call before this one has had its own outcome.
+            self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_shared", None) is not None:
+            self.close()
+
+    # ------------------------------------------------------------------------------------------ reading and writing
+
+    def pread(self, count: int, offset: int, *, df: bool = False, timeout: float | None = None) -> bytes:
+        """Read `count` bytes at `offset` (section NBD_CMD_READ).
+
+        A count larger than the server's maximum is split, unless `df` asks for an answer in one piece.
+        """
+        limits = self._connected("pread")
+        if count <= data_limit(limits) or df:
+            command = commands.read(limits, count, offset, flags=CommandFlag.DF if df else 0)
+            self._run(command, timeout)
+            return command.result()
+        _check_whole(lambda part, at: commands.read(limits, part, at), count, offset, data_limit(limits))
+        data = bytearray(count)
+        self.pread_into(data, offset, timeout=timeout)
+        return bytes(data)
+
+    def pread_into(
+        self, buffer: bytearray | memoryview | Any, offset: int, *, df: bool = False, timeout: float | None = None
+    ) -> int:
+        """Read into a writable, contiguous buffer, as much as it holds, without a copy. Returns the number of bytes.
+
+        After an error the buffer's contents are undefined; nothing is written to it once the call has ended.
+        """
+        limits = self._connected("pread_into")
+        view = _bytes_view(buffer, "pread_into", writable=True)
+        flags = CommandFlag.DF if df else 0
+
+        def build(count: int, at: int) -> Command:
+            begin = at - offset
+            return commands.read(limits, count, at, target=view[begin : begin + count], flags=flags)
+
+        self._run_split(build, len(view), offset, len(view) if df else data_limit(limits), timeout)
+        return len(view)
+
+    def pwrite(self, data: Buffer | Any, offset: int, *, fua: bool = False, timeout: float | None = None) -> None:
+        """Write any bytes-like object at `offset` (section NBD_CMD_WRITE). `fua`: return once it is on stable storage.
+
+        Data larger than the server's maximum are split. Do not change them from another thread before the call has ended.
+        """
+        limits = self._connected("pwrite")
+        view = _bytes_view(data, "pwrite", writable=False)
+        flags = CommandFlag.FUA if fua else 0
+
+        def build(count: int, at: int) -> Command:
+            begin = at - offset
+            return commands.write(limits, view[begin : begin + count], at, flags=flags)
+
+        self._run_split(build, len(view), offset, data_limit(limits), timeout)
+
+    def flush(self, *, timeout: float | None = None) -> None:
+        """Wait until every write that was answered before is on stable storage (section NBD_CMD_FLUSH)."""
+        self._run(commands.flush(self._connected("flush")), timeout)
+
+    def trim(self, count: int, offset: int, *, fua: bool = False, timeout: float | None = None) -> None:
+        """Tell the server that a range is no longer needed (section NBD_CMD_TRIM); what it reads as afterwards is undefined."""
+        limits = self._connected("trim")
+        flags = CommandFlag.FUA if fua else 0
+        limit = length_limit(limits, bounded=False)
+        self._run_split(lambda part, at: commands.trim(limits, part, at, flags=flags), count, offset, limit, timeout)
+
+    def zero(
+        self,
+        count: int,
+        offset: int,
+        *,
+        fua: bool = False,
+        no_hole: bool = False,
+        fast_zero: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        """Write zeroes without sending them (section NBD_CMD_WRITE_ZEROES).
+
+        `no_hole`: storage must stay allocated. `fast_zero`: fail with CommandError (ENOTSUP) where it would be no faster than
+        writing.
+        """
+        limits = self._connected("zero")
+        wanted = ((fua, CommandFlag.FUA), (no_hole, CommandFlag.NO_HOLE), (fast_zero, CommandFlag.FAST_ZERO))
+        flags = sum(int(flag) for asked, flag in wanted if asked)
+        limit = length_limit(limits, bounded=not fast_zero)
+        self._run_split(lambda part, at: commands.zero(limits, part, at, flags=flags), count, offset, limit, timeout)
+
+    def cache(self, count: int, offset: int, *, timeout: float | None = None) -> None:
+        """Tell the server that a range will be needed soon (section NBD_CMD_CACHE)."""
+        limits = self._connected("cache")
+        limit = length_limit(limits, bounded=True)
+        self._run_split(lambda part, at: commands.cache(limits, part, at), count, offset, limit, timeout)
+
+    # ------------------------------------------------------------------------------------------ block status
+
+    def block_status(
+        self,
+        count: int,
+        offset: int,
+        *,
+        contexts: Iterable[str] | None = None,
+        req_one: bool = False,
+        timeout: float | None = None,
+    ) -> dict[str, list[Extent]]:
+        """Ask once what the metadata contexts say of a range (section NBD_CMD_BLOCK_STATUS). Returns extents by context.
+
+        The server may describe less than was asked, or, at its end, more; contexts need not cover the same range. `extents`
+        hides all that. `contexts` limits the answer to some of the selected ones; `req_one` to one extent a context. A count too
+        large for one request is cut down to what fits, as if the server had described less.
+        """
+        limits = self._connected("block_status")
+        wanted = None if contexts is None else self._selected(contexts)
+        filtered = wanted if wanted is not None and self.can_block_status_payload else None
+        count = min(count, length_limit(limits, bounded=False))
+        flags = CommandFlag.REQ_ONE if req_one else 0
+        command = commands.block_status(
+            limits, count, offset, context_ids=None if filtered is None else tuple(filtered), flags=flags
+        )
+        self._run(command, timeout)
+        found = extents_by_context(command)
+        return found if wanted is None else {name: found[name] for name in wanted.values() if name in found}
+
+    @overload
+    def extents(
+        self, context: str = ..., /, *, offset: int = ..., count: int | None = ..., timeout: float | None = ...
+    ) -> Iterator[Extent]: ...
+
+    @overload
+    def extents(
+        self, context: str, /, *more: str, offset: int = ..., count: int | None = ..., timeout: float | None = ...
+    ) -> Iterator[CombinedExtent]: ...
+
+    def extents(
+        self,
+        context: str = BASE_ALLOCATION,
+        /,
+        *more: str,
+        offset: int = 0,
+        count: int | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[Extent | CombinedExtent]:
+        """Walk the extents of a range, by default of the whole export.
+
+        Asks the server as often as needed, clips to the range, and merges neighbours of equal status. With several contexts the
+        extents end wherever any of them changes, and have one status for each. `timeout` is for each request.
+        """
+        self._connected("extents")
+        count = self.size - offset if count is None else count
+        self._selected((context, *more))
+        walk = ExtentWalk((context, *more), offset, count)
+        return self._walk(walk, timeout)
+
+    def _walk(self, walk: ExtentWalk, timeout: float | None) -> Iterator[Extent | CombinedExtent]:
+        while walk.position < walk.end:
+            limits = self._connected("extents")
+            count = min(walk.end - walk.position, length_limit(limits, bounded=False))
+            command = commands.block_status(limits, count, walk.position)
+            self._run(command, timeout)
+            for offset, length, flags in walk.feed(command):
+                yield Extent(offset, length, flags[0]) if len(flags) == 1 else CombinedExtent(offset, length, flags)
+
+    def _selected(self, names: Iterable[str]) -> dict[int, str]:
+        """Return id -> name of these contexts. Raises UsageError for one that is not selected."""
+        selected = {name: number for number, name in reversed(self._engine.agreement.contexts.items())}
+        wanted = dict.fromkeys(names)
+        missing = [name for name in wanted if name not in selected]
+        if missing:
+            have = ", ".join(selected) or "none"
+            raise UsageError(
+                errno.ENOTSUP,
+                f"metadata context {', '.join(missing)} is not selected (selected: {have}); ask for it with contexts=, "
+                "and see whether the server has it",
+            )
+        return {selected[name]: name for name in wanted}
+
+    # ------------------------------------------------------------------------------------------ what else the server has
+
+    def list_exports(self, *, timeout: float | None = None) -> list[Export]:
+        """Ask which exports the server has (section NBD_OPT_LIST).
+
+        In opt mode on this connection; otherwise on one more connection to the same server, opened for the question.
+        """
+        if self.phase is Phase.NEGOTIATING or self._route is None:
+            return self.opt_list(timeout=timeout)
+        with Client(opt_mode=True, start_tls=self._start_tls, tls=self._engine.settings.tls) as other:
+            deadline = Deadline.after(timeout)
+            other._connect(self._route, timeout)
+            return other.opt_list(timeout=deadline.remaining())
+
+    # ------------------------------------------------------------------------------------------ running
+
+    def _connected(self, call: str) -> commands.Limits:
+        if self._engine.phase is not Phase.CONNECTED:
+            self._legal(call)
+        return self._engine.limits
+
+    def _run(self, command: Command, timeout: float | None) -> None:
+        self._session().run_command(command, Deadline.after(timeout))
+
+    def _run_split(
+        self, build: Callable[[int, int], Command], count: int, offset: int, limit: int, timeout: float | None
+    ) -> None:
+        """Run a request in as many pieces as it takes; every piece is checked before the first is sent."""
+        if count <= limit:
+            self._run(build(count, offset), timeout)
+            return
+        _check_whole(build, count, offset, limit)
+        self._session().run_all((build(*piece) for piece in pieces(count, offset, limit)), Deadline.after(timeout), depth=_DEPTH)
+
+    def _session(self) -> SharedSession:
+        if self._shared is None:
+            raise UsageError(errno.ENOTCONN, "not connected")
+        return self._shared
+
+    def _exchange(self, start: Callable[[Engine], Exchange], deadline: Deadline) -> Any:
+        """Run one conversation with the server. At the deadline the connection is dead."""
+        shared = self._session()
+        try:
+            exchange = shared.run(start, deadline)
+        except UsageError:
+            raise
+        except BaseException as exc:
+            shared.close(exc if isinstance(exc, Error) else DeadlineExceeded(f"the handshake was given up ({exc!r})"))
+            raise
+        if exchange.error is not None:
+            raise exchange.error
+        return exchange.result
+
+
+def _check_whole(build: Callable[[int, int], Command], count: int, offset: int, limit: int) -> None:
+    """Build the first and the last piece, so that a request that reaches past the end is refused before anything is sent."""
+    build(limit, offset)
+    last = count - aligned(count - 1, limit)
+    build(last, offset + count - last)
+
+
+def _say_goodbye(engine: Engine) -> Command:
+    command = commands.disconnect()
+    engine.submit(command)
+    return command
+
+
+def _bytes_view(data: Any, call: str, *, writable: bool) -> memoryview:
+    """Return a flat view of the caller's bytes. Raises UsageError for what is no such buffer."""
+    try:
+        view = memoryview(data)
+    except TypeError as exc:
+        raise UsageError(errno.EINVAL, f"{call}: a bytes-like object is needed, not {type(data).__name__}") from exc
+    if not view.c_contiguous:
+        raise UsageError(errno.EINVAL, f"{call}: the buffer must be contiguous")
+    if writable and view.readonly:
+        raise UsageError(errno.EINVAL, f"{call}: the buffer must be writable, and {type(data).__name__} is not")
+    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
+
+
+# ---------------------------------------------------------------------------------------------- functions
+
+
+def connect(uri: str, *, timeout: float | None = None, **options: Unpack[ClientOptions]) -> Client:
+    """Connect to the server and export that an NBD URI names. See `Client` for options, and `Client.connect` for errors."""
+    return Client(**options).connect(uri, timeout=timeout)
+
+
+def connect_tcp(
+    host: str = "localhost",
+    port: int = DEFAULT_PORT,
+    *,
+    keepalive: bool = False,
+    timeout: float | None = None,
+    **options: Unpack[ClientOptions],
+) -> Client:
+    """Connect over TCP. See `Client` for options."""
+    return Client(**options).connect_tcp(host, port, keepalive=keepalive, timeout=timeout)
+
+
+def connect_unix(path: Any, *, timeout: float | None = None, **options: Unpack[ClientOptions]) -> Client:
+    """Connect to a unix socket. See `Client` for options."""
+    return Client(**options).connect_unix(path, timeout=timeout)
+
+
+def connect_vsock(
+    cid: int = _VSOCK_HOST, port: int = DEFAULT_PORT, *, timeout: float | None = None, **options: Unpack[ClientOptions]
+) -> Client:
+    """Connect over vsock; the default is the host of this virtual machine, NBD's port. See `Client` for options."""
+    return Client(**options).connect_vsock(cid, port, timeout=timeout)
+
+
+def list_exports(uri: str, *, timeout: float | None = None) -> list[Export]:
+    """Ask the server that an NBD URI names which exports it has; the export in the URI does not matter."""
+    deadline = Deadline.after(timeout)
+    with Client(opt_mode=True) as client:
+        client.connect(uri, timeout=timeout)
+        return client.opt_list(timeout=deadline.remaining())

@@ -1,0 +1,140 @@
+"""A session joins one engine with one stream and moves bytes between them. It never waits, and raises nothing because of a peer.
+
+Whoever owns it asks `interest()` what to wait for on `fileno()`, then calls `advance()`; outcomes are read from commands and
+exchanges, and from the engine's phase and error. The stream comes as an argument: a session neither knows nor cares what kind it
+is. When the engine has reached its end, the stream is closed here, at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Callable
+
+from nbdcore.errors import Disconnected, Error, TLSError
+from nbdcore.protocol.engine import Engine
+from nbdcore.protocol.state import Phase
+from nbdcore.streams.base import Stream, Want
+
+#: Swaps a plain stream for an encrypted one over it.
+StartTLS = Callable[[Stream], Stream]
+
+# Receives in one go before the owner is heard again: a server that always has more must not lock out a deadline. 64 KiB of
+# scratch at a time, these are a few megabytes.
+_RECEIVES = 64
+_OVER = (Phase.CLOSED, Phase.DEAD)
+
+
+class Session:
+    """One connection: an engine, and the stream under it.
+
+    Args:
+        engine: newly created; `begin` starts its handshake.
+        stream: open; the session closes it.
+        start_tls: what to do when the server agreed to start TLS; None: such a connection fails.
+    """
+
+    def __init__(self, engine: Engine, stream: Stream, *, start_tls: StartTLS | None = None) -> None:
+        self.engine = engine
+        self._stream = stream
+        self._start_tls = start_tls
+        self._half_closed = False
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait on; -1 when the connection is over."""
+        return self._stream.fileno()
+
+    @property
+    def over(self) -> bool:
+        """Whether the connection has ended."""
+        return self.engine.phase in _OVER
+
+    def interest(self) -> Want:
+        """Return what to wait for before `advance()` can do more."""
+        engine = self.engine
+        if engine.phase in _OVER:
+            return Want.NOTHING
+        want = self._stream.wants()
+        if engine.has_outgoing:
+            want |= Want.WRITE
+        if engine.phase is Phase.CONNECTED or len(engine.room()):
+            want |= Want.READ
+        return want
+
+    def advance(self) -> None:
+        """Send and receive what can be sent and received now."""
+        self.send()
+        self.receive()
+
+    def send(self) -> None:
+        """Send what is queued, as far as the stream takes it now."""
+        engine, stream = self.engine, self._stream
+        try:
+            while parts := engine.outgoing():
+                count = stream.send(parts)
+                if count is None:
+                    return
+                engine.sent(count)
+            if engine.finished_sending and not self._half_closed:
+                self._half_closed = stream.finish_sending()
+        except OSError as exc:
+            self._broken(exc)
+
+    def receive(self) -> None:
+        """Receive what is there, let the engine take it in, and close the stream if that was the end."""
+        engine = self.engine
+        try:
+            for _ in range(_RECEIVES):
+                stream = self._stream
+                room = engine.room()
+                if not len(room):
+                    break
+                count = stream.recv_into(room)
+                if count is None:
+                    break
+                if not count:
+                    engine.received_eof()
+                    break
+                engine.received(count)
+                if engine.wants_tls:
+                    self._secure()
+                if engine.has_outgoing:
+                    self.send()
+                if count < len(room) and not stream.buffered():
+                    break
+        except OSError as exc:
+            self._broken(exc)
+        if engine.phase in _OVER:
+            self.close()
+
+    def fail(self, error: Error) -> None:
+        """Give the connection up: everything pending fails with `error`."""
+        self.engine.fail(error)
+        self.close()
+
+    def close(self) -> None:
+        """Close the stream. What the engine still wanted to say (goodbye after a refusal) is said if it goes through at once."""
+        if self.engine.phase not in _OVER:
+            self.engine.fail(Disconnected(errno.ENOTCONN, "the connection was closed by this program"), phase=Phase.CLOSED)
+        if parts := self.engine.outgoing():
+            # A goodbye that nobody hears is no loss; the error that ended the connection is already kept.
+            with contextlib.suppress(OSError):
+                self._stream.send(parts)
+            parts.clear()
+        self._stream.close()
+
+    def _broken(self, exc: OSError) -> None:
+        """The stream failed. An error of ours says already what happened; the operating system's is put into words."""
+        if not isinstance(exc, Error):
+            error = Disconnected(exc.errno or 0, f"the connection broke: {exc.strerror or exc}")
+            error.__cause__ = exc
+            exc = error
+        self.fail(exc)
+
+    def _secure(self) -> None:
+        """The server agreed to start TLS."""
+        if self._start_tls is None:
+            self.fail(TLSError(errno.ENOTSUP, "the server agreed to start TLS, and this client was given no way to do it"))
+            return
+        self._stream = self._start_tls(self._stream)
+        self.engine.tls_started()
