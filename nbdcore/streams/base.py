@@ -44,7 +44,8 @@ class Stream(ABC):
         """Send bytes from the front of `parts`, in order.
 
         Returns how many bytes were taken, which may be fewer than offered; None when there is no room now. The views may be
-        released as soon as the call returns: a stream that keeps bytes for later copies them.
+        released as soon as the call returns: a stream that keeps bytes for later copies them. Without parts it sends only what
+        the stream still owes itself (see `wants`), and returns 0 or None.
         """
 
     @abstractmethod
@@ -56,7 +57,10 @@ class Stream(ABC):
         return False
 
     def wants(self) -> Want:
-        """Return what the stream itself still owes (unsent ciphertext, a handshake), beyond what its user waits for."""
+        """Return what the stream itself waits for (unsent ciphertext, a handshake), beyond what its user waits for.
+
+        When it is ready, call `recv_into` (READ) or `send` (WRITE), with no parts where there is nothing to send.
+        """
         return Want.NOTHING
 
     @abstractmethod
