@@ -93,17 +93,18 @@ class KeepsViews(Wrapper):
         self.kept: list[memoryview] = []
 
     def send(self, parts):
-        for part in self.kept:
-            super().send([part])
+        self.flush()
         # Views of the caller's own memory, not copies of it.
         self.kept = [part[:] for part in parts]
         return sum(map(len, parts))
 
     def recv_into(self, room):
-        for part in self.kept:
-            super().send([part])
-        self.kept = []
+        self.flush()
         return super().recv_into(room)
+
+    def flush(self):
+        super().send([memoryview(b"".join(self.kept))])
+        self.kept = []
 
     def wants(self):
         return Want.WRITE if self.kept else Want.NOTHING
