@@ -5,36 +5,43 @@
     with nbdcore.connect("nbd+vsock://2:10809/disk") as disk:
         first = disk.pread(4096, 0)
 
-The public names, and nothing else. Importing this package loads no transport plugin: they are found on first need.
+The public names, and nothing else. Each is imported from its module when it is first used, so that `import nbdcore` costs a
+program next to nothing until it talks to a server; transport plugins are looked for later still, on the first connection.
 """
 
-from nbdcore.clients.blocking import (
-    Client,
-    ClientOptions,
-    connect,
-    connect_tcp,
-    connect_unix,
-    connect_vsock,
-    list_exports,
-)
-from nbdcore.clients.extents import CombinedExtent, Extent
-from nbdcore.errors import (
-    CommandError,
-    DeadlineExceeded,
-    Disconnected,
-    Error,
-    NegotiationError,
-    ProtocolViolation,
-    TLSError,
-    TransportError,
-    TransportUnavailable,
-    UsageError,
-)
-from nbdcore.plugins.registry import supports, supports_tcp, supports_unix, supports_vsock
-from nbdcore.protocol.agreement import BlockSize, Export, ExportInfo, TLSPolicy
-from nbdcore.protocol.constants import BASE_ALLOCATION, DEFAULT_PORT, AllocationFlag, TransmissionFlag
-from nbdcore.protocol.state import Phase
-from nbdcore.uri import URI, is_uri, parse_uri
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nbdcore.clients.blocking import (
+        Client,
+        ClientOptions,
+        connect,
+        connect_tcp,
+        connect_unix,
+        connect_vsock,
+        list_exports,
+    )
+    from nbdcore.clients.extents import CombinedExtent, Extent
+    from nbdcore.errors import (
+        CommandError,
+        DeadlineExceeded,
+        Disconnected,
+        Error,
+        NegotiationError,
+        ProtocolViolation,
+        TLSError,
+        TransportError,
+        TransportUnavailable,
+        UsageError,
+    )
+    from nbdcore.plugins.registry import supports, supports_tcp, supports_unix, supports_vsock
+    from nbdcore.protocol.agreement import BlockSize, Export, ExportInfo, TLSPolicy
+    from nbdcore.protocol.constants import BASE_ALLOCATION, DEFAULT_PORT, AllocationFlag, TransmissionFlag
+    from nbdcore.protocol.state import Phase
+    from nbdcore.uri import URI, is_uri, parse_uri
 
 __all__ = [
     "BASE_ALLOCATION",
@@ -75,3 +82,32 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# Where each public name lives; a test holds it against the imports above and __all__.
+_HOMES = {
+    "nbdcore.clients.blocking": "Client ClientOptions connect connect_tcp connect_unix connect_vsock list_exports",
+    "nbdcore.clients.extents": "CombinedExtent Extent",
+    "nbdcore.errors": (
+        "CommandError DeadlineExceeded Disconnected Error NegotiationError ProtocolViolation TLSError TransportError "
+        "TransportUnavailable UsageError"
+    ),
+    "nbdcore.plugins.registry": "supports supports_tcp supports_unix supports_vsock",
+    "nbdcore.protocol.agreement": "BlockSize Export ExportInfo TLSPolicy",
+    "nbdcore.protocol.constants": "BASE_ALLOCATION DEFAULT_PORT AllocationFlag TransmissionFlag",
+    "nbdcore.protocol.state": "Phase",
+    "nbdcore.uri": "URI is_uri parse_uri",
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> object:
+    module = _HOME.get(name)
+    if module is None:
+        raise AttributeError(f"module 'nbdcore' has no attribute {name!r}")
+    value: object = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
