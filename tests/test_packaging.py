@@ -126,10 +126,6 @@ def test_demo_runs_from_the_installed_wheel(complete):
     assert "vsock" in shown
 
 
-def test_module_runs_as_the_command_does(complete):
-    assert "vsock" in complete.python("-m", "nbdcore", "transports")
-
-
 # Third parties' transports
 
 
@@ -140,7 +136,7 @@ def with_proxy(wheel, tmp_path_factory):
     environment.install(f"{wheel}[cli]")
     before = installed_files(environment)
     environment.install("--no-deps", build(HERE / "nbdcore-proxy", tmp_path_factory.mktemp("nbdcore-proxy")))
-    assert installed_files(environment) == before
+    assert installed_files(environment).items() >= before.items()
     return environment
 
 
