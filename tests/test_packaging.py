@@ -160,7 +160,6 @@ def test_third_party_transport_is_discovered_with_no_change_to_nbdcore(with_prox
     states = json.loads(with_proxy.python(CONVERSE, "proxy"))["states"]
     assert states["proxy"] == ["loaded", "", "nbdcore-proxy"]
     assert states["tcp"] == ["loaded", "", "nbdcore"]
-    assert "proxy" in with_proxy.nbdcore("transports").stdout
 
 
 def test_third_party_transport_that_raises_on_import_harms_nothing(with_proxy, with_broken):
@@ -172,8 +171,9 @@ def test_third_party_transport_that_raises_on_import_harms_nothing(with_proxy, w
     assert said == unharmed
 
 
-def test_command_lists_a_broken_transport_with_its_reason_and_succeeds(with_broken):
+def test_command_lists_third_party_transports_and_why_one_is_broken(with_broken):
     shown = " ".join(with_broken.nbdcore("transports").stdout.split())
+    assert "proxy" in shown
     assert "broken" in shown
     assert "flux capacitor" in shown
 
