@@ -26,6 +26,7 @@ class Wakeup:
         self._writer.setblocking(False)
         # Re-entrant, since a signal handler may interrupt a thread that holds it.
         self._lock = threading.RLock()
+        self._is_set = False
 
     def fileno(self) -> int:
         """Return the descriptor to poll for READ; -1 once closed."""
@@ -34,16 +35,18 @@ class Wakeup:
     def set(self) -> None:
         """Raise the flag: whoever waits wakes up. After `close` it does nothing."""
         with self._lock:
-            if self._writer.fileno() >= 0:
-                # A full buffer means that the flag is up.
-                with contextlib.suppress(BlockingIOError):
-                    self._writer.send(b"\0")
+            if not self._is_set and self._writer.fileno() >= 0:
+                self._is_set = True
+                self._writer.send(b"\0")
 
     def clear(self) -> None:
         """Lower the flag. Look at what it stands for afterwards, never before: what comes in between raises it again."""
-        with self._lock, contextlib.suppress(BlockingIOError):
-            while self._reader.fileno() >= 0 and len(self._reader.recv(4096)) == 4096:
-                continue
+        with self._lock:
+            self._is_set = False
+            # A byte still on its way wakes somebody once for nothing.
+            with contextlib.suppress(BlockingIOError):
+                while self._reader.fileno() >= 0 and self._reader.recv(16):
+                    continue
 
     def close(self) -> None:
         """Free both descriptors. Idempotent."""

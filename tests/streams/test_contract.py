@@ -23,11 +23,6 @@ def tcp_pair() -> Pair:
     return SocketStream(near), SocketStream(far)
 
 
-def socket_pair() -> Pair:
-    near, far = socket.socketpair()
-    return SocketStream(near), SocketStream(far)
-
-
 def small_memory_pair() -> Pair:
     return memory_pair(capacity=4096)
 
@@ -37,7 +32,7 @@ def choppy_pair() -> Pair:
     return ChoppyStream(near, most=4099, seed=1), ChoppyStream(far, most=4099, seed=2)
 
 
-PAIRS = [tcp_pair, socket_pair, memory_pair, small_memory_pair, choppy_pair]
+PAIRS = [tcp_pair, memory_pair, small_memory_pair, choppy_pair]
 
 
 @pytest.mark.parametrize("clause", streams.CLAUSES, ids=lambda clause: clause.__name__)

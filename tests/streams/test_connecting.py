@@ -1,0 +1,159 @@
+"""Generators that open connections: what they wait for, and that nothing stays open when they fail or are given up."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import threading
+
+import pytest
+
+from nbdcore.errors import TransportError
+from nbdcore.streams import connecting
+from nbdcore.streams.base import Want
+from nbdcore.streams.connecting import connect_socket, in_thread
+from nbdcore.streams.waiting import Deadline, drive
+from tests.leaks import open_descriptors
+
+SOON = 30.0
+
+
+def run(generator):
+    return drive(generator, Deadline.after(SOON), "late")
+
+
+@pytest.fixture
+def server():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+# --- sockets ---
+
+
+def test_connected_socket_does_not_block(server):
+    sock = run(connect_socket(socket.socket(), server.getsockname(), "the server"))
+    with sock:
+        assert sock.gettimeout() == 0
+        assert sock.getpeername() == server.getsockname()
+
+
+def test_refused_connection_closes_the_socket_and_says_to_whom(server):
+    name = server.getsockname()
+    server.close()
+    sock = socket.socket()
+    with pytest.raises(TransportError, match="cannot connect to the server: Connection refused") as caught:
+        run(connect_socket(sock, name, "the server"))
+    assert caught.value.errno == errno.ECONNREFUSED
+    assert isinstance(caught.value.__cause__, ConnectionRefusedError)
+    assert sock.fileno() == -1
+
+
+def test_hint_explains_a_refused_connection(server):
+    name = server.getsockname()
+    server.close()
+    with pytest.raises(TransportError, match="cannot connect to the server: nobody is there"):
+        run(connect_socket(socket.socket(), name, "the server", {errno.ECONNREFUSED: "nobody is there"}))
+
+
+def test_connect_given_up_closes_the_socket(server):
+    sock = socket.socket()
+    generator = connect_socket(sock, server.getsockname(), "the server")
+    assert next(generator) == (sock.fileno(), Want.WRITE)
+    generator.close()
+    assert sock.fileno() == -1
+
+
+def test_socket_name_of_the_wrong_kind_closes_the_socket():
+    sock = socket.socket()
+    with pytest.raises(TypeError):
+        run(connect_socket(sock, "no pair", "the server"))
+    assert sock.fileno() == -1
+
+
+# --- threads ---
+
+
+def test_result_of_a_blocking_call_comes_back():
+    assert run(in_thread(lambda: threading.current_thread().name)) == "nbdcore-connecting"
+
+
+@pytest.mark.parametrize("error", [ConnectionRefusedError(errno.ECONNREFUSED, "no"), KeyError("k"), SystemExit(3)])
+def test_error_of_a_blocking_call_is_raised_to_who_asked(error):
+    def call():
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        run(in_thread(call))
+    assert caught.value is error
+
+
+def test_result_that_comes_too_late_is_discarded(eventually):
+    go, discarded = threading.Event(), []
+
+    def call():
+        assert go.wait(SOON)
+        return "result"
+
+    generator = in_thread(call, discard=discarded.append)
+    next(generator)
+    generator.close()
+    assert not discarded
+    go.set()
+    eventually(lambda: discarded == ["result"], "the late result was discarded")
+
+
+def test_result_that_nobody_took_is_discarded(eventually):
+    go, discarded = threading.Event(), []
+
+    def call():
+        assert go.wait(SOON)
+        return "result"
+
+    generator = in_thread(call, discard=discarded.append)
+    next(generator)
+    go.set()
+    eventually(no_thread_left, "the thread ended")
+    generator.close()
+    assert discarded == ["result"]
+
+
+def test_result_that_was_taken_is_not_discarded():
+    discarded = []
+    assert run(in_thread(lambda: "result", discard=discarded.append)) == "result"
+    assert not discarded
+
+
+def test_late_result_without_discard_harms_nothing(eventually):
+    go = threading.Event()
+    generator = in_thread(lambda: go.wait(SOON))
+    next(generator)
+    generator.close()
+    go.set()
+    eventually(no_thread_left, "the thread ended")
+
+
+def no_thread_left() -> bool:
+    return all(thread.name != "nbdcore-connecting" for thread in threading.enumerate())
+
+
+def test_thread_that_cannot_start_is_a_transport_error_and_leaves_nothing_open(monkeypatch):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    before = open_descriptors()
+    with pytest.raises(TransportError, match="can't start new thread") as caught:
+        run(in_thread(lambda: None))
+    assert caught.value.errno == errno.EAGAIN
+    assert open_descriptors() == before
+
+
+def test_lack_of_descriptors_for_a_thread_is_a_transport_error(monkeypatch):
+    def none_left():
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(connecting, "connected_pair", none_left)
+    with pytest.raises(TransportError, match="Too many open files") as caught:
+        run(in_thread(lambda: None))
+    assert caught.value.errno == errno.EMFILE
