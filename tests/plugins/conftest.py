@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from nbdcore.plugins.registry import supports
+
 #: A plugin that loads. It connects nowhere: these tests are about finding it.
 TRANSPORT = """
     from nbdcore.plugins.spec import Transport, hookimpl
@@ -51,6 +53,7 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
+    supports("tcp")  # the registry that the whole process shares has looked around before, and never meets these
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
     yield Site(tmp_path)
