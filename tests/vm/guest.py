@@ -1,7 +1,7 @@
 """A throw-away virtual machine in which AF_VSOCK is real.
 
-The guest has no disk image. Its root file system is this machine's own, read-only over virtiofs, under a layer in memory that
-takes all changes; so it has the same Python, virtual environment, source tree and programs. The kernel comes from .cache/vm,
+The guest has no disk image. Its root file system is this machine's own, read-only over virtiofs, so it has the same Python,
+virtual environment, source tree and programs; only /tmp and /run are its own, empty ones. The kernel comes from .cache/vm,
 where the script `fetch` put it. The vsock device is a program of the host (vhost-device-vsock), which makes the vsock a matter
 of unix sockets: what the guest sends to CID 2 (the host), port P, reaches whoever listens on `Guest.host_socket(P)`, and
 `Guest.connect(P)` reaches who listens in the guest. No vsock of this machine's own kernel is touched.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import socket
 import subprocess
@@ -35,7 +36,7 @@ _BUSYBOX = Path("/bin/busybox")
 # Debian 12 has it in qemu-system-common; later releases in a package virtiofsd.
 _VIRTIOFSD = (Path("/usr/lib/qemu/virtiofsd"), Path("/usr/libexec/virtiofsd"))
 # What the init needs to reach the root file system, and the agent the host.
-_BOOT_MODULES = ("virtio_pci", "virtiofs", "overlay", "virtio_console")
+_BOOT_MODULES = ("virtio_pci", "virtiofs", "virtio_console")
 _MEMORY = "768M"
 # Emulated, on one core shared with all else, a boot takes 4 to 6 s; a loaded machine has been seen to need several times that.
 _BOOT_DEADLINE = 60.0
@@ -48,16 +49,18 @@ export PATH=/bin
 /bin/busybox --install -s /bin
 mount -t devtmpfs devices /dev
 for module in /modules/*; do insmod $module; done
-mkdir -p /shared /memory /root
-mount -t virtiofs -o ro root /shared
-mount -t tmpfs -o mode=755 memory /memory
-mkdir /memory/changes /memory/work
-mount -t overlay -o lowerdir=/shared,upperdir=/memory/changes,workdir=/memory/work root /root
+mkdir -p /repository /root
+mount -t virtiofs -o ro root /root
+# What must be writable hides nothing of the repository, which may well be in /tmp itself.
+mount --bind /root{repository} /repository
+mount -t tmpfs -o mode=1777 tmp /root/tmp
+mount -t tmpfs -o mode=755 run /root/run
+mkdir -p /root{repository}
+mount --bind /repository /root{repository}
 mount --move /dev /root/dev
 mount -t proc proc /root/proc
 mount -t sysfs sysfs /root/sys
-mount -t tmpfs -o mode=755 run /root/run
-export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 PYTHONDONTWRITEBYTECODE=1
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp LC_ALL=C.UTF-8 PYTHONDONTWRITEBYTECODE=1
 exec switch_root /root {command}
 """
 
@@ -101,26 +104,43 @@ class Guest:
 
         Raises GuestFailure with the traceback where the function raised, or took longer than `deadline` seconds.
         """
-        return self.begin(function, deadline=deadline, **arguments)()
+        with self._calling(function, deadline, arguments) as answer:
+            pass
+        return answer["value"]
 
-    def begin(self, function: Callable[..., Any], *, deadline: float = 20.0, **arguments: Any) -> Callable[[], Any]:
-        """Start a call, and return a function that waits for its end and returns its value."""
+    @contextlib.contextmanager
+    def calling(self, function: Callable[..., Any], *, deadline: float = 20.0, **arguments: Any) -> Iterator[None]:
+        """Call a function in the guest while the block runs here; leaving the block waits for the function's end.
+
+        Where both fail, the guest's failure is a note to the block's exception.
+        """
+        with self._calling(function, deadline, arguments):
+            yield
+
+    @contextlib.contextmanager
+    def _calling(self, function: Callable[..., Any], deadline: float, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
         name = f"{function.__module__}:{function.__qualname__}"
         request = {"function": name, "arguments": arguments, "deadline": deadline}
         self._control.sendall(json.dumps(request).encode() + b"\n")
-        # 15 s more than the guest allows itself: then it is not the call that hangs, but the machine.
-        return lambda: self._answer(name, deadline + 15)
+        answer: dict[str, Any] = {}
+        try:
+            yield answer
+        except BaseException as error:
+            error.add_note(self._finish(name, deadline, answer))
+            raise
+        if failure := self._finish(name, deadline, answer):
+            raise GuestFailure(failure)
+
+    def _finish(self, name: str, deadline: float, answer: dict[str, Any]) -> str:
+        """Wait for the answer to a call, and return in what way it failed, or an empty text."""
+        # What the guest allows itself, and 15 s: past that it is not the call that hangs, but the machine.
+        answer |= self._receive(deadline + 15)
+        written = self._written()
+        return f"{name}, in the guest: {answer['failure']}{written}" if "failure" in answer else ""
 
     def load_modules(self, *names: str) -> None:
         """Load these kernel modules, and what they depend on, into the guest's kernel."""
         self.call(modules.load, paths=[str(path) for path in modules.load_order(_MODULES, names)])
-
-    def _answer(self, name: str, timeout: float) -> Any:
-        answer = self._receive(timeout)
-        written = self._written()
-        if "failure" in answer:
-            raise GuestFailure(f"{name}, in the guest: {answer['failure']}{written}")
-        return answer["value"]
 
     def _receive(self, timeout: float) -> dict[str, Any]:
         line = b""
@@ -150,7 +170,7 @@ class Guest:
     def _diagnosis(self) -> str:
         names = ("console", "virtiofsd", "device", "qemu")
         files = [self.folder / name for name in names]
-        tails = [f"\n{path.name}:\n{path.read_bytes()[-2000:].decode(errors='replace')}" for path in files if path.exists()]
+        tails = [f"\n{path.name}:\n{path.read_bytes()[-6000:].decode(errors='replace')}" for path in files if path.exists()]
         return "".join(tails) + self._written()
 
     # The vsock, seen from the host
@@ -196,9 +216,14 @@ class Guest:
         if missing:
             raise GuestError(f"no {', '.join(missing)}: run tests/vm/fetch (and apt-get install busybox-static qemu-system-x86)")
         (self.folder / "initramfs").write_bytes(_initramfs())
-        self._spawn("virtiofsd", *_virtiofsd(self.folder / "files"))
+        for name in self._shown:
+            (self.folder / name).touch()
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(self.folder / "files"))
+            listener.listen(1)
+            self._spawn("virtiofsd", *_virtiofsd(listener.fileno()), descriptors=(listener.fileno(),))
         self._spawn("device", *_vsock_device(self.folder / "device-control", self.folder / "vsock"))
-        self._await_sockets("files", "device-control")
+        self._await_socket("device-control")
         self._control, theirs = socket.socketpair()
         self._ending.callback(self._control.close)
         with theirs:
@@ -218,9 +243,9 @@ class Guest:
         self._processes.append(process)
         self._ending.callback(_end, process)
 
-    def _await_sockets(self, *names: str) -> None:
+    def _await_socket(self, name: str) -> None:
         until = time.monotonic() + 20
-        while not all((self.folder / name).exists() for name in names):
+        while not (self.folder / name).exists():
             if time.monotonic() > until or any(process.poll() is not None for process in self._processes):
                 raise GuestError(f"a helper of the virtual machine did not start{self._diagnosis()}")
             time.sleep(0.01)
@@ -245,19 +270,23 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _initramfs() -> bytes:
-    command = shlex.join([sys.executable, "-B", agent.__file__, str(REPOSITORY)])
+    repository = shlex.quote(str(REPOSITORY))
+    init = _INIT.format(repository=repository, command=shlex.join([sys.executable, "-B", agent.__file__, str(REPOSITORY)]))
     entries = [cpio.Entry.folder(name) for name in ("bin", "dev", "modules", "proc", "sys")]
-    entries.append(cpio.Entry.file("init", _INIT.format(command=command).encode(), executable=True))
+    entries.append(cpio.Entry.file("init", init.encode(), executable=True))
     entries.append(cpio.Entry.file("bin/busybox", _BUSYBOX.read_bytes(), executable=True))
     for number, module in enumerate(modules.load_order(_MODULES, _BOOT_MODULES)):
         entries.append(cpio.Entry.file(f"modules/{number:02}-{module.name}", module.read_bytes()))
     return cpio.archive(entries)
 
 
-def _virtiofsd(path: Path) -> list[str | Path]:
+def _virtiofsd(listener: int) -> list[str | Path]:
     program = next((program for program in _VIRTIOFSD if program.exists()), _VIRTIOFSD[0])
-    # chroot: it works inside containers, where new namespaces may be forbidden. Nothing writes: the guest mounts it read-only.
-    return [program, "-f", f"--socket-path={path}", "-o", "source=/", "-o", "sandbox=chroot", "-o", "cache=always"]
+    # Only root may chroot, or who is root in a user namespace of his own; then the guest sees what that user sees.
+    as_root = [] if os.geteuid() == 0 else ["unshare", "--map-root-user"]
+    # A listening socket of ours, not a path: for a path it leaves a file in /run. A chroot works inside containers too, where
+    # mounting may be forbidden. Nothing writes: the guest mounts it read-only.
+    return [*as_root, program, "-f", f"--fd={listener}", "-o", "source=/", "-o", "sandbox=chroot", "-o", "cache=always"]
 
 
 def _vsock_device(control: Path, path: Path) -> list[str | Path]:

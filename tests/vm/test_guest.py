@@ -56,12 +56,13 @@ def test_killed_test_process_takes_its_guest_along(short_folder: Path, eventuall
 
 
 def _names_using(folder: Path) -> set[str]:
-    """Return the names of the processes that have something of `folder` on their command line."""
+    """Return the names of the processes that have `folder` for their temporary files."""
+    wanted = f"TMPDIR={folder}".encode()
     names = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if os.fsencode(folder) in (process / "cmdline").read_bytes():
+            if wanted in (process / "environ").read_bytes().split(b"\0"):
                 names.add((process / "comm").read_text().strip())
-        except FileNotFoundError:  # it ended just now
+        except (FileNotFoundError, ProcessLookupError, PermissionError):  # it ended just now, or is somebody else's
             continue
     return names
