@@ -44,7 +44,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     lacking = programs.missing(()) + _vm_lacking()
     if lacking and os.environ.get("CI") != "true":
         terminalreporter.line(
-            f"Left out: the tests that need {', '.join(lacking)}. `make test` as root installs what is missing."
+            f"Not on this machine, and the tests that need it left out: {', '.join(lacking)}. Root's `make test` installs it."
         )
 
 
