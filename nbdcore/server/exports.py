@@ -27,6 +27,8 @@ _log = logging.getLogger("nbdcore.server")
 # Zeroes written in place of a zeroing that the back end cannot do: one shared piece, so that a request over the whole disk costs
 # no memory, and a stop need not wait for its end.
 _ZEROES = memoryview(bytes(1 << 20))
+# Errors that whoever runs the server wants to know of: the client is not to blame, and the next one will meet them too.
+_STORAGE_TROUBLE = frozenset({ErrorNumber.EPERM, ErrorNumber.EIO, ErrorNumber.ENOMEM, ErrorNumber.ENOSPC})
 # Extents looked at for one request: enough for a fragmented file, little enough that a client cannot keep a thread busy.
 _MAX_EXTENTS = 8192
 
@@ -83,7 +85,7 @@ class Export:
         self._zero = self._optional("zero", writing=True)
         self._cache = self._optional("cache")
         self._extents = self._optional("extents")
-        self._reported: set[tuple[str, type]] = set()
+        self._reported: set[tuple[str, object]] = set()
 
     def flags(self, *, structured: bool, extended: bool) -> TransmissionFlag:
         """Return the transmission flags for a client that negotiated these replies (section "Transmission flags")."""
@@ -198,8 +200,12 @@ class Export:
             return function(*arguments, **options)
         except OSError as problem:
             text = problem.strerror or type(problem).__name__
-            _log.debug("export %r: %s%r failed", self.name, what, arguments[-2:], exc_info=True)
-            raise Refusal(error_number(problem), text) from problem
+            number = error_number(problem)
+            if number in _STORAGE_TROUBLE:
+                self._report(what, number, f"failed: {text}")
+            else:
+                _log.debug("export %r: %s%r failed", self.name, what, arguments[-2:], exc_info=True)
+            raise Refusal(number, text) from problem
         except Exception as problem:  # a back end is anybody's code, and its faults must not end the connection
             self._report(what, type(problem), f"raised {type(problem).__name__}", trace=True)
             raise Refusal(ErrorNumber.EIO, "the back end of this export failed; the server's log says why") from problem
@@ -208,8 +214,8 @@ class Export:
         self._report(what, Refusal, problem)
         return Refusal(ErrorNumber.EIO, f"the back end of this export failed: {what} {problem}")
 
-    def _report(self, what: str, kind: type, problem: str, *, trace: bool = False) -> None:
-        """Log a fault of the back end, loudly the first time only: clients decide how often it happens."""
+    def _report(self, what: str, kind: object, problem: str, *, trace: bool = False) -> None:
+        """Log trouble of the back end, loudly the first time only: clients decide how often it happens."""
         level = logging.DEBUG if (what, kind) in self._reported else logging.ERROR
         self._reported.add((what, kind))
         _log.log(level, "export %r: the back end's %s %s", self.name, what, problem, exc_info=trace)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from nbdcore.errors import UsageError
-from nbdcore.plugins.spec import Listener
+from nbdcore.plugins.spec import Address, Listener, Transport
 from nbdcore.server.backend import Backend
 from nbdcore.server.channel import Channel, ConnectionOver
 from nbdcore.server.exports import ExportSettings, exports_of
@@ -23,6 +23,7 @@ from nbdcore.server.shutdown import Shutdown
 from nbdcore.server.transmission import transmit
 from nbdcore.streams.base import Stream, Want
 from nbdcore.streams.waiting import NEVER, Deadline, wait_any
+from nbdcore.uri import parse_uri
 
 __all__ = ["Server"]
 
@@ -78,15 +79,34 @@ class Server:
     def listen(self, transport: str, **address: Any) -> Listener:
         """Listen on a loaded transport at the address that its parts name: `listen("tcp", host="127.0.0.1", port=0)`.
 
-        Returns the listener; its `address` is the one in effect, and `address.uri(export)` what clients connect to. Clients are
-        accepted once the server is started; until then they queue. Raises TransportUnavailable for a transport that is not
-        loaded, TransportError where listening fails, UsageError for a wrong address or a stopped server.
+        Parts left out have the transport's defaults for listening. Returns the listener; its `address` is the one in effect, and
+        `address.uri(export)` what clients connect to. Clients are accepted once the server is started; until then they queue.
+        Raises TransportUnavailable for a transport that is not loaded, TransportError where listening fails, UsageError for a
+        wrong address or a stopped server.
         """
         from nbdcore.plugins.registry import registry  # the scan for plugins is costly, and serve_stream() needs none
 
-        self._refuse_if_stopped()
         chosen = registry.get(transport)
-        listener = chosen.listen(chosen.address(**address))
+        return self._listen(chosen, chosen.listening_address(**address))
+
+    def listen_uri(self, uri: str) -> Listener:
+        """Listen at the address that an NBD URI names, on the transport of its scheme; what export it names does not matter.
+
+        Returns and raises what `listen` does.
+        """
+        from nbdcore.plugins.registry import registry
+
+        where = parse_uri(uri)
+        if where.tls:
+            raise UsageError(
+                errno.ENOTSUP, f"{where.scheme} demands TLS, which this server has not; use {where.transport_scheme}"
+            )
+        chosen = registry.for_uri(where)
+        return self._listen(chosen, chosen.parse(where))
+
+    def _listen(self, transport: Transport, address: Address) -> Listener:
+        self._refuse_if_stopped()
+        listener = transport.listen(address)
         with self._lock:
             if not self._shutdown.requested:
                 self._listeners.append(listener)
