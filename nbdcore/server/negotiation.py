@@ -108,7 +108,7 @@ class _Negotiation:
 
     def _greet(self) -> bool:
         """Exchange greeting and flags; return whether the client speaks fixed newstyle."""
-        offered = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
+        offered = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)  # inverting a flag leaves unknown bits out
         self._channel.queue(wire.GREETING.pack(NBD_MAGIC, OPTION_MAGIC) + wire.HANDSHAKE_FLAGS.pack(offered))
         start = self._channel.need(wire.CLIENT_FLAGS.size, between=True)
         (flags,) = wire.CLIENT_FLAGS.unpack_from(self._channel.buffer, start)

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+import pytest
+
+from nbdcore.errors import UsageError
+from nbdcore.protocol.constants import AllocationFlag
+from nbdcore.server import FileDisk, fallocate
+
+HOLE = AllocationFlag.HOLE | AllocationFlag.ZERO
+MEBIBYTE = 1 << 20
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "disk"
+    file.touch()
+    os.truncate(file, 8 * MEBIBYTE)
+    return file
+
+
+@pytest.fixture(params=["everything", "no pread", "no SEEK_DATA", "no fallocate", "no fdatasync", "nothing"])
+def disk(request, path, monkeypatch):
+    """A disk on a platform that has everything, or lacks something."""
+    lacking = {
+        "everything": [],
+        "no pread": ["pread", "pwrite"],
+        "no SEEK_DATA": ["SEEK_DATA", "SEEK_HOLE"],
+        "no fallocate": [],
+        "no fdatasync": ["fdatasync", "posix_fadvise"],
+        "nothing": ["pread", "pwrite", "preadv", "pwritev", "SEEK_DATA", "SEEK_HOLE", "fdatasync", "posix_fadvise", "O_CLOEXEC"],
+    }
+    for name in lacking[request.param]:
+        monkeypatch.delattr(os, name, raising=False)
+    if request.param in {"no fallocate", "nothing"}:
+        monkeypatch.setattr(fallocate, "_function", lambda: None)
+    disk = FileDisk(path)
+    yield disk
+    disk.close()
+    disk.close()
+
+
+def test_what_is_written_is_read_and_in_the_file(disk, path):
+    disk.pwrite(b"begin", 0)
+    disk.pwrite(memoryview(b"end!"), 8 * MEBIBYTE - 4)
+    disk.flush()
+    disk.cache(MEBIBYTE, 0)
+    assert disk.size == 8 * MEBIBYTE
+    assert disk.pread(7, 0) == b"begin\0\0"
+    assert disk.pread(4, 8 * MEBIBYTE - 4) == b"end!"
+    assert path.read_bytes()[:5] == b"begin"
+
+
+def zeroed(disk, may_trim: bool) -> bool:
+    """Zero the second MiB; return whether that can be done (else the server writes)."""
+    try:
+        disk.zero(MEBIBYTE, MEBIBYTE, may_trim=may_trim)
+    except OSError as problem:
+        if problem.errno == errno.ENOTSUP:
+            return False
+        raise
+    return True
+
+
+def test_trimming_and_zeroing_leave_the_rest_alone(disk):
+    disk.pwrite(b"x" * (3 * MEBIBYTE), 0)
+    disk.trim(MEBIBYTE, MEBIBYTE)
+    for may_trim in (True, False):
+        if zeroed(disk, may_trim):
+            assert disk.pread(MEBIBYTE, MEBIBYTE) == bytes(MEBIBYTE)
+    assert disk.pread(MEBIBYTE, 0) == b"x" * MEBIBYTE
+    assert disk.pread(MEBIBYTE, 2 * MEBIBYTE) == b"x" * MEBIBYTE
+
+
+def test_extents_cover_the_range_and_call_no_data_a_hole(disk):
+    disk.pwrite(b"x" * MEBIBYTE, MEBIBYTE)
+    offset = 1000
+    for length, flags in disk.extents(8 * MEBIBYTE - 1000, offset):
+        assert length > 0
+        if flags & AllocationFlag.ZERO:
+            assert disk.pread(length, offset) == bytes(length)
+        offset += length
+    assert offset == 8 * MEBIBYTE
+
+
+if sys.platform == "linux":  # elsewhere holes are the file system's secret, or of another size
+
+    def test_holes_are_told_where_the_file_system_knows_them(path):
+        disk = FileDisk(path)
+        try:
+            disk.pwrite(b"x" * MEBIBYTE, 2 * MEBIBYTE)
+            assert list(disk.extents(8 * MEBIBYTE, 0)) == [(2 * MEBIBYTE, HOLE), (MEBIBYTE, 0), (5 * MEBIBYTE, HOLE)]
+            assert list(disk.extents(10, 2 * MEBIBYTE - 5)) == [(5, HOLE), (5, 0)]
+            disk.trim(MEBIBYTE, 2 * MEBIBYTE)
+            assert list(disk.extents(8 * MEBIBYTE, 0)) == [(8 * MEBIBYTE, HOLE)]
+        finally:
+            disk.close()
+
+
+def test_a_file_that_became_shorter_is_an_error_and_not_zeroes(disk, path):
+    os.truncate(path, MEBIBYTE)
+    with pytest.raises(OSError, match="the file ends at 1048576") as caught:
+        disk.pread(4096, MEBIBYTE - 100)
+    assert caught.value.errno == errno.EIO
+
+
+def test_a_file_opened_read_only_cannot_be_written(path):
+    disk = FileDisk(path, read_only=True)
+    try:
+        assert disk.read_only
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            disk.pwrite(b"x", 0)
+    finally:
+        disk.close()
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path):
+    with pytest.raises(UsageError):
+        FileDisk(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        FileDisk(tmp_path / "missing")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(UsageError):
+            FileDisk(tmp_path / "pipe")
