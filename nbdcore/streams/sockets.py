@@ -186,8 +186,9 @@ def connected_pair() -> tuple[socket.socket, socket.socket]:
     """Return two sockets connected to each other inside this process, on any platform. The caller closes them."""
     if os.name == "nt" or hasattr(socket, "AF_UNIX"):
         return socket.socketpair()
+    near = socket.socket()
     with socket.create_server(("127.0.0.1", 0), backlog=1) as server:
-        near = socket.create_connection(server.getsockname())
+        near.connect(server.getsockname())
         far, name = server.accept()
         while name != near.getsockname():  # a stranger on this machine was faster
             far.close()

@@ -1,0 +1,73 @@
+"""Pythons without the sockets of a transport: that transport says why it cannot work, and all else does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+TAKE_AWAY = """
+import socket
+for name in {names!r}:
+    if hasattr(socket, name):
+        delattr(socket, name)
+"""
+
+
+def run(names: list[str], program: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", TAKE_AWAY.format(names=names) + program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "reason"),
+    [
+        ("AF_VSOCK", "nbdcore_vsock", "this Python has no vsock sockets (socket.AF_VSOCK): they are Linux's"),
+        ("AF_UNIX", "nbdcore_unix", "this Python has no unix sockets (socket.AF_UNIX)"),
+    ],
+)
+def test_missing_family_makes_its_transport_unavailable_with_the_reason(family, module, reason):
+    program = f"""
+from nbdcore.errors import TransportUnavailable
+try:
+    import {module}
+except TransportUnavailable as exc:
+    print(exc.message)
+    print(exc)
+"""
+    assert run([family], program) == [reason, f"{reason} (ENOTSUP)"]
+
+
+def test_all_else_works_without_unix_and_vsock_sockets():
+    program = """
+import sys
+sys.modules["fcntl"] = None
+import nbdcore_tcp
+from nbdcore.testing.streams import check_stream
+from nbdcore.testing.transports import check_transport
+from nbdcore.streams.memory import memory_pair
+from nbdcore.streams.wakeup import Wakeup
+(tcp,) = nbdcore_tcp.nbdcore_transports()
+check_transport(tcp, tcp.address(port=0))
+check_stream(memory_pair)
+Wakeup().close()
+print("fine")
+"""
+    assert run(["AF_UNIX", "AF_VSOCK"], program) == ["fine"]
+
+
+def test_streams_load_no_plugin_machinery():
+    program = """
+import sys
+import nbdcore.streams.waiting, nbdcore.streams.connecting, nbdcore.streams.memory, nbdcore.streams.wakeup
+print(sorted({"pluggy", "asyncio", "ssl", "importlib_metadata", "concurrent.futures", "logging"} & sys.modules.keys()))
+"""
+    assert run([], program) == ["[]"]
