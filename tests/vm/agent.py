@@ -5,8 +5,8 @@
 Three virtio serial ports lead to the host: output, errors, and control. On control the host sends one JSON object a line,
 `{"function": "package.module:name", "arguments": {...}, "deadline": seconds}`, and gets one back, `{"value": ...}` or
 `{"failure": "traceback"}`. Each call runs in a process of its own, and everything that it started is ended after it: one call
-that hangs or breaks does not touch the next. Only importing the function's module happens here, so that it is done once: imports
-are what takes longest in an emulated processor.
+that hangs or breaks does not touch the next. Only importing the function's module happens here, and calling the module's
+`prepare`, where it has one: they are what takes longest in an emulated processor, and so they are done once for all calls.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 # The ports' names, which the host gives them; their device nodes are numbered by the order in which the kernel found them.
@@ -74,10 +75,18 @@ def _send(control: int, answer: dict[str, Any]) -> None:
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     module, name = request["function"].split(":")
     try:
-        function = getattr(importlib.import_module(module), name)
+        function = getattr(_prepared(module), name)
     except Exception:  # noqa: BLE001 - whatever it is, the host's test is to show it
         return {"failure": traceback.format_exc()}
     return _call_apart(function, request["arguments"], request["deadline"])
+
+
+def _prepared(name: str) -> ModuleType:
+    new = name not in sys.modules
+    module = importlib.import_module(name)
+    if new and hasattr(module, "prepare"):
+        module.prepare()
+    return module
 
 
 def _call_apart(function: Callable[..., Any], arguments: dict[str, Any], deadline: float) -> dict[str, Any]:

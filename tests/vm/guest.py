@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shlex
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,43 +23,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.vm import agent, cpio, modules
+from tests.interop.programs import DIES_WITH_US
+from tests.vm import machine, modules
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-_CACHE = REPOSITORY / ".cache" / "vm"
-_DEVICE = _CACHE / "device"
-_MODULES = _CACHE / "kernel" / "modules"
-_BUSYBOX = Path("/bin/busybox")
-# Debian 12 has it in qemu-system-common; later releases in a package virtiofsd.
-_VIRTIOFSD = (Path("/usr/lib/qemu/virtiofsd"), Path("/usr/libexec/virtiofsd"))
-# What the init needs to reach the root file system, and the agent the host.
-_BOOT_MODULES = ("virtio_pci", "virtiofs", "virtio_console")
-_MEMORY = "768M"
 # Emulated, on one core shared with all else, a boot takes 4 to 6 s; a loaded machine has been seen to need several times that.
 _BOOT_DEADLINE = 60.0
-
-_INIT = """\
-#!/bin/busybox sh
-# If anything fails, this ends, the kernel panics for want of a first process, and with it the machine stops.
-set -e
-export PATH=/bin
-/bin/busybox --install -s /bin
-mount -t devtmpfs devices /dev
-for module in /modules/*; do insmod $module; done
-mkdir -p /repository /root
-mount -t virtiofs -o ro root /root
-# What must be writable hides nothing of the repository, which may well be in /tmp itself.
-mount --bind /root{repository} /repository
-mount -t tmpfs -o mode=1777 tmp /root/tmp
-mount -t tmpfs -o mode=755 run /root/run
-mkdir -p /root{repository}
-mount --bind /repository /root{repository}
-mount --move /dev /root/dev
-mount -t proc proc /root/proc
-mount -t sysfs sysfs /root/sys
-export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp LC_ALL=C.UTF-8 PYTHONDONTWRITEBYTECODE=1
-exec switch_root /root {command}
-"""
 
 
 class GuestError(Exception):
@@ -99,7 +64,7 @@ class Guest:
 
     # Calling functions in the guest
 
-    def call(self, function: Callable[..., Any], *, deadline: float = 20.0, **arguments: Any) -> Any:
+    def call(self, function: Callable[..., Any], *, deadline: float = 60.0, **arguments: Any) -> Any:
         """Call a module's function in the guest and return its value; arguments and value are what JSON can carry.
 
         Raises GuestFailure with the traceback where the function raised, or took longer than `deadline` seconds.
@@ -109,7 +74,7 @@ class Guest:
         return answer["value"]
 
     @contextlib.contextmanager
-    def calling(self, function: Callable[..., Any], *, deadline: float = 20.0, **arguments: Any) -> Iterator[None]:
+    def calling(self, function: Callable[..., Any], *, deadline: float = 60.0, **arguments: Any) -> Iterator[None]:
         """Call a function in the guest while the block runs here; leaving the block waits for the function's end.
 
         Where both fail, the guest's failure is a note to the block's exception.
@@ -125,6 +90,8 @@ class Guest:
         answer: dict[str, Any] = {}
         try:
             yield answer
+        except KeyboardInterrupt:  # nobody will call again
+            raise
         except BaseException as error:
             error.add_note(self._finish(name, deadline, answer))
             raise
@@ -140,7 +107,7 @@ class Guest:
 
     def load_modules(self, *names: str) -> None:
         """Load these kernel modules, and what they depend on, into the guest's kernel."""
-        self.call(modules.load, paths=[str(path) for path in modules.load_order(_MODULES, names)])
+        self.call(modules.load, paths=[str(path) for path in modules.load_order(machine.MODULES, names)])
 
     def _receive(self, timeout: float) -> dict[str, Any]:
         line = b""
@@ -212,29 +179,28 @@ class Guest:
     # Starting
 
     def _start(self) -> None:
-        missing = [str(path) for path in (_CACHE / "kernel", _DEVICE, _BUSYBOX) if not path.exists()]
-        if missing:
-            raise GuestError(f"no {', '.join(missing)}: run tests/vm/fetch (and apt-get install busybox-static qemu-system-x86)")
-        (self.folder / "initramfs").write_bytes(_initramfs())
+        if missing := machine.missing():
+            raise GuestError(f"this machine has no {', '.join(missing)}: tests/setup/servers and tests/vm/fetch bring them")
+        (self.folder / "initramfs").write_bytes(machine.initramfs())
         for name in self._shown:
             (self.folder / name).touch()
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(self.folder / "files"))
             listener.listen(1)
-            self._spawn("virtiofsd", *_virtiofsd(listener.fileno()), descriptors=(listener.fileno(),))
-        self._spawn("device", *_vsock_device(self.folder / "device-control", self.folder / "vsock"))
+            self._spawn("virtiofsd", *machine.virtiofsd(listener.fileno()), descriptors=(listener.fileno(),))
+        self._spawn("device", *machine.vsock_device(self.folder / "device-control", self.folder / "vsock"))
         self._await_socket("device-control")
         self._control, theirs = socket.socketpair()
         self._ending.callback(self._control.close)
         with theirs:
-            self._spawn("qemu", *_qemu(self.folder, theirs.fileno()), descriptors=(theirs.fileno(),))
+            self._spawn("qemu", *machine.qemu(self.folder, theirs.fileno()), descriptors=(theirs.fileno(),))
         self._receive(_BOOT_DEADLINE)
 
     def _spawn(self, name: str, *command: str | Path, descriptors: tuple[int, ...] = ()) -> None:
         """Start a helper that is killed when this ends, and also when this process is killed."""
         with (self.folder / name).open("wb") as log:
             process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *command],
+                [*DIES_WITH_US, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -267,61 +233,6 @@ def _private_folder(ending: contextlib.ExitStack) -> Path:
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
-
-
-def _initramfs() -> bytes:
-    repository = shlex.quote(str(REPOSITORY))
-    init = _INIT.format(repository=repository, command=shlex.join([sys.executable, "-B", agent.__file__, str(REPOSITORY)]))
-    entries = [cpio.Entry.folder(name) for name in ("bin", "dev", "modules", "proc", "sys")]
-    entries.append(cpio.Entry.file("init", init.encode(), executable=True))
-    entries.append(cpio.Entry.file("bin/busybox", _BUSYBOX.read_bytes(), executable=True))
-    for number, module in enumerate(modules.load_order(_MODULES, _BOOT_MODULES)):
-        entries.append(cpio.Entry.file(f"modules/{number:02}-{module.name}", module.read_bytes()))
-    return cpio.archive(entries)
-
-
-def _virtiofsd(listener: int) -> list[str | Path]:
-    program = next((program for program in _VIRTIOFSD if program.exists()), _VIRTIOFSD[0])
-    # Only root may chroot, or who is root in a user namespace of his own; then the guest sees what that user sees.
-    as_root = [] if os.geteuid() == 0 else ["unshare", "--map-root-user"]
-    # A listening socket of ours, not a path: for a path it leaves a file in /run. A chroot works inside containers too, where
-    # mounting may be forbidden. Nothing writes: the guest mounts it read-only.
-    return [*as_root, program, "-f", f"--fd={listener}", "-o", "source=/", "-o", "sandbox=chroot", "-o", "cache=always"]
-
-
-def _vsock_device(control: Path, path: Path) -> list[str | Path]:
-    # Started by the loader of the C library that it was built for, which is newer than this machine's.
-    loader = [_DEVICE / "ld-linux-x86-64.so.2", "--library-path", _DEVICE]
-    return [*loader, _DEVICE / "vhost-device-vsock", "--guest-cid=3", f"--socket={control}", f"--uds-path={path}"]
-
-
-def _qemu(folder: Path, control: int) -> list[str | Path]:
-    command: list[str | Path] = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
-    command += ["-machine", "q35,memory-backend=memory", "-accel", _accelerator(), "-cpu", "max", "-smp", "2", "-m", _MEMORY]
-    # Shared memory: the vhost-user helpers work in it.
-    command += ["-object", f"memory-backend-memfd,id=memory,size={_MEMORY},share=on"]
-    command += ["-kernel", _CACHE / "kernel" / "vmlinuz", "-initrd", folder / "initramfs"]
-    command += ["-append", "console=ttyS0 quiet panic=-1"]
-    command += ["-chardev", f"file,id=console,path={folder / 'console'}", "-serial", "chardev:console"]
-    command += ["-chardev", f"socket,id=files,path={folder / 'files'}", "-device", "vhost-user-fs-pci,chardev=files,tag=root"]
-    command += ["-chardev", f"socket,id=vsock,path={folder / 'device-control'}", "-device", "vhost-user-vsock-pci,chardev=vsock"]
-    command += ["-device", "virtio-serial-pci"]
-    ports = {agent.OUTPUT_PORT: f"file,path={folder / 'output'}", agent.ERROR_PORT: f"file,path={folder / 'errors'}"}
-    ports[agent.CONTROL_PORT] = f"socket,fd={control}"
-    for name, backend in ports.items():
-        command += ["-chardev", f"{backend},id={name}", "-device", f"virtserialport,chardev={name},name={name}"]
-    return command
-
-
-def _accelerator() -> str:
-    """Return "kvm" where the processor really has it: /dev/kvm alone may be a far slower emulation than QEMU's own."""
-    flags = Path("/proc/cpuinfo").read_text()
-    virtualization = any(flag in flags.split() for flag in ("svm", "vmx"))
-    try:
-        usable = virtualization and Path("/dev/kvm").open("r+b").close() is None
-    except OSError:
-        usable = False
-    return "kvm" if usable else "tcg,thread=multi"
 
 
 def _line(connection: socket.socket) -> bytes:

@@ -12,7 +12,8 @@ import pytest
 
 from tests.interop.programs import DIES_WITH_US
 from tests.vm import probes
-from tests.vm.guest import REPOSITORY, Guest, GuestError, GuestFailure
+from tests.vm.guest import Guest, GuestError, GuestFailure
+from tests.vm.machine import REPOSITORY
 
 pytestmark = [pytest.mark.vm, pytest.mark.xdist_group("vm")]
 
