@@ -45,7 +45,7 @@ vm-parts: servers
 
 clean: ## remove all that make made, the virtual environment and downloads too
 	rm -rf $(VENV) .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist site
-	find nbdcore transports tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What is installed changes with pyproject.toml only: the package itself is installed editable.
 $(VENV)/ready: pyproject.toml hatch_build.py tests/setup/venv
