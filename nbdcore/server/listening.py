@@ -11,19 +11,21 @@ import errno
 import logging
 import threading
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from nbdcore.errors import UsageError
-from nbdcore.plugins.spec import Address, Listener, Transport
 from nbdcore.server.backend import Backend
 from nbdcore.server.channel import Channel, ConnectionOver
 from nbdcore.server.exports import ExportSettings, exports_of
 from nbdcore.server.negotiation import negotiate
 from nbdcore.server.shutdown import Shutdown
 from nbdcore.server.transmission import transmit
-from nbdcore.streams.base import Stream, Want
+from nbdcore.streams.base import Address, Listener, Stream, Want
 from nbdcore.streams.waiting import NEVER, Deadline, wait_any
 from nbdcore.uri import parse_uri
+
+if TYPE_CHECKING:  # at run time it would bring pluggy, which only listening needs
+    from nbdcore.plugins.spec import Transport
 
 __all__ = ["Server"]
 
@@ -52,7 +54,7 @@ class Server:
         *,
         read_only: bool = False,
         max_clients: int = 128,
-        handshake_timeout: float = 30.0,
+        handshake_timeout: float | None = 30.0,
     ) -> None:
         """Prepare to serve one export, called "", or several by name; nothing is opened yet.
 
@@ -144,11 +146,11 @@ class Server:
         finally:
             self.stop()
 
-    def stop(self, timeout: float = 5.0) -> None:
+    def stop(self, timeout: float | None = 5.0) -> None:
         """Stop: accept nobody, answer what was begun, disconnect everybody, close the back ends. Idempotent.
 
-        Returns within about `timeout` seconds. Only a back end that does not return by then leaves a thread behind, until it
-        does; that is logged, and its back ends stay open.
+        Returns within about `timeout` seconds; with None clients have all the time they need. Only a back end that does not
+        return by then leaves a thread behind, until it does; that is logged, and its back ends stay open.
         """
         with self._lock:
             self._shutdown.request(Deadline.after(timeout))
@@ -169,7 +171,8 @@ class Server:
     def _join(self, threads: Iterable[threading.Thread]) -> None:
         for thread in threads:
             if thread is not threading.current_thread():
-                thread.join((self._shutdown.deadline.remaining() or 0) + _LAST_MOMENT)
+                left = self._shutdown.deadline.remaining()
+                thread.join(None if left is None else left + _LAST_MOMENT)
 
     def _finish(self) -> None:
         """Close what the clients used, once the last of them is gone; the last one does it where stop() could not wait."""
@@ -219,19 +222,20 @@ class Server:
             elif limited and len(self._clients) >= self._max_clients:
                 problem = f"there are {self._max_clients} clients already"
             else:
-                problem = ""
-                self._clients.add(thread)
-        if not problem:
-            try:
-                thread.start()
-            except RuntimeError as failure:  # the system gives no more threads
-                problem = str(failure)
-                with self._lock:
-                    self._clients.discard(thread)
+                problem = self._started_client(thread)
         if problem:
-            _log.warning("a client was disconnected: %s", problem)
+            _log.warning("%s was disconnected: %s", stream, problem)
             stream.close()
         return not problem
+
+    def _started_client(self, thread: threading.Thread) -> str:
+        """Start a client's thread, and return why it could not be; the lock is held, so that stop() joins no half-started one."""
+        try:
+            thread.start()
+        except RuntimeError as failure:  # the system gives no more threads
+            return str(failure)
+        self._clients.add(thread)
+        return ""
 
     def _serve(self, stream: Stream) -> None:
         """Serve one client to its end, whatever that is: it must harm no other."""
@@ -243,11 +247,11 @@ class Server:
                 channel.deadline = NEVER
                 transmit(channel, agreement, self._shutdown)
         except ConnectionOver as end:
-            _log.log(logging.WARNING if end.violation else logging.DEBUG, "a client was disconnected: %s", end)
+            _log.log(logging.WARNING if end.violation else logging.DEBUG, "%s was disconnected: %s", stream, end)
         except OSError as problem:
-            _log.debug("a client's connection failed: %s", problem)
+            _log.debug("%s was lost: %s", stream, problem)
         except Exception:  # noqa: BLE001  # a fault of ours costs this client, and must be seen, but not the others
-            _log.exception("a client was disconnected by a fault of the server")
+            _log.exception("%s was disconnected by a fault of the server", stream)
         finally:
             stream.close()
             with self._lock:

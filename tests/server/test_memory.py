@@ -4,7 +4,7 @@ import errno
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdcore.errors import UsageError
@@ -19,6 +19,7 @@ ranges = st.tuples(st.integers(0, SIZE), st.integers(0, SIZE)).map(lambda pair: 
 actions = st.lists(st.tuples(st.sampled_from(["write", "trim", "zero"]), ranges, st.integers(1, 255)), max_size=12)
 
 
+@settings(deadline=None)
 @given(actions, ranges)
 def test_any_sequence_of_writes_and_holes_reads_like_plain_bytes(sequence, asked):
     disk, plain = MemoryDisk(SIZE), bytearray(SIZE)

@@ -3,7 +3,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdcore.server.ranges import aligned, clipped, merged
@@ -15,11 +15,13 @@ def per_byte(told):
     return [flags for length, flags in told for _ in range(length)]
 
 
+@settings(deadline=None)
 @given(extents, st.integers(1, 10000))
 def test_clipping_keeps_every_byte_inside_the_range(told, count):
     assert per_byte(clipped(told, count)) == per_byte(told)[:count]
 
 
+@settings(deadline=None)
 @given(extents)
 def test_merging_keeps_every_byte_and_leaves_no_equal_neighbours(told):
     result = list(merged(told))
@@ -27,6 +29,7 @@ def test_merging_keeps_every_byte_and_leaves_no_equal_neighbours(told):
     assert all(before[1] != after[1] for before, after in pairwise(result))
 
 
+@settings(deadline=None)
 @given(extents, st.sampled_from([1, 2, 512]))
 def test_an_aligned_block_has_only_the_flags_of_all_its_bytes(told, block):
     flat = per_byte(told)
