@@ -1,0 +1,105 @@
+"""`nbdcore demo`: what works on this machine, shown by doing it. Its trials are in `nbdcore.cli.trial`.
+
+Everything happens inside this process and this machine: TCP on 127.0.0.1, a unix socket in a folder of its own, vsock on CID 1,
+which is this machine itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.text import Text
+
+from nbdcore import TransportUnavailable
+from nbdcore.cli.output import Failure, escaped, paragraph, say, table
+from nbdcore.cli.sizes import rounded
+from nbdcore.cli.trial import SIZE, Outcome, pattern, run_trial
+from nbdcore.plugins.registry import State, TransportStatus, registry
+
+__all__ = ["demo"]
+
+# Seconds that all measuring may take, on however many transports, of the five that a demo may.
+_MEASURING = 3.0
+# The longest that one thing is measured; longer would tell no more.
+_MOMENT = 0.3
+# The kernel's own words are about addresses; what a user can do is another matter.
+_VSOCK_HINT = ". Within one machine vsock takes the kernel module vsock_loopback; between a virtual machine and its host it may work all the same"
+_NUMBERS = ("disk", "compared", "extents", "write", "read", "4 KiB reads")
+
+
+@click.command()
+def demo() -> None:
+    """Try every transport on this machine: serve a disk, use it, and check every byte.
+
+    Takes a few seconds, needs nothing, and leaves nothing behind. The exit status is 0 if all that could be tried was right.
+    """
+    say("nbdcore serves a disk in memory over each transport that works here, connects to it as a client,")
+    say("writes, reads back and compares, and walks the extents.\n")
+    with tempfile.TemporaryDirectory(prefix="nbdcore-") as folder:
+        outcomes = _try_all(Path(folder))
+    tried = [outcome for outcome in outcomes if not outcome.reason]
+    if tried:
+        table(["transport", "result", *_NUMBERS], [_row(outcome) for outcome in tried], numbers=_NUMBERS)
+    for outcome in outcomes:
+        if outcome.reason or outcome.fault:
+            say("")
+            paragraph(f"{escaped(outcome.transport)} {'is wrong' if outcome.fault else 'was not tried'}: {_why(outcome)}")
+    say("")
+    _conclude(tried)
+
+
+def _try_all(folder: Path) -> list[Outcome]:
+    statuses = registry.statuses()
+    data = pattern()
+    loaded = sum(status.state is State.LOADED for status in statuses)
+    moment = min(_MOMENT, _MEASURING / (3 * max(loaded, 1)))
+    return [_try(status, folder, data, moment) for status in statuses]
+
+
+def _try(status: TransportStatus, folder: Path, data: bytes, moment: float) -> Outcome:
+    if status.state is not State.LOADED:
+        return Outcome(status.name, reason=status.reason)
+    # A third party's transport is asked for an address of its own; one that has none says so, and that is the reason.
+    ours: dict[str, dict[str, Any]] = {
+        "tcp": {"host": "127.0.0.1", "port": 0},
+        "unix": {"path": folder / "socket"},
+        "vsock": {"cid": 1, "port": 0},
+    }
+    outcome = run_trial(registry.get(status.name), ours.get(status.name, {}), data, moment)
+    if status.name == "vsock" and outcome.reason:
+        outcome.reason += (
+            ". A virtual machine and its host can use vsock all the same; within one machine it takes vsock_loopback"
+        )
+    return outcome
+
+
+def _row(outcome: Outcome) -> list[str | Text]:
+    if outcome.fault:
+        return [escaped(outcome.transport), Text("WRONG", "bold red"), *("-" for _ in _NUMBERS)]
+    return [
+        escaped(outcome.transport),
+        Text("right", "green"),
+        rounded(SIZE),
+        rounded(outcome.compared),
+        str(outcome.extents),
+        f"{outcome.writing / 1e6:,.0f} MB/s",
+        f"{outcome.reading / 1e6:,.0f} MB/s",
+        f"{outcome.small_reads:,.0f}/s",
+    ]
+
+
+def _why(outcome: Outcome) -> str:
+    return escaped(outcome.fault or outcome.reason)
+
+
+def _conclude(tried: list[Outcome]) -> None:
+    if not tried:
+        raise TransportUnavailable("no transport could be tried on this machine", errno=errno.ENOTSUP)
+    wrong = [outcome.transport for outcome in tried if outcome.fault]
+    if wrong:
+        raise Failure(f"the demo found a fault over {', '.join(wrong)}: please report it with the lines above")
+    say("What came back was what was written, every byte of it. Serve a disk of your own next:  nbdcore serve --memory 1G")
