@@ -27,7 +27,10 @@ _MEASURING = 3.0
 # The longest that one thing is measured; longer would tell no more.
 _MOMENT = 0.3
 # The kernel's own words are about addresses; what a user can do is another matter.
-_VSOCK_HINT = ". Within one machine vsock takes the kernel module vsock_loopback; between a virtual machine and its host it may work all the same"
+_VSOCK_HINT = (
+    ". Within one machine vsock takes the kernel module vsock_loopback; "
+    "between a virtual machine and its host it may work all the same"
+)
 _NUMBERS = ("disk", "compared", "extents", "write", "read", "4 KiB reads")
 
 
@@ -63,17 +66,20 @@ def _try_all(folder: Path) -> list[Outcome]:
 def _try(status: TransportStatus, folder: Path, data: bytes, moment: float) -> Outcome:
     if status.state is not State.LOADED:
         return Outcome(status.name, reason=status.reason)
-    # A third party's transport is asked for an address of its own; one that has none says so, and that is the reason.
+    transport = registry.get(status.name)
     ours: dict[str, dict[str, Any]] = {
         "tcp": {"host": "127.0.0.1", "port": 0},
         "unix": {"path": folder / "socket"},
         "vsock": {"cid": 1, "port": 0},
     }
-    outcome = run_trial(registry.get(status.name), ours.get(status.name, {}), data, moment)
+    if status.name not in ours:
+        try:
+            transport.listening_address()
+        except Exception as error:  # noqa: BLE001 (a stranger's code may raise anything)
+            return Outcome(status.name, reason=f"it has no address to listen at unless it is told one ({error})")
+    outcome = run_trial(transport, ours.get(status.name, {}), data, moment)
     if status.name == "vsock" and outcome.reason:
-        outcome.reason += (
-            ". A virtual machine and its host can use vsock all the same; within one machine it takes vsock_loopback"
-        )
+        outcome.reason += _VSOCK_HINT
     return outcome
 
 
