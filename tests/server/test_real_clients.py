@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import pytest
 
 from nbdcore.server import BlockSizes, ExportSettings, FileDisk, MemoryDisk, Server
-from tests.interop.programs import run
+from tests.interop.programs import QEMU_NBD_10, run
+from tests.interop.servers import qemu_nbd
 
 MEBIBYTE = 1 << 20
 SIZE = 16 * MEBIBYTE + 512
@@ -217,6 +218,21 @@ def test_qemu_io_uses_every_command(served, disk):
     assert disk.pread(64 << 10, 4096) == bytes(64 << 10)
     assert disk.pread(64 << 10, 256 << 10) == bytes(64 << 10)
     assert disk.pread(4096, MEBIBYTE) == b"\x09" * 4096
+
+
+@pytest.mark.interop(QEMU_NBD_10, "nbdcopy")
+def test_qemu_10_reads_and_writes_with_extended_headers(served, disk, tmp_path):
+    """QEMU's NBD client, behind its own server: what is copied to and from it has passed through both."""
+    uri = served(disk)
+    listed = run(QEMU_NBD_10, "--list", f"--socket={uri.partition('socket=')[2]}").stdout
+    assert "transaction size: 64-bit" in listed
+    assert "block-status-payload" in listed
+    (tmp_path / "source").write_bytes(contents())
+    with qemu_nbd(uri, binary=QEMU_NBD_10) as proxy:
+        run("nbdcopy", tmp_path / "source", proxy.uri)
+        assert disk.pread(SIZE, 0) == contents()
+        run("nbdcopy", proxy.uri, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == contents()
 
 
 # ---------------------------------------------------------------------------------------------- fio
