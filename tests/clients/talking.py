@@ -1,0 +1,127 @@
+"""Clients and scripted servers in conversation: what most tests of this folder begin with, and the table of calls that they try."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nbdcore import Client
+from nbdcore.protocol.constants import Chunk, CommandType, Option, OptionReply
+from nbdcore.testing.scripted import (
+    Connection,
+    Negotiation,
+    Reply,
+    ScriptedServer,
+    Step,
+    chunk,
+    data,
+    greeting,
+    info_replies,
+    option_reply,
+    simple,
+    status,
+)
+
+#: Seconds that any one wait may take. No test takes so long unless it fails.
+PATIENCE = 10.0
+#: Seconds of a deadline that a test wants to pass.
+SHORT = 0.05
+CONTEXTS = {1: "base:allocation"}
+DISK = 1 << 20
+
+
+def script(*steps: Step, **offer: Any) -> list[Step]:
+    """Return a script that opens an export, then goes on with `steps`."""
+    return [greeting(), Negotiation(**{"size": DISK, "contexts": CONTEXTS, **offer}), *steps]
+
+
+@contextlib.contextmanager
+def talk(*steps: Step, options: dict[str, Any] | None = None, **offer: Any) -> Iterator[tuple[Client, Connection]]:
+    """Connect a client to a server that plays `steps` once the export is open. Leaving does not say goodbye."""
+    with ScriptedServer(script(*steps, **offer), patience=PATIENCE) as server:
+        client = Client(server.stream(), timeout=PATIENCE, **(options or {}))
+        with contextlib.closing(client):
+            yield client, server.connections[0]
+
+
+@contextlib.contextmanager
+def in_background(call: Callable[[], Any]) -> Iterator[list[Any]]:
+    """Run a call in a thread of its own; the list gets its result, or what it raised, by the end of the block."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        except BaseException as exc:  # noqa: BLE001 (the test looks at it)
+            outcome.append(exc)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield outcome
+    finally:
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "the call hangs"
+
+
+# ---------------------------------------------------------------------------------------------- every call that waits
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the transmission phase: how to make it, and what a server answers it with."""
+
+    kind: CommandType
+    make: Callable[..., Any]
+    chunks: Reply
+    simple: Reply | None
+
+
+_DONE = chunk(Chunk.NONE)
+_EIGHT = b"12345678"
+
+CALLS: dict[str, Call] = {
+    "pread": Call(CommandType.READ, lambda c, **o: c.pread(8, 0, **o), data(_EIGHT), simple(_EIGHT)),
+    "pread_into": Call(CommandType.READ, lambda c, **o: c.pread_into(bytearray(8), 0, **o), data(_EIGHT), simple(_EIGHT)),
+    "pwrite": Call(CommandType.WRITE, lambda c, **o: c.pwrite(_EIGHT, 0, **o), _DONE, simple()),
+    "flush": Call(CommandType.FLUSH, lambda c, **o: c.flush(**o), _DONE, simple()),
+    "trim": Call(CommandType.TRIM, lambda c, **o: c.trim(8, 0, **o), _DONE, simple()),
+    "zero": Call(CommandType.WRITE_ZEROES, lambda c, **o: c.zero(8, 0, **o), _DONE, simple()),
+    "cache": Call(CommandType.CACHE, lambda c, **o: c.cache(8, 0, **o), _DONE, simple()),
+    "block_status": Call(CommandType.BLOCK_STATUS, lambda c, **o: c.block_status(8, 0, **o), status(1, [(8, 0)]), None),
+    "extents": Call(CommandType.BLOCK_STATUS, lambda c, **o: list(c.extents(count=8, **o)), status(1, [(8, 0)]), None),
+}
+
+#: Name -> the call, and the server's whole answer.
+OPTION_CALLS: dict[str, tuple[Callable[..., Any], bytes]] = {
+    "opt_list": (
+        lambda c, **o: c.opt_list(**o),
+        option_reply(Option.LIST, OptionReply.SERVER, b"\0\0\0\1a") + option_reply(Option.LIST),
+    ),
+    "opt_info": (lambda c, **o: c.opt_info(**o), info_replies(Option.INFO, DISK, block_size=(1, 512, 1 << 16), name="n")),
+    "opt_go": (lambda c, **o: c.opt_go(**o), info_replies(Option.GO, DISK, description="d")),
+    "opt_structured_reply": (lambda c, **o: c.opt_structured_reply(**o), option_reply(Option.STRUCTURED_REPLY)),
+    "opt_extended_headers": (lambda c, **o: c.opt_extended_headers(**o), option_reply(Option.EXTENDED_HEADERS)),
+    "opt_list_meta_context": (
+        lambda c, **o: c.opt_list_meta_context(**o),
+        option_reply(Option.LIST_META_CONTEXT, OptionReply.META_CONTEXT, b"\0\0\0\1a:b") + option_reply(Option.LIST_META_CONTEXT),
+    ),
+    "opt_set_meta_context": (
+        lambda c, **o: c.opt_set_meta_context(["a:b"], **o),
+        option_reply(Option.SET_META_CONTEXT, OptionReply.META_CONTEXT, b"\0\0\0\1a:b") + option_reply(Option.SET_META_CONTEXT),
+    ),
+    "opt_starttls": (lambda c, **o: c.opt_starttls(**o), option_reply(Option.STARTTLS)),
+}
+
+
+def ready_for_options(connection: Connection) -> None:
+    """Greet a client that asks for nothing by itself (`OPTION_MODE`)."""
+    connection.send(greeting())
+    connection.receive(4)
+
+
+#: Options of a client that pauses right after the greeting.
+OPTION_MODE: dict[str, Any] = {"opt_mode": True, "structured_replies": False, "contexts": ()}
