@@ -1,0 +1,52 @@
+"""Draws into the pages what has its one source in the code, when the site is built: the legal calls, the commands' help.
+
+A page says where with a line of its own, such as `<!-- drawn: legal calls -->`. mkdocs calls `on_page_markdown`; the functions
+behind it need nothing of mkdocs, so that the tests call them too.
+"""  # noqa: INP001 (a file that mkdocs runs, in no package)
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+from nbdcore.cli.app import program
+from nbdcore.protocol.state import LEGAL, Phase
+
+_PLACE = re.compile(r"^<!-- drawn: (.+) -->$", re.MULTILINE)
+# Characters in a line of help: what a code block on a page has room for.
+_WIDTH = 90
+
+
+def legal_calls() -> str:
+    """Return the table of calls and phases, as `nbdcore.protocol.state` has it."""
+    header = ["call", *(phase.value for phase in Phase)]
+    rows = [[f"`{call}`", *("yes" if phase in legal else "-" for phase in Phase)] for call, legal in LEGAL.items()]
+    rule = ["---", *(":-:" for _ in Phase)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def commands() -> str:
+    """Return the help of the program and of each of its commands, as they print it."""
+    return "\n\n".join(f"{heading}\n\n```text\n{text}\n```" for heading, text in _helps())
+
+
+def _helps() -> Iterator[tuple[str, str]]:
+    outer = click.Context(program, info_name="nbdcore", terminal_width=_WIDTH)
+    yield "## nbdcore", _help(program, outer)
+    for name, command in program.commands.items():
+        yield f"## nbdcore {name}", _help(command, click.Context(command, info_name=name, parent=outer, terminal_width=_WIDTH))
+
+
+def _help(command: click.Command, context: click.Context) -> str:
+    return command.get_help(context).replace("\b", "")
+
+
+DRAWN: dict[str, Callable[[], str]] = {"legal calls": legal_calls, "commands": commands}
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put what is drawn in the places for it. Raises KeyError for a place that nothing is drawn for."""
+    return _PLACE.sub(lambda place: DRAWN[place[1]](), markdown)
