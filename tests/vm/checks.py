@@ -211,12 +211,11 @@ def _error_of(call: Callable[[], Any]) -> dict[str, Any]:
 
 def check(found: object, wanted: object, what: str) -> None:
     if found != wanted:
-        raise AssertionError(f"{what}: found {_short(found)}, wanted {_short(wanted)}")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"
+        if isinstance(found, bytes) and isinstance(wanted, bytes):
+            differing = (at for at, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1])
+            at = next(differing, min(len(found), len(wanted)))
+            what, found, wanted = f"{what}, from byte {at} on", found[at : at + 32], wanted[at : at + 32]
+        raise AssertionError(f"{what}: found {found!r}, wanted {wanted!r}")
 
 
 def _listen(server: Server) -> int:
