@@ -29,8 +29,11 @@ def adopt_orphans() -> None:
 
 
 def open_descriptors() -> dict[int, str]:
-    """Return this process's open descriptors, each with what it leads to."""
-    return dict(_descriptors())
+    """Return this process's open descriptors, each with what it leads to.
+
+    The standard streams are left out: pytest changes what they lead to, and back when it is interrupted.
+    """
+    return {number: what for number, what in _descriptors() if number > 2}
 
 
 def _descriptors() -> Iterator[tuple[int, str]]:
