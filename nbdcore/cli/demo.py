@@ -6,7 +6,6 @@ which is this machine itself.
 
 from __future__ import annotations
 
-import errno
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import click
 from rich.text import Text
 
-from nbdcore import TransportUnavailable
 from nbdcore.cli.output import Failure, escaped, paragraph, say, table
 from nbdcore.cli.sizes import rounded
 from nbdcore.cli.trial import SIZE, Outcome, pattern, run_trial
@@ -34,24 +32,27 @@ _VSOCK_HINT = (
 _NUMBERS = ("disk", "compared", "extents", "write", "read", "4 KiB reads")
 
 
-@click.command()
+@click.command(short_help="Show what works on this machine.")
 def demo() -> None:
     """Try every transport on this machine: serve a disk, use it, and check every byte.
 
     Takes a few seconds, needs nothing, and leaves nothing behind. The exit status is 0 if all that could be tried was right.
     """
-    say("nbdcore serves a disk in memory over each transport that works here, connects to it as a client,")
-    say("writes, reads back and compares, and walks the extents.\n")
-    with tempfile.TemporaryDirectory(prefix="nbdcore-") as folder:
+    paragraph(
+        "nbdcore serves a disk in memory over each transport that works here, connects to it as a client, "
+        "writes, reads back and compares, and walks the extents."
+    )
+    say("")
+    with tempfile.TemporaryDirectory(prefix="nbdcore-demo-") as folder:
         outcomes = _try_all(Path(folder))
     tried = [outcome for outcome in outcomes if not outcome.reason]
     if tried:
         table(["transport", "result", *_NUMBERS], [_row(outcome) for outcome in tried], numbers=_NUMBERS)
+        say("")
     for outcome in outcomes:
         if outcome.reason or outcome.fault:
-            say("")
             paragraph(f"{escaped(outcome.transport)} {'is wrong' if outcome.fault else 'was not tried'}: {_why(outcome)}")
-    say("")
+            say("")
     _conclude(tried)
 
 
@@ -104,8 +105,8 @@ def _why(outcome: Outcome) -> str:
 
 def _conclude(tried: list[Outcome]) -> None:
     if not tried:
-        raise TransportUnavailable("no transport could be tried on this machine", errno=errno.ENOTSUP)
+        raise Failure("no transport could be tried on this machine")
     wrong = [outcome.transport for outcome in tried if outcome.fault]
     if wrong:
         raise Failure(f"the demo found a fault over {', '.join(wrong)}: please report it with the lines above")
-    say("What came back was what was written, every byte of it. Serve a disk of your own next:  nbdcore serve --memory 1G")
+    paragraph("What came back was what was written, every byte of it. Serve a disk of your own next:  nbdcore serve --memory 1G")

@@ -25,7 +25,7 @@ from nbdcore import (
     UsageError,
     parse_uri,
 )
-from nbdcore.cli.output import described, escaped, say, warn
+from nbdcore.cli.output import Failure, described, escaped, say, warn
 from nbdcore.cli.sizes import exact, rounded
 
 __all__ = ["info"]
@@ -49,7 +49,7 @@ _BLOCK_SIZES = ("block_size_minimum", "block_size_preferred", "block_size_maximu
 Facts = dict[str, Any]
 
 
-@click.command()
+@click.command(short_help="Describe a disk, or all that a server has.")
 @click.argument("uri")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with the keys of nbdinfo --json.")
 @click.option("--size", "only_size", is_flag=True, help="Print the size in bytes, and nothing else.")
@@ -84,7 +84,7 @@ def _describe_one(inquiry: _Inquiry, *, as_json: bool, only_size: bool) -> None:
         facts = inquiry.facts(inquiry.chosen)
     except NegotiationError as error:
         hint = "; --list shows the exports that there are" if error.errno == errno.ENOENT else ""
-        raise NegotiationError(error.errno or 0, error.message + hint, server_text=error.server_text) from error
+        raise Failure(described(error) + hint) from error
     if only_size:
         if "export-size" not in facts:
             raise UsageError(errno.EOVERFLOW, "the export claims more bytes than can be addressed")
@@ -106,7 +106,8 @@ def _describe_all(inquiry: _Inquiry, *, as_json: bool) -> None:
         try:
             facts = inquiry.facts(export.name, export.description)
         except (NegotiationError, Disconnected, ProtocolViolation, UsageError) as error:
-            warn(f'export "{escaped(export.name)}": {described(error)}')
+            # A refusal names the export itself.
+            warn(described(error) if isinstance(error, NegotiationError) else f"export {export.name!r}: {described(error)}")
             failed = True
             continue
         if as_json:
@@ -216,7 +217,7 @@ def _headline(server: Facts) -> str:
 
 
 def _lines(facts: Facts) -> Iterator[str]:
-    name = escaped(facts["export-name"]).replace("\\", "\\\\").replace('"', '\\"')
+    name = escaped(facts["export-name"].replace("\\", "\\\\").replace('"', '\\"'))
     yield f'export="{name}":'
     if "description" in facts:
         yield f"\tdescription: {escaped(facts['description'])}"

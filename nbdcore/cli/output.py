@@ -7,6 +7,7 @@ servers. Colours and wrapping are for terminals only; what is piped is plain, an
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from nbdcore.errors import Error, printable
+from nbdcore.errors import Error, UsageError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -62,6 +63,8 @@ def prepare() -> None:
 
 def described(error: OSError) -> str:
     """Return an error as a user should read it."""
+    if isinstance(error, UsageError):
+        return error.message  # it says what is wrong with which word; an error number adds nothing
     if isinstance(error, Error) or error.strerror is None:
         return str(error) or type(error).__name__
     where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
@@ -123,15 +126,30 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, numbe
         say(_rendered(console, drawn))
         return
     margin = max(map(len, columns)) + 2
-    for row in cells:
-        lines = [Text.assemble(f"{column}:".ljust(margin), cell) for column, cell in zip(columns, row, strict=True)]
-        say(_rendered(console, Text("\n").join(lines)) + "\n")
+    blocks = [
+        Text("\n").join(Text.assemble(f"{column}:".ljust(margin), cell) for column, cell in zip(columns, row, strict=True))
+        for row in cells
+    ]
+    say(_rendered(console, Text("\n\n").join(blocks)))
 
 
 def _console() -> Console:
+    """Return what draws for the standard output there is; writing is left to `say`."""
     from rich.console import Console
 
-    return Console(markup=False, highlight=False, emoji=False)
+    shown = sys.stdout is not None and sys.stdout.isatty()
+    return Console(file=_Sheet(), force_terminal=shown, markup=False, highlight=False, emoji=False)
+
+
+class _Sheet(io.StringIO):
+    """Takes what is drawn, and knows in which encoding it will be shown: not every one has lines to draw tables with."""
+
+    encoding = "utf-8"  # of the class, since StringIO's own cannot be assigned to
+
+    def __init__(self) -> None:
+        super().__init__()
+        if sys.stdout is not None:
+            self.encoding = sys.stdout.encoding
 
 
 def _rendered(console: Console, what: RenderableType, *, soft_wrap: bool = False) -> str:

@@ -11,19 +11,21 @@ import errno
 import ipaddress
 import logging
 import os
+import re
 import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import click
 
-from nbdcore import DEFAULT_PORT, UsageError, parse_uri
+from nbdcore import DEFAULT_PORT, URI, UsageError, parse_uri
 from nbdcore.cli.output import escaped, say, warn
-from nbdcore.cli.sizes import SIZE, rounded
+from nbdcore.cli.sizes import parsed, rounded
 from nbdcore.server import Backend, ExportSettings, FileDisk, MemoryDisk, Server
 from nbdcore.streams.base import Listener
 
@@ -53,55 +55,55 @@ class Place:
         return server.listen_uri(self.uri) if self.uri else server.listen(self.transport, **self.parts)
 
 
-class _TCP(click.ParamType[Place]):
-    name = "[HOST:]PORT"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Place:
-        host, colon, port = value.rpartition(":")
-        if host.startswith("[") and host.endswith("]"):
-            host = host[1:-1]
-        elif ":" in host:
-            self.fail(f"write an IPv6 address in brackets, as in [{host}]:{port}", param, ctx)
-        if not port.isdecimal() or (colon and not host):
-            self.fail(f"{value!r} is not PORT or HOST:PORT, such as 10809 or 0.0.0.0:10809", param, ctx)
-        return Place("tcp", {"host": host or _LOOPBACK, "port": int(port)})
+def _tcp(text: str) -> Place:
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise click.BadParameter(f"write an IPv6 address in brackets, as in [{host}]:{port}")
+    if not _is_number(port) or (colon and not host):
+        raise click.BadParameter(f"{text!r} is not PORT or HOST:PORT, such as 10809 or 0.0.0.0:10809")
+    return Place("tcp", {"host": host or _LOOPBACK, "port": int(port)})
 
 
-class _Vsock(click.ParamType[Place]):
-    name = "[CID:]PORT"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Place:
-        cid, colon, port = value.rpartition(":")
-        if not port.isdecimal() or (colon and not cid.isdecimal()):
-            self.fail(f"{value!r} is not PORT or CID:PORT, such as 10809 or 1:10809", param, ctx)
-        return Place("vsock", {"port": int(port)} | ({"cid": int(cid)} if colon else {}))
+def _vsock(text: str) -> Place:
+    cid, colon, port = text.rpartition(":")
+    if not _is_number(port) or (colon and not _is_number(cid)):
+        raise click.BadParameter(f"{text!r} is not PORT or CID:PORT, such as 10809 or 1:10809")
+    return Place("vsock", {"port": int(port)} | ({"cid": int(cid)} if colon else {}))
 
 
-class _Unix(click.ParamType[Place]):
-    name = "PATH"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Place:  # noqa: ARG002 (click's)
-        return Place("unix", {"path": value})
+def _unix(text: str) -> Place:
+    # Its URI must hold wherever a client is started.
+    return Place("unix", {"path": Path(text).absolute() if text else ""})
 
 
-class _URI(click.ParamType[Place]):
-    name = "URI"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Place:  # noqa: ARG002 (click's)
-        return Place(parse_uri(value).transport_scheme, {}, uri=value)
+def _uri(text: str) -> Place:
+    return Place(parse_uri(text).transport_scheme, {}, uri=text)
 
 
-@click.command()
+def _is_number(text: str) -> bool:
+    """Whether it can be a port or a CID, of 32 bits; the transport knows the limits."""
+    return re.fullmatch("[0-9]{1,10}", text) is not None
+
+
+@click.command(short_help="Serve a file or memory as a disk.")
 @click.argument("file", required=False)
 @click.option(
-    "--memory", type=SIZE, metavar="SIZE", help="Serve memory in place of a file: 512M, 1G. Only what is written takes room."
+    "--memory", type=parsed, metavar="SIZE", help="Serve memory in place of a file: 512M, 1G. Only what is written takes room."
 )
-@click.option("--tcp", type=_TCP(), multiple=True, help="Listen on TCP; without HOST for this machine only.")
-@click.option("--unix", type=_Unix(), multiple=True, help="Listen on a unix socket.")
+@click.option("--tcp", type=_tcp, multiple=True, metavar="[HOST:]PORT", help="Listen on TCP; without HOST for this machine only.")
+@click.option("--unix", type=_unix, multiple=True, metavar="PATH", help="Listen on a unix socket.")
 @click.option(
-    "--vsock", type=_Vsock(), multiple=True, help="Listen on vsock, for virtual machines; without CID on all of this machine's."
+    "--vsock",
+    type=_vsock,
+    multiple=True,
+    metavar="[CID:]PORT",
+    help="Listen on vsock, for virtual machines; without CID on all of this machine's.",
 )
-@click.option("--listen", type=_URI(), multiple=True, help="Listen at an NBD URI, on whichever transport has its scheme.")
+@click.option(
+    "--listen", type=_uri, multiple=True, metavar="URI", help="Listen at an NBD URI, on whichever transport has its scheme."
+)
 @click.option("--read-only", is_flag=True, help="Let nobody write.")
 @click.option("--export", default="", metavar="NAME", help="Name of the export; clients find it without a name too.")
 @click.option("--description", default="", metavar="TEXT", help="A line about the export, for lists.")
@@ -165,13 +167,19 @@ def _announce(what: str, export: str, listeners: Sequence[tuple[Place, Listener]
     lines = [f"Serving {what}{', read-only' if read_only else ''}."]
     uris = []
     for place, listener in listeners:
-        uri = parse_uri(listener.address.uri(export))
-        host = uri.host or ""
-        uris.append(str(replace(uri, host=_INSTEAD.get(host, uri.host))))
-        lines.append(f"{place.transport}: {uris[-1]}{_NOTES.get(host, '')}")
-        if place.transport == "tcp" and not _is_loopback(host):
+        listening_at = parse_uri(listener.address.uri(export))
+        uri, note = for_clients(listening_at)
+        uris.append(uri)
+        lines.append(f"{place.transport}: {uri}{note}")
+        if listening_at.transport_scheme == "nbd" and not _is_loopback(listening_at.host or ""):
             warn(f"warning: whoever can reach {listener.address} can {'read' if read_only else 'read and write'} this disk")
-    say("\n".join([*lines, f"Ready. To look at it: nbdcore info {shlex.quote(uris[0])}. To stop: Ctrl-C."]))
+    say("\n".join([*lines, f"Ready, until Ctrl-C. To look at it: nbdcore info {shlex.quote(uris[0])}"]))
+
+
+def for_clients(listening_at: URI) -> tuple[str, str]:
+    """Return the URI that a client connects to, and where that one does not lead from everywhere, a note about it."""
+    host = listening_at.host or ""
+    return str(replace(listening_at, host=_INSTEAD.get(host, listening_at.host))), _NOTES.get(host, "")
 
 
 def _is_loopback(host: str) -> bool:

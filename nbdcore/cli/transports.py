@@ -14,7 +14,7 @@ from nbdcore.plugins.registry import State, TransportStatus, TransportWarning, r
 __all__ = ["transports"]
 
 
-@click.command()
+@click.command(short_help="List the ways to a server that exist here.")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of JSON objects.")
 def transports(*, as_json: bool) -> None:
     """List the transports that are installed, and say why one cannot be used."""

@@ -6,14 +6,13 @@ not for an amount of data, and every call has a deadline.
 
 from __future__ import annotations
 
-import contextlib
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nbdcore import Client, DeadlineExceeded, Error, Extent, TransportError
+from nbdcore import Client, DeadlineExceeded, Error, Extent, TransportError, UsageError
 from nbdcore.plugins.spec import Transport
 from nbdcore.server import MemoryDisk, Server
 from nbdcore.streams.base import Address
@@ -76,16 +75,26 @@ def run_trial(transport: Transport, parts: dict[str, Any], data: bytes, moment: 
     outcome = Outcome(transport.name)
     server = Server(MemoryDisk(SIZE))
     try:
-        with _stranger(outcome, "reason"):
-            address = server.listen(transport.name, **parts).address
-            server.start()
-            client = _connected(address)
-        if not outcome.reason:
-            with _stranger(outcome, "fault"), client:
-                _Trial(client, data, moment, outcome).run()
+        address = _listening(server, transport, parts)
+        server.start()
+        with _connected(address) as client:
+            _Trial(client, data, moment, outcome).run()
+    except TransportError as error:  # it cannot listen here, or there is no way to where it does
+        outcome.reason = str(error)
+    except (Error, _WrongError) as error:
+        outcome.fault = str(error)
+    except Exception as error:  # noqa: BLE001 (a third party's transport may raise anything, and the others are to be tried too)
+        outcome.fault = f"{type(error).__name__}: {error}"
     finally:
         server.stop(_STOPPING)
     return outcome
+
+
+def _listening(server: Server, transport: Transport, parts: dict[str, Any]) -> Address:
+    try:
+        return server.listen(transport.name, **parts).address
+    except UsageError as error:  # how a transport says that it only connects
+        raise TransportError(error.errno or 0, error.message) from error
 
 
 def _connected(address: Address) -> Client:
@@ -94,17 +103,6 @@ def _connected(address: Address) -> Client:
         return Client().connect(address.uri(), timeout=_CONNECTING)
     except DeadlineExceeded as error:
         raise TransportError(error.errno or 0, f"connecting to {address} took more than {_CONNECTING:.0f} second") from error
-
-
-@contextlib.contextmanager
-def _stranger(outcome: Outcome, what: str) -> Iterator[None]:
-    """Note whatever is raised: a third party's transport may raise anything, and the others are to be tried all the same."""
-    try:
-        yield
-    except (Error, _WrongError) as error:
-        setattr(outcome, what, str(error))
-    except Exception as error:  # noqa: BLE001 (see above)
-        setattr(outcome, what, f"{type(error).__name__}: {error}")
 
 
 class _Trial:
