@@ -29,6 +29,7 @@ class Settings:
     Attributes:
         export: name of the export; "" is the server's default one.
         contexts: metadata contexts to select for block status; empty selects none.
+        request_contexts: select `contexts` by itself before the export is opened; False leaves it to opt mode's own call.
         opt_mode: pause before choosing an export, so that options can be sent one at a time.
         tls: whether TLS is asked for.
         structured_replies: ask for structured replies; without them there is no block status.
@@ -40,6 +41,7 @@ class Settings:
 
     export: str = ""
     contexts: tuple[str, ...] = (BASE_ALLOCATION,)
+    request_contexts: bool = True
     opt_mode: bool = False
     tls: TLSPolicy = TLSPolicy.DISABLE
     structured_replies: bool = True
@@ -93,6 +95,22 @@ class Export:
 
     name: str
     description: str = ""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What has gone over the wire, counted as libnbd counts it.
+
+    Attributes:
+        bytes_sent, bytes_received: of the protocol, handshake included; under TLS those inside it.
+        chunks_sent: requests, of options and of commands.
+        chunks_received: the greeting, and the headers of replies to commands.
+    """
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    chunks_sent: int = 0
+    chunks_received: int = 0
 
 
 @dataclass(slots=True)

@@ -97,6 +97,10 @@ class Command:
         error: the first error, else None.
         done: whether the outcome is final.
         completion: called once with the command when it is done.
+        on_chunk: called for each piece of a read with the command, the kind of chunk, offset and length in bytes, and the errno
+            of an error; data are in place by then. Called in the middle of decoding: it may submit commands, and nothing else.
+        on_extents: called likewise with the command, a context, its lengths and its flags; then `chunks` stays empty.
+        tag: whatever the front end wants to find again at the command's end.
     """
 
     __slots__ = (
@@ -111,8 +115,11 @@ class Command:
         "flags",
         "fragments",
         "offset",
+        "on_chunk",
+        "on_extents",
         "payload",
         "received",
+        "tag",
         "target",
         "type",
     )
@@ -129,6 +136,9 @@ class Command:
         self.error: Error | None = None
         self.done = False
         self.completion: Callable[[Command], Any] | None = None
+        self.on_chunk: Callable[[Command, int, int, int, int], object] | None = None
+        self.on_extents: Callable[[Command, str, tuple[int, ...], tuple[int, ...]], object] | None = None
+        self.tag: Any = None
         self.cookie = 0
         #: bytes of data received for a read, extents for block status
         self.received = 0

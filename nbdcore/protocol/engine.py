@@ -19,7 +19,7 @@ from typing import Any
 
 from nbdcore.errors import Disconnected, Error, NegotiationError, ProtocolViolation, UsageError
 from nbdcore.protocol import negotiation, options, wire
-from nbdcore.protocol.agreement import Agreement, Settings
+from nbdcore.protocol.agreement import Agreement, Settings, Traffic
 from nbdcore.protocol.commands import ALL_STRICT, Command, Limits
 from nbdcore.protocol.constants import (
     DEFAULT_MAXIMUM,
@@ -74,6 +74,7 @@ class Engine:
         phase: where the connection stands.
         agreement: what was agreed on, or learnt.
         limits: what requests must obey; set when the phase becomes CONNECTED.
+        traffic: what has gone over the wire.
         error: why the connection ended, else None.
         wants_tls: the stream is to be swapped for an encrypted one; then call `tls_started`.
     """
@@ -83,6 +84,7 @@ class Engine:
         self.phase = Phase.CREATED
         self.agreement = Agreement()
         self.limits = Limits(size=0, flags=0)
+        self.traffic = Traffic()
         self.error: Error | None = None
         self.wants_tls = False
         self.in_flight: dict[int, Command] = {}
@@ -101,9 +103,20 @@ class Engine:
     # ------------------------------------------------------------------------------------------ phases
 
     def choose_export(self, name: str) -> None:
-        """Take another export than the settings named. Raises UsageError for a name that cannot be sent."""
+        """Take another export than the settings named. Raises UsageError for a name that cannot be sent.
+
+        What is known of the one before is forgotten.
+        """
         options.export_name(name)
+        if name != self.settings.export:
+            self.agreement.forget_export()
+            self.agreement.forget_contexts()
         self.settings = replace(self.settings, export=name)
+
+    def check_strictly(self, strict: int) -> None:
+        """Make these of the client-side checks from now on (flags of `Strict`)."""
+        self._strict = strict
+        self.limits = replace(self.limits, strict=strict)
 
     def connecting(self) -> None:
         """The transport is being opened."""
@@ -128,7 +141,7 @@ class Engine:
         """Leave opt mode: say goodbye and count the connection as closed, whatever the server answers."""
         for step in negotiation.abort(self.agreement, self.settings):
             if isinstance(step, bytes):
-                self._parts.append(memoryview(step))
+                self._say(step)
         self.phase = Phase.CLOSED
 
     def fail(self, error: Error, *, phase: Phase = Phase.DEAD) -> None:
@@ -188,6 +201,11 @@ class Engine:
         if command.completion is not None:
             command.completion(command)
 
+    def abandon_unsent(self, error: Error) -> None:
+        """Give up every command of which not a byte has been sent: it completes with `error`."""
+        for command in list(self._queue):
+            self.abandon(command, error)
+
     @property
     def pending(self) -> int:
         """How many commands are queued or in flight."""
@@ -213,6 +231,7 @@ class Engine:
 
     def sent(self, count: int) -> None:
         """The first `count` bytes of `outgoing()` have been sent."""
+        self.traffic.bytes_sent += count
         parts = self._parts
         done = 0
         for part in parts:
@@ -231,7 +250,9 @@ class Engine:
         pack = wire.EXTENDED_REQUEST.pack if extended else wire.REQUEST.pack
         magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
         gathered: list[bytes | memoryview] = []
-        for _ in range(min(len(queue), _BURST)):
+        burst = min(len(queue), _BURST)
+        self.traffic.chunks_sent += burst
+        for _ in range(burst):
             command = queue.popleft()
             payload = command.payload
             filtered = payload is not None and command.type == CommandType.BLOCK_STATUS
@@ -262,6 +283,7 @@ class Engine:
 
     def received(self, count: int) -> None:
         """Take in `count` bytes that were put into `room()`, and run the completions that follow from them."""
+        self.traffic.bytes_received += count
         if self._replies is None:
             self._filled += count
             if self._filled == len(self._reading):
@@ -317,7 +339,7 @@ class Engine:
         try:
             wanted = next(exchange.conversation) if data is None else send(data)
             while isinstance(wanted, bytes):
-                self._parts.append(memoryview(wanted))
+                self._say(wanted)
                 wanted = send(b"")
         except StopIteration as stop:
             self._settle(exchange, stop.value)
@@ -332,6 +354,14 @@ class Engine:
                 self.wants_tls = True
             elif isinstance(wanted, int):
                 self._reading, self._filled = memoryview(bytearray(wanted)), 0
+
+    def _say(self, message: bytes) -> None:
+        """Queue what a conversation says: an option, or the client's flags, which answer the greeting."""
+        self._parts.append(memoryview(message))
+        if len(message) == wire.CLIENT_FLAGS.size:
+            self.traffic.chunks_received += 1
+        else:
+            self.traffic.chunks_sent += 1
 
     def _settle(self, exchange: Exchange, result: object) -> None:
         """A conversation came to its end: the phase follows from what was agreed on."""
@@ -380,6 +410,7 @@ class Engine:
             extended=agreement.extended,
             contexts=agreement.contexts,
             size=export.size,
+            traffic=self.traffic,
         )
         self.phase = Phase.CONNECTED
 

@@ -328,14 +328,26 @@ def _improve(agreement: Agreement, settings: Settings) -> Conversation[None]:
                 yield from structured_reply(agreement, settings)
 
 
-def enter(agreement: Agreement, settings: Settings, name: str) -> Conversation[None]:
-    """Select the wanted metadata contexts, unless some are selected for it, and open the export.
+def enter(agreement: Agreement, settings: Settings, name: str, *, anew: bool = False) -> Conversation[None]:
+    """Select the wanted metadata contexts, and open the export. `anew`: whatever is selected for it already."""
+    yield from _select(agreement, settings, name, anew=anew)
+    yield from go(agreement, settings, name)
 
-    Contexts that the server refuses are no reason to fail.
-    """
-    if settings.contexts and agreement.structured and agreement.contexts_for != name:
+
+def inspect(agreement: Agreement, settings: Settings, name: str) -> Conversation[ExportInfo]:
+    """Select the wanted metadata contexts, and ask about the export without opening it: a rehearsal of `enter`."""
+    yield from _select(agreement, settings, name, anew=True)
+    return (yield from info(agreement, settings, name))
+
+
+def _select(agreement: Agreement, settings: Settings, name: str, *, anew: bool) -> Conversation[None]:
+    """Select the wanted metadata contexts, unless some are selected for the export. Refusals are no reason to fail."""
+    if not settings.request_contexts or (agreement.contexts_for == name and not anew):
+        return
+    if settings.contexts and agreement.structured:
         try:
             yield from set_meta_context(agreement, settings, name, settings.contexts)
         except NegotiationError:
-            agreement.forget_contexts()
-    yield from go(agreement, settings, name)
+            agreement.select(name, {})
+    else:
+        agreement.select(name, {})

@@ -22,6 +22,7 @@ from struct import Struct, unpack_from
 
 from nbdcore.errors import CommandError, ProtocolViolation
 from nbdcore.protocol import wire
+from nbdcore.protocol.agreement import Traffic
 from nbdcore.protocol.commands import Command, StatusChunk
 from nbdcore.protocol.constants import (
     CHUNK_ERROR,
@@ -73,16 +74,25 @@ class Replies:
         extended: extended headers were agreed on.
         contexts: id -> name of the selected metadata contexts.
         size: of the export, in bytes.
+        traffic: where headers are counted.
     """
 
     def __init__(
-        self, in_flight: dict[int, Command], *, structured: bool, extended: bool, contexts: dict[int, str], size: int
+        self,
+        in_flight: dict[int, Command],
+        *,
+        structured: bool,
+        extended: bool,
+        contexts: dict[int, str],
+        size: int,
+        traffic: Traffic,
     ) -> None:
         self._in_flight = in_flight
         self._structured = structured
         self._extended = extended
         self._contexts = contexts
         self._size = size
+        self._traffic = traffic
         self._buffer = bytearray(SCRATCH)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
@@ -120,10 +130,10 @@ class Replies:
             self._sink = self._sink[count:]
             self._close_sink()
             if not self._left:
-                self._decode()
+                self._traffic.chunks_received += self._decode()
         else:
             self._end += count
-            self._decode()
+            self._traffic.chunks_received += self._decode()
         completed, self._completed = self._completed, []
         return completed
 
@@ -139,14 +149,16 @@ class Replies:
 
     # ------------------------------------------------------------------------------------------ the hot loop
 
-    def _decode(self) -> None:  # noqa: C901, PLR0912 (flat on purpose, see the top of this module)
+    def _decode(self) -> int:  # noqa: C901, PLR0912 (flat on purpose, see the top of this module)
+        """Decode what is there. Returns how many headers of replies that were."""
+        headers = 0
         buffer, view, end = self._buffer, self._view, self._end
         in_flight, structured, extended = self._in_flight, self._structured, self._extended
         unpack_header, unpack_data = _HEADER.unpack_from, _DATA_HEADER.unpack_from
         complete = self._completed.append
         while True:
             if self._finish is not None and not self._advance_payload():
-                return
+                return headers
             start = self._start
             available = end - start
             if available >= 28 and structured and not extended:
@@ -161,7 +173,9 @@ class Replies:
                         and not command.received
                         and command.error is None
                         and not command.discard
+                        and command.on_chunk is None
                     ):
+                        headers += 1
                         begin, after = start + 28, start + 20 + length
                         if command.target is None:
                             command.data = bytes(view[begin:after])
@@ -175,7 +189,7 @@ class Replies:
                         complete(command)
                         continue
             if available < 16 or (extended and available < 32):
-                return
+                return headers
             magic, word, cookie = unpack_header(buffer, start)
             if magic == SIMPLE_REPLY_MAGIC and not extended:
                 self._start = start + 16
@@ -189,7 +203,8 @@ class Replies:
                     command.done = True
                     complete(command)
             elif not self._chunk(magic, word, cookie, available):
-                return
+                return headers
+            headers += 1
 
     # ------------------------------------------------------------------------------------------ payloads in general
 
@@ -247,14 +262,16 @@ class Replies:
             return
         if self._structured:
             self._spoil(command, "the server answered a read with a simple reply though structured replies were agreed on")
+            self._expect(command, command.count, None, lambda: self._final(command))
+            return
         begin, after = self._start, self._start + command.count
-        if after <= self._end and command.target is None and command.error is None:
+        if after <= self._end and command.target is None and command.on_chunk is None:
             command.data = bytes(self._view[begin:after])
             command.received = command.count
             self._start = after
             self._final(command)
             return
-        sink = None if command.discard or command.error is not None else command.allocate()
+        sink = None if command.discard else command.allocate()
         self._expect(command, command.count, sink, lambda: self._data_arrived(command, command.offset, command.count, done=True))
 
     # ------------------------------------------------------------------------------------------ chunks
@@ -348,6 +365,8 @@ class Replies:
 
     def _data_arrived(self, command: Command, offset: int, length: int, *, done: bool) -> None:
         self._note(command, offset, length)
+        if command.on_chunk is not None:
+            command.on_chunk(command, Chunk.OFFSET_DATA, offset, length, 0)
         if done:
             self._final(command)
 
@@ -357,6 +376,8 @@ class Replies:
         if not command.discard and (command.target is not None or length < command.count):
             command.allocate()[begin : begin + length] = bytes(length)
         self._note(command, offset, length)
+        if command.on_chunk is not None:
+            command.on_chunk(command, Chunk.OFFSET_HOLE, offset, length, 0)
 
     def _note(self, command: Command, offset: int, length: int) -> None:
         """Remember which range of a read has arrived."""
@@ -435,7 +456,10 @@ class Replies:
         if past > 0:
             self._spoil(command, f"the server described extents {past} bytes past the end of the export")
             lengths, flags = _cut(lengths, flags, self._size - command.offset)
-        command.chunks.append(StatusChunk(name, lengths, flags))
+        if command.on_extents is not None:
+            command.on_extents(command, name, lengths, flags)
+        else:
+            command.chunks.append(StatusChunk(name, lengths, flags))
 
     # ------------------------------------------------------------------------------------------ errors
 
@@ -447,10 +471,15 @@ class Replies:
         """NBD_REPLY_TYPE_ERROR_OFFSET: the same, then 64 bits offset."""
         after_text = self._parse_error(command, payload)
         error = command.error
-        if isinstance(error, CommandError) and error.offset is None and len(payload) >= after_text + 8:
-            (offset,) = _OFFSET.unpack_from(payload, after_text)
-            if command.offset <= offset < command.offset + max(command.count, 1):
+        if not isinstance(error, CommandError) or len(payload) < after_text + 8:
+            return
+        (offset,) = _OFFSET.unpack_from(payload, after_text)
+        if command.offset <= offset < command.offset + max(command.count, 1):
+            if error.offset is None:
                 error.offset = offset
+            if command.on_chunk is not None:
+                (number,) = wire.UINT32.unpack_from(payload)
+                command.on_chunk(command, Chunk.ERROR_OFFSET, offset, 0, local_errno(number))
 
     def _parse_error(self, command: Command, payload: memoryview) -> int:
         """Note the error of an error chunk, whole or cut short. Returns where in the payload its text ends."""
