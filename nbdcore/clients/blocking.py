@@ -7,16 +7,18 @@ A thin skin: commands and their checks come from the protocol core, waiting from
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, TypedDict, Unpack, overload
 
+from nbdcore.clients.arguments import bytes_view, deadline_after, text, texts, whole_number, whole_numbers
 from nbdcore.clients.connecting import Route, route_by_name, route_by_uri
 from nbdcore.clients.extents import CombinedExtent, Extent, ExtentWalk, extents_by_context
 from nbdcore.clients.options import OptionCalls
 from nbdcore.clients.session import Session, StartTLS
 from nbdcore.clients.sharing import SharedSession
-from nbdcore.clients.splitting import aligned, data_limit, length_limit, pieces
-from nbdcore.errors import DeadlineExceeded, Error, TransportError, UsageError
+from nbdcore.clients.splitting import data_limit, length_limit, pieces
+from nbdcore.errors import DeadlineExceeded, Disconnected, Error, TransportError, UsageError
 from nbdcore.protocol import commands
 from nbdcore.protocol.agreement import Export, Settings, TLSPolicy
 from nbdcore.protocol.commands import Command
@@ -82,12 +84,11 @@ class Client(OptionCalls):
         **options: Unpack[ClientOptions],
     ) -> None:
         self._start_tls = options.pop("start_tls", None)
-        settings = Settings(**{**options, "contexts": tuple(options.get("contexts", (BASE_ALLOCATION,)))})  # type: ignore[arg-type]
-        if settings.tls is not TLSPolicy.DISABLE and self._start_tls is None:
-            raise UsageError(errno.EINVAL, "TLS was asked for without start_tls, which says how to encrypt a stream")
-        super().__init__(Engine(settings))
+        super().__init__(Engine(_settings(options, self._start_tls)))
         self._shared: SharedSession | None = None
         self._route: Route | None = None
+        # Held while the client changes hands: newly created, connecting, with a session, or closed before it had one.
+        self._changing = threading.Lock()
         if stream is not None:
             self.connect_stream(stream, timeout=timeout)
 
@@ -105,10 +106,8 @@ class Client(OptionCalls):
         Disconnected, TLSError, DeadlineExceeded. After an error of the last six the client is dead.
         """
         self._legal("connect")
-        route, export = route_by_uri(uri)
-        if export:
-            self._engine.choose_export(export)
-        return self._connect(route, timeout)
+        route, export = route_by_uri(text("a URI", uri))
+        return self._connect("connect", route, timeout, export=export)
 
     def connect_tcp(
         self, host: str = "localhost", port: int = DEFAULT_PORT, *, keepalive: bool = False, timeout: float | None = None
@@ -129,22 +128,28 @@ class Client(OptionCalls):
         return self._connect_transport("connect_transport", name, address, timeout)
 
     def connect_stream(self, stream: Stream, *, timeout: float | None = None) -> Self:
-        """Connect over a stream that is open already, and belongs to the client from here on."""
+        """Connect over a stream that is open already, and belongs to the client from here on.
+
+        After a UsageError it is still the caller's.
+        """
+        deadline = deadline_after(timeout)
         self._legal("connect_stream")
-        self._engine.connecting()
-        self._shake_hands(stream, Deadline.after(timeout))
+        if not isinstance(stream, Stream):
+            hint = ": wrap it in nbdcore.streams.sockets.SocketStream" if hasattr(stream, "recv_into") else ""
+            raise UsageError(errno.EINVAL, f"connect_stream: a Stream is needed, not {type(stream).__name__}{hint}")
+        self._begin_connecting("connect_stream", None)
+        self._shake_hands(stream, deadline)
         return self
 
     def _connect_transport(self, call: str, name: str, parts: dict[str, Any], timeout: float | None) -> Self:
         self._legal(call)
-        return self._connect(route_by_name(name, parts), timeout)
+        return self._connect(call, route_by_name(name, parts), timeout)
 
-    def _connect(self, route: Route, timeout: float | None) -> Self:
-        deadline = Deadline.after(timeout)
-        self._engine.connecting()
-        self._route = route
+    def _connect(self, call: str, route: Route, timeout: float | None, *, export: str = "") -> Self:
+        deadline = deadline_after(timeout)
+        self._begin_connecting(call, route, export)
         try:
-            stream = route.open(timeout=timeout, deadline=deadline)
+            stream = route.open(timeout=timeout, deadline=deadline, wanted=lambda: self.phase is Phase.CONNECTING)
         except BaseException as exc:
             error = exc if isinstance(exc, Error) else TransportError(0, f"connecting to {route.address} was given up ({exc!r})")
             self._engine.fail(error)
@@ -152,9 +157,22 @@ class Client(OptionCalls):
         self._shake_hands(stream, deadline)
         return self
 
+    def _begin_connecting(self, call: str, route: Route | None, export: str = "") -> None:
+        """Take the one step from newly created to connecting that a client has."""
+        with self._changing:
+            self._legal(call)
+            if export:
+                self._engine.choose_export(export)
+            self._route = route
+            self._engine.connecting()
+
     def _shake_hands(self, stream: Stream, deadline: Deadline) -> None:
-        self._shared = SharedSession(Session(self._engine, stream, start_tls=self._start_tls))
-        self._exchange(Engine.handshake, deadline)
+        with self._changing:
+            self._shared = SharedSession(Session(self._engine, stream, start_tls=self._start_tls))
+            closed = self.phase is not Phase.CONNECTING
+        if closed:  # by another thread, while the stream was being opened
+            self._shared.close()
+        self._exchange(Engine.handshake, deadline, "the handshake")
 
     # ------------------------------------------------------------------------------------------ ending
 
@@ -163,25 +181,21 @@ class Client(OptionCalls):
 
         It does not wait for commands of other threads, and it does not flush. Does nothing on a connection that has ended.
         """
-        if self._shared is not None and self.phase is Phase.CONNECTED:
-            deadline = Deadline.after(timeout)
-            try:
-                self._shared.run(_say_goodbye, deadline)
-                self._shared.until_over(deadline)
-            finally:
-                self.close()
-        else:
+        deadline = deadline_after(timeout)
+        try:
+            if self._shared is not None and self.phase is Phase.CONNECTED:
+                self._shared.take_leave(deadline)
+        finally:
             self.close()
 
     def close(self) -> None:
         """Close the connection now. Never raises; may be called twice, and from any thread: waiting calls of others end."""
-        if self._shared is None:
-            if self.phase is Phase.CREATED:
-                self._engine.fail(UsageError(errno.EINVAL, "the client was closed"), phase=Phase.CLOSED)
-            return
-        if self.phase is Phase.NEGOTIATING:
-            self._engine.abort()
-        self._shared.close()
+        with self._changing:
+            shared = self._shared
+            if shared is None:
+                self._engine.fail(Disconnected(errno.ENOTCONN, "the connection was closed by this program"), phase=Phase.CLOSED)
+        if shared is not None:
+            shared.close()
 
     def __enter__(self) -> Self:
         return self
@@ -208,11 +222,12 @@ class Client(OptionCalls):
         A count larger than the server's maximum is split, unless `df` asks for an answer in one piece.
         """
         limits = self._connected("pread")
+        count, offset = whole_numbers("pread", count, offset)
         if count <= data_limit(limits) or df:
             command = commands.read(limits, count, offset, flags=CommandFlag.DF if df else 0)
             self._run(command, timeout)
             return command.result()
-        _check_whole(lambda part, at: commands.read(limits, part, at), count, offset, data_limit(limits))
+        _check_whole(lambda part, at: commands.read(limits, part, at), count, offset)
         data = bytearray(count)
         self.pread_into(data, offset, timeout=timeout)
         return bytes(data)
@@ -225,7 +240,8 @@ class Client(OptionCalls):
         After an error the buffer's contents are undefined; nothing is written to it once the call has ended.
         """
         limits = self._connected("pread_into")
-        view = _bytes_view(buffer, "pread_into", writable=True)
+        offset = whole_number("pread_into", "offset", offset)
+        view = bytes_view("pread_into", buffer, writable=True)
         flags = CommandFlag.DF if df else 0
 
         def build(count: int, at: int) -> Command:
@@ -241,7 +257,8 @@ class Client(OptionCalls):
         Data larger than the server's maximum are split. Do not change them from another thread before the call has ended.
         """
         limits = self._connected("pwrite")
-        view = _bytes_view(data, "pwrite", writable=False)
+        offset = whole_number("pwrite", "offset", offset)
+        view = bytes_view("pwrite", data, writable=False)
         flags = CommandFlag.FUA if fua else 0
 
         def build(count: int, at: int) -> Command:
@@ -257,6 +274,7 @@ class Client(OptionCalls):
     def trim(self, count: int, offset: int, *, fua: bool = False, timeout: float | None = None) -> None:
         """Tell the server that a range is no longer needed (section NBD_CMD_TRIM); what it reads as afterwards is undefined."""
         limits = self._connected("trim")
+        count, offset = whole_numbers("trim", count, offset)
         flags = CommandFlag.FUA if fua else 0
         limit = length_limit(limits, bounded=False)
         self._run_split(lambda part, at: commands.trim(limits, part, at, flags=flags), count, offset, limit, timeout)
@@ -277,6 +295,7 @@ class Client(OptionCalls):
         writing.
         """
         limits = self._connected("zero")
+        count, offset = whole_numbers("zero", count, offset)
         wanted = ((fua, CommandFlag.FUA), (no_hole, CommandFlag.NO_HOLE), (fast_zero, CommandFlag.FAST_ZERO))
         flags = sum(int(flag) for asked, flag in wanted if asked)
         limit = length_limit(limits, bounded=not fast_zero)
@@ -285,6 +304,7 @@ class Client(OptionCalls):
     def cache(self, count: int, offset: int, *, timeout: float | None = None) -> None:
         """Tell the server that a range will be needed soon (section NBD_CMD_CACHE)."""
         limits = self._connected("cache")
+        count, offset = whole_numbers("cache", count, offset)
         limit = length_limit(limits, bounded=True)
         self._run_split(lambda part, at: commands.cache(limits, part, at), count, offset, limit, timeout)
 
@@ -306,7 +326,8 @@ class Client(OptionCalls):
         large for one request is cut down to what fits, as if the server had described less.
         """
         limits = self._connected("block_status")
-        wanted = None if contexts is None else self._selected(contexts)
+        count, offset = whole_numbers("block_status", count, offset)
+        wanted = None if contexts is None else self._selected(texts("contexts", contexts))
         filtered = wanted if wanted is not None and self.can_block_status_payload else None
         count = min(count, length_limit(limits, bounded=False))
         flags = CommandFlag.REQ_ONE if req_one else 0
@@ -341,9 +362,15 @@ class Client(OptionCalls):
         Asks the server as often as needed, clips to the range, and merges neighbours of equal status. With several contexts the
         extents end wherever any of them changes, and have one status for each. `timeout` is for each request.
         """
-        self._connected("extents")
-        count = self.size - offset if count is None else count
-        self._selected((context, *more))
+        limits = self._connected("extents")
+        offset = whole_number("extents", "offset", offset)
+        count = limits.size - offset if count is None else whole_number("extents", "count", count)
+        if offset < 0 or count < 0 or offset + count > limits.size:
+            raise UsageError(
+                errno.EINVAL, f"extents: {count} bytes at offset {offset} are no part of the export ({limits.size} bytes)"
+            )
+        deadline_after(timeout)  # a wrong one shows now, not at the first step
+        self._selected(texts("contexts", (context, *more)))
         walk = ExtentWalk((context, *more), offset, count)
         return self._walk(walk, timeout)
 
@@ -379,9 +406,9 @@ class Client(OptionCalls):
         """
         if self.phase is Phase.NEGOTIATING or self._route is None:
             return self.opt_list(timeout=timeout)
+        deadline = deadline_after(timeout)
         with Client(opt_mode=True, start_tls=self._start_tls, tls=self._engine.settings.tls) as other:
-            deadline = Deadline.after(timeout)
-            other._connect(self._route, timeout)
+            other._connect("connect", self._route, timeout)
             return other.opt_list(timeout=deadline.remaining())
 
     # ------------------------------------------------------------------------------------------ running
@@ -392,7 +419,7 @@ class Client(OptionCalls):
         return self._engine.limits
 
     def _run(self, command: Command, timeout: float | None) -> None:
-        self._session().run_command(command, Deadline.after(timeout))
+        self._session().run_command(command, deadline_after(timeout))
 
     def _run_split(
         self, build: Callable[[int, int], Command], count: int, offset: int, limit: int, timeout: float | None
@@ -401,53 +428,56 @@ class Client(OptionCalls):
         if count <= limit:
             self._run(build(count, offset), timeout)
             return
-        _check_whole(build, count, offset, limit)
-        self._session().run_all((build(*piece) for piece in pieces(count, offset, limit)), Deadline.after(timeout), depth=_DEPTH)
+        _check_whole(build, count, offset)
+        deadline = deadline_after(timeout)
+        self._session().run_all((build(*piece) for piece in pieces(count, offset, limit)), deadline, depth=_DEPTH)
 
     def _session(self) -> SharedSession:
         if self._shared is None:
             raise UsageError(errno.ENOTCONN, "not connected")
         return self._shared
 
-    def _exchange(self, start: Callable[[Engine], Exchange], deadline: Deadline) -> Any:
+    def _exchange(self, start: Callable[[Engine], Exchange], deadline: Deadline, what: str) -> Any:
         """Run one conversation with the server. At the deadline the connection is dead."""
         shared = self._session()
         try:
-            exchange = shared.run(start, deadline)
+            exchange = shared.run(start, deadline, what)
         except UsageError:
             raise
         except BaseException as exc:
-            shared.close(exc if isinstance(exc, Error) else DeadlineExceeded(f"the handshake was given up ({exc!r})"))
+            shared.close(exc if isinstance(exc, Error) else DeadlineExceeded(f"{what} was given up ({exc!r})"))
             raise
         if exchange.error is not None:
             raise exchange.error
         return exchange.result
 
 
-def _check_whole(build: Callable[[int, int], Command], count: int, offset: int, limit: int) -> None:
-    """Build the first and the last piece, so that a request that reaches past the end is refused before anything is sent."""
-    build(limit, offset)
-    last = count - aligned(count - 1, limit)
-    build(last, offset + count - last)
-
-
-def _say_goodbye(engine: Engine) -> Command:
-    command = commands.disconnect()
-    engine.submit(command)
-    return command
-
-
-def _bytes_view(data: Any, call: str, *, writable: bool) -> memoryview:
-    """Return a flat view of the caller's bytes. Raises UsageError for what is no such buffer."""
+def _check_whole(build: Callable[[int, int], Command], count: int, offset: int) -> None:
+    """Check a request as if it were one, so that what is wrong with it is known before the first piece is sent."""
     try:
-        view = memoryview(data)
-    except TypeError as exc:
-        raise UsageError(errno.EINVAL, f"{call}: a bytes-like object is needed, not {type(data).__name__}") from exc
-    if not view.c_contiguous:
-        raise UsageError(errno.EINVAL, f"{call}: the buffer must be contiguous")
-    if writable and view.readonly:
-        raise UsageError(errno.EINVAL, f"{call}: the buffer must be writable, and {type(data).__name__} is not")
-    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
+        build(count, offset)
+    except UsageError as exc:
+        if exc.errno != errno.ERANGE:  # too long for one request: that is why it comes in pieces
+            raise
+
+
+def _settings(options: ClientOptions, start_tls: StartTLS | None) -> Settings:
+    """Return the settings that the options ask for. Raises UsageError for what nobody can ask for."""
+    unknown = options.keys() - ClientOptions.__annotations__.keys()
+    if unknown:
+        raise UsageError(
+            errno.EINVAL, f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(ClientOptions.__annotations__)}"
+        )
+    policy = options.get("tls", TLSPolicy.DISABLE)
+    if not isinstance(policy, TLSPolicy):
+        raise UsageError(errno.EINVAL, f"tls is one of {', '.join(map(str, TLSPolicy))}, not {policy!r}")
+    if policy is not TLSPolicy.DISABLE and start_tls is None:
+        raise UsageError(errno.EINVAL, "TLS was asked for without start_tls, which says how to encrypt a stream")
+    checked = {
+        "export": text("an export's name", options.get("export", "")),
+        "contexts": texts("contexts", options.get("contexts", (BASE_ALLOCATION,))),
+    }
+    return Settings(**{**options, **checked})  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------- functions
@@ -484,7 +514,7 @@ def connect_vsock(
 
 def list_exports(uri: str, *, timeout: float | None = None) -> list[Export]:
     """Ask the server that an NBD URI names which exports it has; the export in the URI does not matter."""
-    deadline = Deadline.after(timeout)
+    deadline = deadline_after(timeout)
     with Client(opt_mode=True) as client:
         client.connect(uri, timeout=timeout)
         return client.opt_list(timeout=deadline.remaining())

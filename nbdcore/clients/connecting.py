@@ -6,17 +6,21 @@ The one place of the clients that knows the registry, so that the front ends nam
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nbdcore.errors import TLSError
+from nbdcore.errors import DeadlineExceeded, Disconnected, Error, TLSError, TransportError
 from nbdcore.plugins.registry import registry
-from nbdcore.streams.base import Address, Stream
-from nbdcore.streams.waiting import Deadline, drive
+from nbdcore.streams.base import Address, Stream, Want
+from nbdcore.streams.waiting import Deadline, wait
 from nbdcore.uri import parse_uri
 
 if TYPE_CHECKING:
     from nbdcore.plugins.spec import Transport
+
+# Seconds after which a connect looks up whether it is still wanted: a person closing a program does not notice.
+_LOOK_UP = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +30,41 @@ class Route:
     transport: Transport
     address: Address
 
-    def open(self, *, timeout: float | None, deadline: Deadline) -> Stream:
-        """Open a stream. Raises TransportError, or DeadlineExceeded; nothing is left open then."""
+    def open(self, *, timeout: float | None, deadline: Deadline, wanted: Callable[[], bool]) -> Stream:
+        """Open a stream, as long as it is `wanted`. Raises TransportError, DeadlineExceeded, or Disconnected when it is no more.
+
+        Nothing is left open then.
+        """
         connecting = self.transport.connect(self.address, timeout=timeout)
-        return drive(connecting, deadline, f"connecting to {self.address} took too long")
+        try:
+            while True:
+                try:
+                    fd, want = next(connecting)
+                except StopIteration as end:
+                    stream: Stream = end.value
+                    return stream
+                self._wait(fd, want, deadline, wanted)
+        except Error:
+            raise
+        except OSError as exc:
+            raise TransportError(exc.errno or 0, f"cannot connect to {self.address}: {exc.strerror or exc}") from exc
+        finally:
+            connecting.close()
+
+    def _wait(self, fd: int, want: Want, deadline: Deadline, wanted: Callable[[], bool]) -> None:
+        """Wait, looking up now and then: there is nothing yet whose end would tell that another thread closed the client."""
+        while True:
+            remaining = deadline.remaining()
+            look_up = Deadline.after(_LOOK_UP if remaining is None else min(remaining, _LOOK_UP))
+            try:
+                wait(fd, want, look_up, f"connecting to {self.address} took too long")
+            except DeadlineExceeded:
+                if deadline.expired:
+                    raise
+                if not wanted():
+                    raise Disconnected(errno.ENOTCONN, "the connection was closed by this program while connecting") from None
+            else:
+                return
 
 
 def route_by_name(name: str, parts: dict[str, Any]) -> Route:

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+from nbdcore.clients.arguments import deadline_after, text, texts
 from nbdcore.clients.knowledge import Knowledge
 from nbdcore.clients.session import StartTLS
 from nbdcore.errors import UsageError
@@ -28,26 +29,23 @@ class OptionCalls(Knowledge):
     _start_tls: StartTLS | None
 
     @abstractmethod
-    def _exchange(self, start: Callable[[Engine], Exchange], deadline: Deadline) -> Any:
-        """Run one conversation with the server and return its result."""
+    def _exchange(self, start: Callable[[Engine], Exchange], deadline: Deadline, what: str) -> Any:
+        """Run one conversation with the server and return its result; `what` is how messages name it."""
 
     def opt_list(self, *, timeout: float | None = None) -> list[Export]:
         """Ask which exports there are (section NBD_OPT_LIST)."""
-        self._legal("opt_list")
-        return self._ask(negotiation.list_exports, timeout)
+        return self._ask("opt_list", negotiation.list_exports, timeout)
 
     def opt_info(self, export: str | None = None, *, timeout: float | None = None) -> ExportInfo:
         """Ask about an export without opening it (section NBD_OPT_INFO). None is the one the client was made for."""
-        self._legal("opt_info")
-        return self._ask(negotiation.info, timeout, self._name(export))
+        return self._ask("opt_info", negotiation.info, timeout, self._name(export))
 
     def opt_go(self, export: str | None = None, *, timeout: float | None = None) -> None:
         """Open an export and enter the transmission phase (section NBD_OPT_GO).
 
         The client's metadata contexts are selected first, unless `opt_set_meta_context` has selected some for this export.
         """
-        self._legal("opt_go")
-        self._ask(negotiation.enter, timeout, self._name(export), enters=True)
+        self._ask("opt_go", negotiation.enter, timeout, self._name(export), enters=True)
 
     def opt_abort(self) -> None:
         """Say goodbye and close (section NBD_OPT_ABORT)."""
@@ -65,44 +63,45 @@ class OptionCalls(Knowledge):
             raise UsageError(
                 errno.EINVAL, "opt_starttls: the client was made without start_tls, which says how to encrypt a stream"
             )
-        return self._ask(negotiation.starttls, timeout)
+        return self._ask("opt_starttls", negotiation.starttls, timeout)
 
     def opt_structured_reply(self, *, timeout: float | None = None) -> bool:
         """Ask for structured replies (section NBD_OPT_STRUCTURED_REPLY). Returns whether they were granted."""
-        self._legal("opt_structured_reply")
-        return self._ask(negotiation.structured_reply, timeout)
+        return self._ask("opt_structured_reply", negotiation.structured_reply, timeout)
 
     def opt_extended_headers(self, *, timeout: float | None = None) -> bool:
         """Ask for extended headers (section NBD_OPT_EXTENDED_HEADERS). Returns whether they were granted."""
-        self._legal("opt_extended_headers")
-        return self._ask(negotiation.extended_headers, timeout)
+        return self._ask("opt_extended_headers", negotiation.extended_headers, timeout)
 
     def opt_list_meta_context(
         self, queries: Iterable[str] = (), *, export: str | None = None, timeout: float | None = None
     ) -> list[str]:
         """Ask which metadata contexts match (section NBD_OPT_LIST_META_CONTEXT); without queries, which there are."""
-        self._legal("opt_list_meta_context")
-        return self._ask(negotiation.list_meta_context, timeout, self._name(export), tuple(queries))
+        wanted = texts("queries", queries)
+        return self._ask("opt_list_meta_context", negotiation.list_meta_context, timeout, self._name(export), wanted)
 
     def opt_set_meta_context(
         self, queries: Iterable[str], *, export: str | None = None, timeout: float | None = None
     ) -> list[str]:
         """Select metadata contexts in place of all selected before (section NBD_OPT_SET_META_CONTEXT). Returns those selected."""
-        self._legal("opt_set_meta_context")
-        return self._ask(negotiation.set_meta_context, timeout, self._name(export), tuple(queries))
+        wanted = texts("queries", queries)
+        return self._ask("opt_set_meta_context", negotiation.set_meta_context, timeout, self._name(export), wanted)
 
     @abstractmethod
     def close(self) -> None:
         """Close the connection now."""
 
     def _name(self, export: str | None) -> str:
-        return self._engine.settings.export if export is None else export
+        return self._engine.settings.export if export is None else text("an export's name", export)
 
     def _ask(
-        self, ask: Callable[..., Conversation[Result]], timeout: float | None, *arguments: Any, enters: bool = False
+        self, call: str, ask: Callable[..., Conversation[Result]], timeout: float | None, *arguments: Any, enters: bool = False
     ) -> Result:
+        self._legal(call)
+
         def start(engine: Engine) -> Exchange:
+            self._legal(call)  # another thread may have begun an option meanwhile
             return engine.option(ask(engine.agreement, engine.settings, *arguments), enters=enters)
 
-        result: Result = self._exchange(start, Deadline.after(timeout))
+        result: Result = self._exchange(start, deadline_after(timeout), call)
         return result

@@ -23,6 +23,9 @@ StartTLS = Callable[[Stream], Stream]
 # scratch at a time, these are a few megabytes.
 _RECEIVES = 64
 _OVER = (Phase.CLOSED, Phase.DEAD)
+# By the number that a Want is: this is asked for every small read, and operations on flags are slow.
+_WANTS = (Want.NOTHING, Want.READ, Want.WRITE, Want.READ | Want.WRITE)
+_NOTHING = Want.NOTHING
 
 
 class Session:
@@ -39,6 +42,8 @@ class Session:
         self._stream = stream
         self._start_tls = start_tls
         self._half_closed = False
+        #: somebody waits on the descriptor, so that its number must not be given to another yet
+        self.waited_for = False
 
     def fileno(self) -> int:
         """Return the descriptor to wait on; -1 when the connection is over."""
@@ -53,13 +58,11 @@ class Session:
         """Return what to wait for before `advance()` can do more."""
         engine = self.engine
         if engine.phase in _OVER:
-            return Want.NOTHING
-        want = self._stream.wants()
-        if engine.has_outgoing:
-            want |= Want.WRITE
-        if engine.phase is Phase.CONNECTED or len(engine.room()):
-            want |= Want.READ
-        return want
+            return _NOTHING
+        reads = engine.phase is Phase.CONNECTED or len(engine.room()) > 0
+        want = _WANTS[reads | engine.has_outgoing << 1]
+        owed = self._stream.wants()
+        return want if owed is _NOTHING else want | owed
 
     def advance(self) -> None:
         """Send and receive what can be sent and received now."""
@@ -113,15 +116,23 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Close the stream. What the engine still wanted to say (goodbye after a refusal) is said if it goes through at once."""
-        if self.engine.phase not in _OVER:
+        """Close the stream. What the engine still wanted to say (its goodbye in opt mode) is said if it goes through at once.
+
+        While somebody waits on the descriptor it only wakes up; then call again.
+        """
+        if self.engine.phase is Phase.NEGOTIATING:
+            self.engine.abort()
+        elif self.engine.phase not in _OVER:
             self.engine.fail(Disconnected(errno.ENOTCONN, "the connection was closed by this program"), phase=Phase.CLOSED)
         if parts := self.engine.outgoing():
             # A goodbye that nobody hears is no loss; the error that ended the connection is already kept.
             with contextlib.suppress(OSError):
                 self._stream.send(parts)
             parts.clear()
-        self._stream.close()
+        if self.waited_for:
+            self._stream.hang_up()
+        else:
+            self._stream.close()
 
     def _broken(self, exc: OSError) -> None:
         """The stream failed. An error of ours says already what happened; the operating system's is put into words."""

@@ -5,17 +5,24 @@ descriptor, with the lock released, and then moves the bytes for everybody; the 
 until the polling is theirs to do. Sending is the exception: a caller whose bytes do not fit the send buffer polls for that as
 well, since nobody else may be doing so. So a call costs no thread and no second descriptor, and one caller alone pays nothing
 for the others.
+
+A signal handler may raise in the main thread at any point (Ctrl-C does). While a call waits that harms nobody: its command is
+abandoned. So nothing here waits with the lock held, and the lock is taken by `with` alone, which an exception cannot get between.
+In the middle of moving bytes an exception leaves the stream out of step; that ends the connection.
 """
 
 from __future__ import annotations
 
+import copy
+import errno
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Protocol, TypeVar
 
 from nbdcore.clients.session import Session
 from nbdcore.errors import DeadlineExceeded, Disconnected, Error
-from nbdcore.protocol.commands import Command
+from nbdcore.protocol.commands import Command, disconnect
 from nbdcore.protocol.engine import Engine
 from nbdcore.streams.base import Want
 from nbdcore.streams.waiting import Deadline, wait
@@ -42,64 +49,65 @@ class SharedSession:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._polled = Want.NOTHING
+        self._polled = 0  # what the callers that poll wait for, each its own part: the bits of Want, as a plain int
+        self._sleepers: list[_Sleeper] = []
+        self._leaving = False
 
     @property
     def engine(self) -> Engine:
         """The engine underneath."""
         return self._session.engine
 
-    def run(self, start: Callable[[Engine], Waited], deadline: Deadline) -> Waited:
-        """Start something and wait until it is done. Raises DeadlineExceeded; what that means for it is the caller's decision."""
+    def run(self, start: Callable[[Engine], Waited], deadline: Deadline, what: str) -> Waited:
+        """Start something and wait until it is done. Raises DeadlineExceeded; what that means for it is the caller's decision.
+
+        Raises the connection's own error where that has ended; `what` is how messages name what is waited for.
+        """
         with self._lock:
+            self._refuse_if_over()
             pending = start(self.engine)
-            self._wait(pending, deadline)
-            return pending
+        self._wait(pending, deadline, what)
+        return pending
+
+    def run_command(self, command: Command, deadline: Deadline) -> None:
+        """Run one command and raise its error. At the deadline, or when the caller is interrupted, it is abandoned."""
+        try:
+            self._wait(command, deadline, command, submit=(command,))
+        except BaseException as exc:
+            self._abandon([command], exc)
+            raise
+        if command.error is not None:
+            raise self._own(command.error)
 
     def run_all(self, commands: Iterator[Command], deadline: Deadline, *, depth: int) -> None:
         """Run commands with up to `depth` of them under way at a time, then raise the first error of any.
 
-        At the deadline those under way are abandoned, and no more are begun.
+        After an error no more are begun, and those under way are waited for. At the deadline these are abandoned.
         """
-        with self._lock:
-            under_way: list[Command] = []
-            failed: Error | None = None
-            try:
-                for command in commands:
-                    self.engine.submit(command)
-                    under_way.append(command)
-                    if len(under_way) >= depth:
-                        failed = self._oldest(under_way, deadline)
-                        if failed is not None:
-                            break
-                while under_way:
-                    failed = self._oldest(under_way, deadline) or failed
-            except DeadlineExceeded as exc:
-                self._abandon(under_way, exc)
-                raise
-            except BaseException:
-                self._abandon(under_way, DeadlineExceeded("given up by the program"))
-                raise
-            if failed is not None:
-                raise failed
+        under_way: list[Command] = []
+        failed: Error | None = None
+        fresh = [*islice(commands, depth)]
+        try:
+            while fresh or under_way:
+                under_way += fresh
+                oldest = under_way[0]
+                self._wait(oldest, deadline, oldest, submit=fresh)
+                del under_way[0]
+                failed = failed or oldest.error
+                fresh = [] if failed else [*islice(commands, 1)]
+        except BaseException as exc:
+            self._abandon(under_way, exc)
+            raise
+        if failed is not None:
+            raise self._own(failed)
 
-    def run_command(self, command: Command, deadline: Deadline) -> None:
-        """Run one command and raise its error. At the deadline, or when the caller is interrupted, it is abandoned."""
+    def take_leave(self, deadline: Deadline) -> None:
+        """Say goodbye, unless another caller has, and wait until the connection has ended."""
         with self._lock:
-            self.engine.submit(command)
-            try:
-                self._wait(command, deadline)
-            except BaseException as exc:
-                self._abandon([command], exc if isinstance(exc, Error) else DeadlineExceeded("given up by the program"))
-                raise
-        if command.error is not None:
-            raise command.error
-
-    def until_over(self, deadline: Deadline) -> None:
-        """Wait until the connection has ended."""
-        with self._lock:
-            self._wait(_End(self._session), deadline)
+            if not self._leaving and not self._session.over:
+                self._leaving = True
+                self.engine.submit(disconnect())
+        self._wait(_End(self._session), deadline, "the server was to hang up")
 
     def close(self, error: Error | None = None) -> None:
         """End the connection now. Callers that wait are woken, and get `error`, or that this program closed it."""
@@ -107,53 +115,127 @@ class SharedSession:
             if error is not None:
                 self._session.fail(error)
             self._session.close()
-            self._changed.notify_all()
+            self._wake_done()
+
+    # ------------------------------------------------------------------------------------------ steps of a caller
+
+    def _abandon(self, commands: list[Command], why: BaseException) -> None:
+        error = why if isinstance(why, Error) else DeadlineExceeded(f"given up by the program ({why!r})")
+        with self._lock:
+            for command in commands:
+                self.engine.abandon(command, error)
+
+    def _wait(self, pending: Pending, deadline: Deadline, what: object, *, submit: Sequence[Command] = ()) -> None:
+        """Wait for one outcome, doing whatever nobody else is doing meanwhile; first of all, `submit` these commands."""
+        mine, expired = 0, False
+        sleeper: _Sleeper | None = None
+        try:
+            while True:
+                with self._lock:
+                    if mine:
+                        self._polled &= ~mine
+                        mine = 0
+                        self._move(self._session.advance)
+                    else:
+                        if submit:
+                            self._submit(submit)
+                            submit = ()
+                        self._move(self._session.send)
+                    if pending.done or expired:
+                        self._hand_over(sleeper)
+                        break
+                    fd, wanted = self._session.fileno(), self._session.interest()
+                    mine = int(wanted) & ~self._polled
+                    if mine:
+                        self._polled |= mine
+                        self._session.waited_for = True
+                    else:
+                        sleeper = _Sleeper(pending)
+                        self._sleepers.append(sleeper)
+                if mine:
+                    _poll(fd, wanted, deadline)
+                elif sleeper is not None:
+                    sleeper.sleep(deadline)
+                expired = deadline.expired
+        except BaseException:
+            with self._lock:
+                self._polled &= ~mine
+                self._hand_over(sleeper)
+            raise
+        if not pending.done:
+            raise DeadlineExceeded(f"no answer from the server in time ({what})")
 
     # ------------------------------------------------------------------------------------------ with the lock held
 
-    def _oldest(self, under_way: list[Command], deadline: Deadline) -> Error | None:
-        self._wait(under_way[0], deadline)
-        return under_way.pop(0).error
+    def _refuse_if_over(self) -> None:
+        """Raise what ended the connection: another caller may have found out since this one looked at the phase."""
+        if self._session.over:
+            error = self.engine.error
+            raise self._own(error) if error else Disconnected(errno.ENOTCONN, "the connection was closed by this program")
 
-    def _abandon(self, commands: list[Command], error: Error) -> None:
+    def _submit(self, commands: Sequence[Command]) -> None:
+        self._refuse_if_over()
         for command in commands:
-            self.engine.abandon(command, error)
+            self.engine.submit(command)
 
-    def _wait(self, pending: Pending, deadline: Deadline) -> None:
-        """Wait for one outcome, doing whatever nobody else is doing meanwhile."""
-        self._session.send()
-        expired = False
-        while not pending.done:
-            if expired:
-                raise DeadlineExceeded(f"no answer from the server in time ({_what(pending)})")
-            wanted = self._session.interest()
-            if wanted & ~self._polled:
-                self._poll(wanted, deadline)
-            else:
-                self._changed.wait(deadline.remaining())
-            expired = deadline.expired
+    def _own(self, error: Error) -> Error:
+        """Return the caller's own copy of an error that others may be raising as well."""
+        if error is not self.engine.error:
+            return error
+        mine = copy.copy(error)
+        mine.__cause__ = error.__cause__
+        return mine
 
-    def _poll(self, wanted: Want, deadline: Deadline) -> None:
-        """Wait for the descriptor with the lock released, then move bytes for everybody and wake those who may be done."""
-        mine = wanted & ~self._polled
-        self._polled |= mine
-        fd = self._session.fileno()
-        closed: Disconnected | None = None
-        self._lock.release()
+    def _move(self, move: Callable[[], None]) -> None:
+        """Move bytes for everybody, and wake those whose outcome that brought."""
+        self._session.waited_for = self._polled != 0
         try:
-            wait(fd, wanted, deadline, "")
-        except DeadlineExceeded:
-            pass  # the caller looks at its deadline after a last look at what has arrived
-        except Disconnected as exc:
-            closed = exc
+            move()
+        except BaseException as exc:
+            error = Disconnected(errno.ECONNABORTED, f"the connection was given up in the middle of moving bytes ({exc!r})")
+            error.__cause__ = exc
+            self._session.fail(error)
+            raise
         finally:
-            self._lock.acquire()
-            self._polled &= ~mine
-            self._changed.notify_all()
-        if closed is not None:
-            self._session.fail(closed)  # counts only where it was not `close` in another thread, which has said so already
-        else:
-            self._session.advance()
+            self._wake_done()
+
+    def _wake_done(self) -> None:
+        if self._sleepers:
+            for sleeper in [sleeper for sleeper in self._sleepers if sleeper.pending.done]:
+                self._wake(sleeper)
+
+    def _hand_over(self, leaving: _Sleeper | None) -> None:
+        """A caller is about to leave: if it did something that must go on, another takes its place."""
+        if leaving in self._sleepers:
+            self._sleepers.remove(leaving)
+        self._session.waited_for = self._polled != 0
+        if self._session.over:
+            self._session.close()  # what was kept open for those that polled
+            self._wake_done()
+        if self._sleepers and int(self._session.interest()) & ~self._polled:
+            self._wake(self._sleepers[0])
+
+    def _wake(self, sleeper: _Sleeper) -> None:
+        self._sleepers.remove(sleeper)
+        sleeper.wake()
+
+
+class _Sleeper:
+    """A caller that sleeps: woken once, when its outcome is there or something is to be done."""
+
+    __slots__ = ("_asleep", "pending")
+
+    def __init__(self, pending: Pending) -> None:
+        self.pending = pending
+        self._asleep = threading.Lock()
+        self._asleep.acquire()
+
+    def sleep(self, deadline: Deadline) -> None:
+        remaining = deadline.remaining()
+        self._asleep.acquire(timeout=-1 if remaining is None else min(remaining, threading.TIMEOUT_MAX))
+
+    def wake(self) -> None:
+        self._asleep.release()
 
 
 class _End:
@@ -167,5 +249,9 @@ class _End:
         return self._session.over
 
 
-def _what(pending: Pending) -> str:
-    return str(pending) if isinstance(pending, Command) else "the handshake"
+def _poll(fd: int, wanted: Want, deadline: Deadline) -> None:
+    """Wait for the descriptor, and leave it to the next look at the stream what happened there."""
+    try:
+        wait(fd, wanted, deadline, "")
+    except (DeadlineExceeded, Disconnected):
+        return

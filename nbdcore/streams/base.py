@@ -27,9 +27,9 @@ class Want(enum.IntFlag):
 class Stream(ABC):
     """An open, ordered, two-way byte pipe. No method waits.
 
-    Calls come from one thread at a time, except `close`, which may come from any. A method that fails raises an `OSError` (an
-    `nbdcore.Error` is one too); after that only `close` may be called. None means "not now": wait on `fileno()`, then call again.
-    `str(stream)` is how messages name the other end.
+    Calls come from one thread at a time, except `hang_up` and `close`, which may come from any. A method that fails raises an
+    `OSError` (an `nbdcore.Error` is one too); after that only `close` may be called. None means "not now": wait on `fileno()`, then
+    call again. `str(stream)` is how messages name the other end.
     """
 
     @abstractmethod
@@ -66,6 +66,15 @@ class Stream(ABC):
     @abstractmethod
     def finish_sending(self) -> bool:
         """Tell the peer that nothing more will be sent (half-close). Returns False when it must be called again."""
+
+    def hang_up(self) -> None:
+        """End the connection in both directions, but keep the descriptor until `close`. Idempotent; never raises.
+
+        A thread that waits on the descriptor wakes up. Once it is closed its number may be given to another file at once, and a
+        thread that was just about to wait would wait for that: whoever knows of such a thread hangs up first. A stream without
+        this method is closed.
+        """
+        self.close()
 
     @abstractmethod
     def close(self) -> None:

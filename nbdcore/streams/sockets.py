@@ -113,12 +113,17 @@ class SocketStream(Stream):
             raise self._broken("finishing", exc) from exc
         return True
 
-    def close(self) -> None:
-        """Close the socket; the kernel still delivers what was sent, unless the peer's own bytes were left unread."""
+    def hang_up(self) -> None:
+        """Shut the socket down in both directions."""
         self._closed = True
-        # Closing a descriptor does not wake a thread that polls it; shutting it down does. It fails when the peer is gone.
+        # It fails when the peer is gone.
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the socket; the kernel still delivers what was sent, unless the peer's own bytes were left unread."""
+        # Closing a descriptor does not wake a thread that polls it; shutting it down does.
+        self.hang_up()
         # The descriptor is freed even where close reports an error, and nobody could act on one.
         with contextlib.suppress(OSError):
             self._sock.close()

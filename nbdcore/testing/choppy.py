@@ -65,6 +65,10 @@ class ChoppyStream(Stream):
         """Half-close the stream inside."""
         return self._stream.finish_sending()
 
+    def hang_up(self) -> None:
+        """Hang the stream inside up."""
+        self._stream.hang_up()
+
     def close(self) -> None:
         """Close the stream inside."""
         self._stream.close()

@@ -7,9 +7,9 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from tests import leaks
 
 from nbdcore.plugins.registry import registry
+from tests import leaks
 
 
 @pytest.fixture(autouse=True)

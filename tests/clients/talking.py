@@ -1,4 +1,4 @@
-"""Clients and scripted servers in conversation: what most tests of this folder begin with, and the table of calls that they try."""
+"""Clients and scripted servers in conversation, as most tests of this folder begin, and the table of calls that they try."""
 
 from __future__ import annotations
 

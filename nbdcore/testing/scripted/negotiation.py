@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from nbdcore.protocol import wire
 from nbdcore.protocol.constants import Option, OptionReply
-from nbdcore.testing.scripted.connection import Connection
+from nbdcore.testing.scripted.connection import Connection, ScriptFailed
 from nbdcore.testing.scripted.messages import EVERYTHING, info_replies, option_reply
 
 __all__ = ["Negotiation"]
@@ -45,7 +46,9 @@ class Negotiation:
         option = 0
         while option not in (Option.GO, Option.ABORT, Option.EXPORT_NAME):
             option, asked = connection.receive_option()
-            connection.send(self._reply(option, asked))
+            # A client may leave without waiting for the answer to its goodbye (section NBD_OPT_ABORT).
+            with contextlib.suppress(*[ScriptFailed] if option == Option.ABORT else []):
+                connection.send(self._reply(option, asked))
 
     def _reply(self, option: int, asked: bytes) -> bytes:
         if option == Option.EXPORT_NAME:

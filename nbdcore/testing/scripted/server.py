@@ -47,7 +47,11 @@ class ScriptedServer:
     def socket(self) -> Socket:
         """Return a socket connected to the server, for the next script. It belongs to the caller."""
         near, far = connected_pair()
-        self._play(far)
+        try:
+            self._play(far)
+        except BaseException:
+            near.close()
+            raise
         return near
 
     def listen_tcp(self) -> int:
