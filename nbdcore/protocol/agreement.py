@@ -166,11 +166,11 @@ class Agreement:
 
     def usable_flags(self, flags: int) -> TransmissionFlag:
         """Return the export's flags without those that what was agreed on rules out."""
-        usable = TransmissionFlag(flags)
+        ruled_out = 0
         if not self.structured:
-            usable &= ~TransmissionFlag.SEND_DF
+            ruled_out |= TransmissionFlag.SEND_DF
         if not self.extended:
-            usable &= ~TransmissionFlag.BLOCK_STATUS_PAYLOAD
-        if not usable & TransmissionFlag.SEND_WRITE_ZEROES:
-            usable &= ~TransmissionFlag.SEND_FAST_ZERO
-        return usable
+            ruled_out |= TransmissionFlag.BLOCK_STATUS_PAYLOAD
+        if not flags & TransmissionFlag.SEND_WRITE_ZEROES:
+            ruled_out |= TransmissionFlag.SEND_FAST_ZERO
+        return TransmissionFlag(flags & ~int(ruled_out))  # the complement of an IntFlag would drop bits that it has no name for

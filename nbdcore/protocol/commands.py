@@ -12,6 +12,7 @@ import enum
 import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 from nbdcore.errors import Error, UsageError
@@ -127,8 +128,9 @@ class Command:
     def __init__(self, kind: int, flags: int, offset: int, count: int) -> None:
         self.type = kind
         self.flags = flags
-        self.offset = offset
-        self.count = count
+        # Nothing but an int gets past here: what is no integer is a TypeError now, not an accident while packing.
+        self.offset = index(offset)
+        self.count = index(count)
         self.payload: memoryview | None = None
         self.target: memoryview | None = None
         self.data: bytes | None = None
@@ -167,10 +169,6 @@ class Command:
             self.data = bytes(self.allocate())
         return self.data
 
-    def release(self) -> None:
-        """Let go of the caller's memory: the payload is sent, or the outcome is final."""
-        self.payload = None
-
 
 _NAMES: dict[int, str] = {
     CommandType.READ: "read",
@@ -189,6 +187,7 @@ _NAMES: dict[int, str] = {
 def read(limits: Limits, count: int, offset: int, *, target: memoryview | None = None, flags: int = 0) -> Command:
     """Build NBD_CMD_READ. `target`, if given, is writable and holds exactly `count` bytes; flags: DF."""
     command = Command(CommandType.READ, flags, offset, count)
+    offset, count = command.offset, command.count
     if (
         limits.strict != ALL_STRICT
         or flags
@@ -203,7 +202,7 @@ def read(limits: Limits, count: int, offset: int, *, target: memoryview | None =
 def write(limits: Limits, data: memoryview, offset: int, *, flags: int = 0) -> Command:
     """Build NBD_CMD_WRITE. `data` is a view of bytes that must not change until the command is done; flags: FUA."""
     command = Command(CommandType.WRITE, _auto_payload_flag(limits, flags), offset, len(data))
-    _check(limits, command, CommandFlag.FUA | CommandFlag.PAYLOAD_LEN, past_end=errno.ENOSPC, writes=True)
+    _check(limits, command, CommandFlag.FUA | CommandFlag.PAYLOAD_LEN, past_end=errno.ENOSPC, writes=True, carries=True)
     command.payload = data
     return command
 
@@ -245,8 +244,8 @@ def block_status(limits: Limits, count: int, offset: int, *, context_ids: Sequen
         flags = _auto_payload_flag(limits, flags)
         allowed |= CommandFlag.PAYLOAD_LEN
     command = Command(CommandType.BLOCK_STATUS, flags, offset, count)
-    _check(limits, command, allowed, past_end=errno.EINVAL)
-    if context_ids is not None:
+    _check(limits, command, allowed, past_end=errno.EINVAL, carries=context_ids is not None)
+    if context_ids is not None and flags & CommandFlag.PAYLOAD_LEN:  # without the flag the server takes it for the next request
         command.payload = memoryview(wire.UINT64.pack(count) + b"".join(map(wire.UINT32.pack, context_ids)))
     return command
 
@@ -263,7 +262,7 @@ def _auto_payload_flag(limits: Limits, flags: int) -> int:
     """Set PAYLOAD_LEN on a command with a payload exactly when extended headers are on, unless the caller sees to it."""
     if not limits.strict & Strict.AUTO_FLAG:
         return flags
-    return flags | CommandFlag.PAYLOAD_LEN if limits.extended else flags & ~CommandFlag.PAYLOAD_LEN
+    return flags | CommandFlag.PAYLOAD_LEN if limits.extended else flags & ~int(CommandFlag.PAYLOAD_LEN)
 
 
 def _check(
@@ -274,18 +273,20 @@ def _check(
     past_end: int,
     needs: int = 0,
     writes: bool = False,
+    carries: bool = False,
 ) -> None:
-    """Make every check of a command that has an offset and a count."""
+    """Make every check of a command that has an offset and a count; `carries`: a payload is to follow its header."""
     _check_flags(limits, command, allowed)
     _check_supported(limits, command, needs)
     if limits.strict & Strict.COMMANDS:
-        _check_capabilities(limits, command, writes=writes)
+        _check_capabilities(limits, command, writes=writes, carries=carries)
     _check_range(limits, command, past_end)
     _check_length(limits, command)
 
 
 def _check_flags(limits: Limits, command: Command, allowed: CommandFlag) -> None:
-    strange = command.flags & ~allowed if limits.strict & Strict.FLAGS else command.flags & ~0xFFFF
+    # In plain ints: the complement of an IntFlag has only the bits that it has names for.
+    strange = command.flags & ~(int(allowed) if limits.strict & Strict.FLAGS else 0xFFFF)
     if strange:
         raise UsageError(errno.EINVAL, f"{command}: flags {strange:#x} do not belong to this command")
 
@@ -295,7 +296,7 @@ def _check_supported(limits: Limits, command: Command, needs: int) -> None:
         raise UsageError(errno.EINVAL, f"{command}: the server does not offer this command for the export")
 
 
-def _check_capabilities(limits: Limits, command: Command, *, writes: bool) -> None:
+def _check_capabilities(limits: Limits, command: Command, *, writes: bool, carries: bool) -> None:
     if writes and limits.flags & TransmissionFlag.READ_ONLY:
         raise UsageError(errno.EPERM, f"{command}: the export is read-only")
     for flag, needs in (
@@ -308,9 +309,9 @@ def _check_capabilities(limits: Limits, command: Command, *, writes: bool) -> No
     if command.type == CommandType.BLOCK_STATUS:
         if not (limits.structured and limits.contexts):
             raise UsageError(errno.ENOTSUP, f"{command}: no metadata context is selected, or the server has none")
-        if command.flags & CommandFlag.PAYLOAD_LEN and not limits.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD:
+        if carries and not (limits.extended and limits.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD):
             raise UsageError(errno.ENOTSUP, f"{command}: the server cannot limit it to some of the contexts")
-    elif bool(command.flags & CommandFlag.PAYLOAD_LEN) != (limits.extended and command.type == CommandType.WRITE):
+    if bool(command.flags & CommandFlag.PAYLOAD_LEN) != (limits.extended and carries):
         raise UsageError(
             errno.EINVAL, f"{command}: the flag PAYLOAD_LEN goes with a payload under extended headers, and only there"
         )

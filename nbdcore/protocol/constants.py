@@ -189,7 +189,7 @@ MAX_OPTION_REPLY = 64 << 20
 #: Most replies of one kind we keep for one option: a server may otherwise send them for ever. A host with more exports than this
 #: is not known; a million names would be a hundred megabytes.
 MAX_OPTION_REPLIES = 1 << 16
-#: Most bytes we keep of the replies to one option, for the same reason.
+#: Most bytes we listen to in replies to one option, kept or skipped, for the same reason.
 MAX_OPTION_BYTES = 64 << 20
 #: Largest payload of a read or write in one request: what servers in use accept (qemu and nbdkit: 32 and 64 MiB).
 MAX_PAYLOAD = 64 << 20

@@ -97,6 +97,7 @@ class Engine:
         self._replies: Replies | None = None
         self._queue: deque[Command] = deque()
         self._parts: list[memoryview] = []
+        self._begun: memoryview | None = None  # the part of which some bytes are sent, as it was
         self._last_cookie = 0
         self._ending = False
 
@@ -130,12 +131,16 @@ class Engine:
     def option(self, conversation: Conversation[Any], *, enters: bool = False) -> Exchange:
         """Begin a conversation of opt mode; `enters`: its success opens the export.
 
-        Raises UsageError, with nothing sent, for arguments that cannot be sent.
+        Raises UsageError, with nothing sent, for arguments that cannot be sent, and unless the phase is NEGOTIATING.
         """
-        exchange = self._begin(Exchange(conversation, enters=enters, fatal=False))
-        if self.phase is Phase.NEGOTIATING and not exchange.done:
-            self.phase = Phase.CONNECTING
-        return exchange
+        if self.phase is not Phase.NEGOTIATING:
+            raise self._out_of_phase("option", Phase.NEGOTIATING) from self.error
+        self.phase = Phase.CONNECTING
+        try:
+            return self._begin(Exchange(conversation, enters=enters, fatal=False))
+        except UsageError:
+            self.phase = Phase.NEGOTIATING
+            raise
 
     def abort(self) -> None:
         """Leave opt mode: say goodbye and count the connection as closed, whatever the server answers."""
@@ -152,6 +157,9 @@ class Engine:
         self.wants_tls = False
         if not isinstance(error, NegotiationError):
             self._parts.clear()
+        self._begun = None
+        if self._replies is not None:
+            self._replies.close()
         pending = [*self.in_flight.values(), *self._queue]
         self.in_flight.clear()
         self._queue.clear()
@@ -161,17 +169,26 @@ class Engine:
                 command.error = command.error or error
                 command.done = True
         exchange, self._exchange = self._exchange, None
-        if exchange is not None:
-            exchange.conversation.close()
-            exchange.error, exchange.done = error, True
-            if exchange.completion is not None:
-                exchange.completion(exchange)
-        self._complete(pending)
+        try:
+            if exchange is not None:
+                exchange.conversation.close()
+                exchange.error, exchange.done = error, True
+                if exchange.completion is not None:
+                    exchange.completion(exchange)
+        finally:
+            self._complete(pending)
+
+    def _out_of_phase(self, what: object, wanted: Phase) -> UsageError:
+        """The last word on what is legal: another thread may have ended the connection since the caller looked at its phase."""
+        number = errno.ENOTCONN if self.phase is Phase.CREATED else errno.EINVAL
+        return UsageError(number, f"{what}: the connection is {self.phase.value}, and must be {wanted.value}")
 
     # ------------------------------------------------------------------------------------------ commands
 
     def submit(self, command: Command) -> int:
-        """Queue a command and return its cookie. Raises UsageError once a disconnect is queued."""
+        """Queue a command and return its cookie. Raises UsageError unless CONNECTED, and once a disconnect is queued."""
+        if self.phase is not Phase.CONNECTED:
+            raise self._out_of_phase(command, Phase.CONNECTED) from self.error
         if self._ending:
             raise UsageError(errno.EINVAL, f"{command}: the connection is being closed")
         self._last_cookie += 1
@@ -194,9 +211,8 @@ class Engine:
             command.discard = True
             if self._replies is not None:
                 self._replies.forget(command)
-            if command.payload is not None and self._parts:
-                self._parts = [memoryview(b"".join(self._parts))]
-        command.target = command.payload = None
+        self._let_go(command)
+        command.target = None
         command.error, command.done = error, True
         if command.completion is not None:
             command.completion(command)
@@ -239,8 +255,12 @@ class Engine:
                 break
             count -= len(part)
             done += 1
-        del parts[:done]
+        if done:
+            del parts[:done]
+            self._begun = None
         if count:
+            if self._begun is None:
+                self._begun = parts[0]
             parts[0] = parts[0][count:]
 
     def _pack(self) -> None:
@@ -250,6 +270,7 @@ class Engine:
         pack = wire.EXTENDED_REQUEST.pack if extended else wire.REQUEST.pack
         magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
         gathered: list[bytes | memoryview] = []
+        goodbye: list[Command] = []
         burst = min(len(queue), _BURST)
         self.traffic.chunks_sent += burst
         for _ in range(burst):
@@ -266,12 +287,25 @@ class Engine:
                     gathered.clear()
             if command.type == CommandType.DISC:
                 command.done = True  # it has no reply
+                goodbye.append(command)
             else:
                 in_flight[command.cookie] = command
                 if command.type == CommandType.READ and command.count >= LARGE and self._replies is not None:
                     self._replies.large += 1
         if gathered:
             parts.append(memoryview(b"".join(gathered)))
+        self._complete(goodbye)
+
+    def _let_go(self, command: Command) -> None:
+        """Free the caller's memory of a payload: what is still to be sent of it is copied."""
+        payload, command.payload = command.payload, None
+        if payload is None or len(payload) <= INLINE_PAYLOAD:
+            return
+        for number, part in enumerate(self._parts):
+            if part is payload or (number == 0 and self._begun is payload):
+                self._parts[number] = memoryview(bytes(part))
+                self._begun = None if number == 0 else self._begun
+                return
 
     # ------------------------------------------------------------------------------------------ bytes in
 
@@ -289,20 +323,25 @@ class Engine:
             if self._filled == len(self._reading):
                 self._advance(bytes(self._reading))
             return
+        replies = self._replies
         try:
-            completed = self._replies.received(count)
+            completed = replies.received(count)
         except ProtocolViolation as exc:
-            self.fail(exc)
+            try:
+                self._complete(replies.take_completed())
+            finally:
+                self.fail(exc)
             return
         if completed:
             self._complete(completed)
 
     def received_eof(self) -> None:
         """The server has finished sending."""
-        if self._replies is not None and self._replies.between_messages and self.finished_sending and not self.pending:
+        waiting = len(self._queue) + sum(not command.done for command in self.in_flight.values())
+        if self._replies is not None and self._replies.between_messages and self.finished_sending and not waiting:
             self.fail(Disconnected(errno.ENOTCONN, "this program took leave of the server"), phase=Phase.CLOSED)
         elif self._replies is not None and self._replies.between_messages:
-            unanswered = f" with {self.pending} commands unanswered" if self.pending else ""
+            unanswered = f" with {waiting} commands unanswered" if waiting else ""
             self.fail(Disconnected(errno.ENOTCONN, f"the server closed the connection{unanswered}"), phase=Phase.CLOSED)
         elif self._replies is not None:
             self.fail(Disconnected(errno.ENOTCONN, "the server closed the connection in the middle of a reply"))
@@ -388,9 +427,7 @@ class Engine:
 
     def _enter_transmission(self) -> None:
         agreement, export = self.agreement, self.agreement.export
-        if export is None:
-            self.fail(ProtocolViolation(errno.EPROTO, "the handshake ended without an export"))
-            return
+        assert export is not None, "every conversation that enters the transmission phase sets it"
         block_size = export.block_size
         payload = min(max(block_size.maximum, _SMALLEST_CAP), MAX_PAYLOAD) if block_size.advertised else DEFAULT_MAXIMUM
         self.limits = Limits(
@@ -417,7 +454,15 @@ class Engine:
     # ------------------------------------------------------------------------------------------ completions
 
     def _complete(self, completed: list[Command]) -> None:
+        """Run completions. One that raises keeps no other from running; its exception then goes to whoever moves the bytes."""
+        raised: BaseException | None = None
         for command in completed:
-            command.payload = None
+            if command.payload is not None:
+                self._let_go(command)
             if command.completion is not None and not command.discard:
-                command.completion(command)
+                try:
+                    command.completion(command)
+                except BaseException as exc:  # noqa: BLE001 (raised again when every other command had its turn)
+                    raised = raised or exc
+        if raised is not None:
+            raise raised

@@ -113,20 +113,23 @@ def _reply(option: Option) -> Conversation[tuple[int, bytes, int]]:
         raise ProtocolViolation(0, f"the server answers option {answered}, and {option.name} was asked")
     if length > MAX_OPTION_REPLY:
         raise ProtocolViolation(0, f"the server announces an option reply of {length} bytes; nothing legal is that long")
+    if reply == OptionReply.ACK and length:
+        raise ProtocolViolation(errno.EPROTO, f"the server acknowledges {option.name} with {length} bytes of data")
     kept = min(length, options.LARGEST_MEANINGFUL)
     payload = (yield kept) if kept else b""
     left = length - kept
     while left:
         left -= len((yield min(left, _DRAIN_STEP)))
-    if reply == OptionReply.ACK and length:
-        raise ProtocolViolation(errno.EPROTO, f"the server acknowledges {option.name} with {length} bytes of data")
     return reply, payload, length
 
 
 def _replies(option: Option, expected: OptionReply, name: str | None) -> Conversation[list[bytes]]:
-    """Read replies of the expected type until the server acknowledges. Those too long to mean anything are left out."""
+    """Read replies of the expected type until the server acknowledges.
+
+    Exports and information too long to mean anything are left out; a context of that length is for its parser to refuse.
+    """
     collected: list[bytes] = []
-    seen = kept = 0
+    seen = heard = 0
     while True:
         reply, payload, length = yield from _reply(option)
         if reply == OptionReply.ACK:
@@ -136,10 +139,10 @@ def _replies(option: Option, expected: OptionReply, name: str | None) -> Convers
         if reply != expected:
             raise ProtocolViolation(errno.EPROTO, f"the server answers {option.name} with a reply of type {reply}")
         seen += 1
-        kept += len(payload)
-        if seen > MAX_OPTION_REPLIES or kept > MAX_OPTION_BYTES:
+        heard += length
+        if seen > MAX_OPTION_REPLIES or heard > MAX_OPTION_BYTES:
             raise ProtocolViolation(errno.EPROTO, f"the server's answer to {option.name} does not end ({seen} replies so far)")
-        if length == len(payload):
+        if length == len(payload) or expected is OptionReply.META_CONTEXT:
             collected.append(payload)
 
 
@@ -246,8 +249,9 @@ def _describe(agreement: Agreement, settings: Settings, option: Option, name: st
     yield from _ask(agreement, settings, option, request)
     try:
         payloads = yield from _replies(option, OptionReply.INFO, name)
-    except NegotiationError:
-        agreement.forget_contexts()
+    except NegotiationError as refused:
+        if refused.reply != OptionReply.ERR_UNSUP:  # a server that does not know the option did nothing, and keeps the selection
+            agreement.forget_contexts()
         raise
     agreement.export = described = _export_info(agreement, name, payloads)
     return described

@@ -134,6 +134,10 @@ class Replies:
         else:
             self._end += count
             self._traffic.chunks_received += self._decode()
+        return self.take_completed()
+
+    def take_completed(self) -> list[Command]:
+        """Return the commands that became final since the last time: after a ProtocolViolation, those before the broken reply."""
         completed, self._completed = self._completed, []
         return completed
 
@@ -146,6 +150,10 @@ class Replies:
         """Stop writing into the memory of a command that the caller has given up."""
         if self._command is command:
             self._sink = None
+
+    def close(self) -> None:
+        """The connection has ended: let go of whatever memory a payload was being received into."""
+        self._command = self._sink = self._finish = None
 
     # ------------------------------------------------------------------------------------------ the hot loop
 
@@ -188,7 +196,7 @@ class Replies:
                         command.done = True
                         complete(command)
                         continue
-            if available < 16 or (extended and available < 32):
+            if available < 16:
                 return headers
             magic, word, cookie = unpack_header(buffer, start)
             if magic == SIMPLE_REPLY_MAGIC and not extended:
@@ -286,6 +294,8 @@ class Replies:
         kind = word & 0xFFFF
         if self._extended:
             header = 32
+            if available < header:
+                return False
             offset, length = _EXTENDED_TAIL.unpack_from(self._buffer, start + 16)
         else:
             header = 20
@@ -382,7 +392,7 @@ class Replies:
     def _note(self, command: Command, offset: int, length: int) -> None:
         """Remember which range of a read has arrived."""
         command.received += length
-        if command.received == length == command.count:
+        if not length or command.received == length == command.count:
             return
         if command.fragments is None:
             command.fragments = []
@@ -413,7 +423,7 @@ class Replies:
         extended = kind == Chunk.BLOCK_STATUS_EXT
         extents = length // (16 if extended else 8)
         command.received += extents
-        if command.received > _MAX_EXTENTS * max(1, len(self._contexts)):
+        if extents > _MAX_EXTENTS or command.received > _MAX_EXTENTS * max(1, len(self._contexts)):
             self._spoil_chunk(command, length, f"the server describes it in {command.received} extents")
         else:
             self._gather(command, length, length, self._status_ext if extended else self._status)
@@ -437,7 +447,7 @@ class Replies:
             self._spoil(command, "the server sent block status of 64 bits, and extended headers were not agreed on")
         context, count = wire.STATUS_EXT_HEAD.unpack_from(payload)
         numbers = unpack_from(f">{len(payload) // 8 - 1}Q", payload, 8)
-        if count not in (0, len(numbers) // 2):
+        if count != len(numbers) // 2:
             self._spoil(command, f"the server announced {count} extents and sent {len(numbers) // 2}")
         self._extents(command, context, numbers[0::2], numbers[1::2])
 
@@ -469,13 +479,14 @@ class Replies:
 
     def _error_offset(self, command: Command, payload: memoryview) -> None:
         """NBD_REPLY_TYPE_ERROR_OFFSET: the same, then 64 bits offset."""
+        first = command.error is None
         after_text = self._parse_error(command, payload)
         error = command.error
         if not isinstance(error, CommandError) or len(payload) < after_text + 8:
             return
         (offset,) = _OFFSET.unpack_from(payload, after_text)
         if command.offset <= offset < command.offset + max(command.count, 1):
-            if error.offset is None:
+            if first:
                 error.offset = offset
             if command.on_chunk is not None:
                 (number,) = wire.UINT32.unpack_from(payload)
@@ -488,7 +499,7 @@ class Replies:
             return len(payload)
         (number,) = wire.UINT32.unpack_from(payload)
         length = wire.UINT16.unpack_from(payload, 4)[0] if len(payload) >= 6 else 0
-        text = bytes(payload[6 : 6 + length]) if length <= max(len(payload) - 6, 0) else b""
+        text = bytes(payload[6 : 6 + length]) if length <= min(len(payload) - 6, MAX_STRING) else b""
         if number == 0:
             self._spoil(command, "the server sent an error chunk with error number 0")
         else:
