@@ -45,6 +45,8 @@ TABLE = {
     "nbdcore.streams.waiting": May(("nbdcore.streams.base", "nbdcore.errors")),
     # Plain sockets, and their errors, are what other streams are made of.
     "nbdcore.streams": May(("nbdcore.streams.base", "nbdcore.streams.sockets", "nbdcore.errors"), itself=False),
+    # TLS over any of them: it knows the interface only.
+    "nbdcore.streams.tls": May(("nbdcore.streams.base", "nbdcore.errors")),
     "nbdcore.plugins": May(("nbdcore.streams", "nbdcore.uri", "nbdcore.errors"), ("pluggy", "importlib_metadata")),
     # Its stream comes as an argument.
     "nbdcore.clients.session": May(

@@ -1,0 +1,422 @@
+"""TLS keeps the Stream contract over any stream, and takes nothing for data, or for its end, that the peer did not encrypt."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import random
+import ssl
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdcore.errors import Disconnected, TLSError
+from nbdcore.streams.base import Want
+from nbdcore.streams.memory import memory_pair
+from nbdcore.streams.tls import stream as tls_stream
+from nbdcore.streams.tls.credentials import TLS, ServerTLS
+from nbdcore.streams.tls.stream import TLSStream
+from nbdcore.streams.waiting import Deadline, wait_any
+from nbdcore.testing import streams
+from nbdcore.testing.choppy import ChoppyStream
+from tests.certificates import CertificateAuthority
+from tests.streams.tls_pairs import (
+    PAIRS,
+    PATIENCE,
+    Pair,
+    connected,
+    connected_pair,
+    finish,
+    receive,
+    receive_exactly,
+    send,
+    shake,
+    shake_both,
+    started,
+    tcp_pair,
+)
+
+NAME = "db.example"
+VERSIONS = {"TLSv1.2": "NORMAL:-VERS-TLS1.3", "TLSv1.3": "NORMAL:-VERS-TLS1.2"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    ca = CertificateAuthority()
+    return ca.write(tmp_path_factory.mktemp("pki"), server=ca.issue("server", NAME))
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def starters(request, folder):
+    """The client's and the server's, for each version of TLS."""
+    client = TLS(certificates=folder, priority=VERSIONS[request.param]).starter(NAME)
+    return client, ServerTLS(certificates=folder).starter()
+
+
+@pytest.fixture(scope="module")
+def modern(folder):
+    return TLS(certificates=folder).starter(NAME), ServerTLS(certificates=folder).starter()
+
+
+@contextlib.contextmanager
+def memory_pair_closed() -> Iterator[Pair]:
+    pair = memory_pair()
+    try:
+        yield pair
+    finally:
+        for end in pair:
+            end.close()
+
+
+# --- the contract ---
+
+
+def choppy_pair() -> Pair:
+    near, far = memory_pair()
+    return ChoppyStream(near, most=4099, seed=1), ChoppyStream(far, most=4099, seed=2)
+
+
+def small_memory_pair() -> Pair:
+    return memory_pair(capacity=4096)
+
+
+@pytest.mark.parametrize("clause", streams.CLAUSES, ids=lambda clause: clause.__name__)
+@pytest.mark.parametrize("make_pair", [tcp_pair, memory_pair, small_memory_pair, choppy_pair], ids=lambda pair: pair.__name__)
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_stream_keeps_the_clause(starters, make_pair, side, clause):
+    ends = connected_pair(*starters, make_pair)
+    try:
+        clause(*(ends if side == "client" else reversed(ends)))
+    finally:
+        for end in ends:
+            end.close()
+
+
+def test_tls_over_tls_keeps_the_contract(modern):
+    def make_pair() -> Pair:
+        return connected_pair(*modern, lambda: connected_pair(*modern))
+
+    streams.check_stream(make_pair)
+
+
+# --- the handshake ---
+
+
+@pytest.mark.parametrize("make_pair", PAIRS, ids=lambda pair: pair.__name__)
+def test_handshake_agrees_on_the_version_asked_for(starters, make_pair):
+    with started(*starters, make_pair) as (near, far):
+        assert (near.version, near.cipher, far.version) == (None, None, None)
+        shake(near, far)
+        assert near.version == far.version in VERSIONS
+        assert near.cipher == far.cipher is not None
+
+
+def test_handshake_byte_by_byte(starters):
+    def make_pair() -> Pair:
+        near, far = memory_pair()
+        return ChoppyStream(near, most=1, seed=1), ChoppyStream(far, most=1, seed=2)
+
+    with connected(*starters, make_pair) as (near, far):
+        send(near, b"there")
+        assert receive_exactly(far, 5) == b"there"
+
+
+def test_handshake_goes_on_inside_send_and_receive(starters):
+    with started(*starters) as (near, far):
+        room = memoryview(bytearray(100))
+        assert near.wants() == Want.READ | Want.WRITE
+        assert far.wants() == Want.READ
+        sent = received = None
+        while not received:
+            sent = sent or near.send([memoryview(b"first words")])
+            received = far.recv_into(room)
+        assert sent == received == 11
+        assert room[:11] == b"first words"
+        assert near.wants() == far.wants() == Want.NOTHING
+
+
+def test_handshake_moves_nothing_in_the_clear(modern):
+    with memory_pair_closed() as (near, spy):
+        client = modern[0](near)
+        assert client.send([memoryview(b"a secret")]) is None
+        assert client.recv_into(memoryview(bytearray(10))) is None
+        hello = receive(spy)
+        assert hello[:2] == b"\x16\x03"  # a handshake record
+        assert b"secret" not in hello
+
+
+def test_peer_that_hangs_up_during_the_handshake_is_a_tls_error(modern):
+    with memory_pair_closed() as (near, far):
+        client = modern[0](near)
+        assert not client.handshake()
+        far.finish_sending()
+        with pytest.raises(TLSError, match="hung up during the TLS handshake"):
+            client.handshake()
+
+
+@pytest.mark.parametrize(
+    "injected",
+    [
+        b"\x00\x03\xe8\x89\x04\x55\x65\xa9" + bytes(16),
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        bytes(1 << 10),
+        b"\x17\x03\x03\x00\x04data",
+    ],
+    ids=["an NBD option reply", "HTTP", "zeroes", "early application data"],
+)
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_plain_text_injected_before_the_handshake_is_a_tls_error(modern, side, injected):
+    with memory_pair_closed() as (near, far):
+        victim = modern[0 if side == "client" else 1](near)
+        send(far, injected)
+        with pytest.raises(TLSError, match="is no TLS") as caught:
+            shake(victim, victim)
+        assert isinstance(caught.value.__cause__, ssl.SSLError)
+
+
+def test_plain_text_injected_after_the_handshake_is_a_tls_error(starters):
+    plain = memory_pair()
+    with connected(*starters, lambda: plain) as (near, _):
+        send(plain[1], b"\x67\x44\x66\x98" + bytes(12))  # a simple reply
+        with pytest.raises(TLSError):
+            receive(near)
+
+
+@pytest.mark.parametrize("at", range(8))
+def test_ciphertext_changed_on_the_way_is_a_tls_error(starters, at):
+    plain = memory_pair()
+    with connected(*starters, lambda: plain) as (near, far):
+        send(far, b"pay alice 10 coins")
+        record = bytearray(receive(plain[0]))
+        record[random.Random(at).randrange(5, len(record))] ^= 1 << at
+        send(plain[1], bytes(record))
+        with pytest.raises(TLSError):
+            receive(near)
+
+
+def test_failed_handshake_tells_the_peer_why(folder):
+    with started(TLS(certificates=folder).starter("other.example"), ServerTLS(certificates=folder).starter()) as ends:
+        client_error, server_error = shake_both(*ends)
+        assert "not for the name 'other.example'" in str(client_error)
+        assert "does not accept the certificate" in str(server_error)
+
+
+def test_handshake_after_close_is_disconnected(modern):
+    with started(*modern) as (near, _):
+        near.close()
+        with pytest.raises(Disconnected):
+            near.handshake()
+
+
+# --- the end ---
+
+
+def test_end_without_goodbye_is_no_end_of_data(starters):
+    plain = memory_pair()
+    with connected(*starters, lambda: plain) as (near, far):
+        send(far, b"half of the tr")
+        plain[1].close()
+        assert receive_exactly(near, 14) == b"half of the tr"
+        with pytest.raises(Disconnected, match="without TLS's goodbye") as caught:
+            receive(near)
+        assert caught.value.errno == errno.ECONNRESET
+
+
+def test_end_inside_a_record_is_no_end_of_data(starters):
+    plain = memory_pair()
+    with connected(*starters, lambda: plain) as (near, far):
+        send(far, b"the whole truth")
+        record = receive(plain[0])
+        send(plain[1], record[:-1])
+        plain[1].close()
+        with pytest.raises(Disconnected, match="without TLS's goodbye"):
+            receive(near)
+
+
+@pytest.mark.parametrize("heard", [True, False], ids=["goodbye received", "reset"])
+def test_end_without_goodbye_is_the_end_once_this_side_has_finished(starters, heard):
+    plain = memory_pair()
+    with connected(*starters, lambda: plain) as (near, far):
+        finish(near)
+        if heard:
+            assert receive(far) == b""
+        send(far, b"last words")
+        plain[1].close()
+        assert receive_exactly(near, 10) == b"last words"
+        assert receive(near) == b""
+
+
+def test_reset_before_this_side_has_finished_is_no_end_of_data(starters):
+    plain = memory_pair()
+    with connected(*starters, lambda: plain) as (near, _):
+        send(near, b"never received")
+        plain[1].close()
+        with pytest.raises(Disconnected):
+            receive(near)
+
+
+def test_goodbye_counts_as_the_end_while_the_stream_below_is_open(starters):
+    plain = memory_pair()
+    with connected(*starters, lambda: plain) as (near, far):
+        send(far, b"bye")
+        far._say_goodbye()
+        far.send([])
+        room = memoryview(bytearray(100))
+        assert near.recv_into(room) == 3
+        assert near.buffered()  # the descriptor is quiet, and there is the end to tell
+        assert near.recv_into(room) == 0
+
+
+@pytest.mark.parametrize("received", [1, 10, 16384, 16385, 100_000])
+def test_finishing_loses_nothing_that_was_received_in_part(starters, received):
+    data = random.Random(received).randbytes(100_001)
+    with connected(*starters) as (near, far):
+        send(far, data)
+        first = receive_exactly(near, received)
+        finish(near)
+        assert first + receive_exactly(near, len(data) - received) == data
+        send(far, b"still there")
+        assert receive_exactly(near, 11) == b"still there"
+        finish(far)
+        assert receive(near) == b""
+
+
+def test_sending_after_finishing_is_refused(starters):
+    with connected(*starters) as (near, _):
+        finish(near)
+        with pytest.raises(Disconnected):
+            near.send([memoryview(b"more")])
+
+
+def test_close_says_goodbye(starters):
+    with connected(*starters) as (near, far):
+        near.close()
+        assert receive(far) == b""
+
+
+def test_peer_of_a_failed_stream_gets_an_alert_and_no_goodbye(starters):
+    plain = memory_pair()
+    with connected(*starters, lambda: plain) as (near, far):
+        send(plain[1], bytes(100))
+        with pytest.raises(TLSError):
+            receive(near)
+        near.close()
+        with pytest.raises(TLSError):
+            receive(far)
+
+
+def test_close_from_another_thread_while_bytes_move(modern):
+    with connected(*modern) as (near, far):
+        closer = threading.Timer(0.05, near.close)
+        closer.start()
+        with pytest.raises(OSError, match="closed by this program"):
+            _move_until_failure(near, far)
+        closer.join()
+        assert near.fileno() == -1
+
+
+def _move_until_failure(near, far):
+    data, room = memoryview(bytes(1 << 20)), memoryview(bytearray(1 << 20))
+    deadline = Deadline.after(PATIENCE)
+    while not deadline.expired:
+        with contextlib.suppress(ConnectionError):  # the other end's, once this one is closed
+            far.send([data])
+        near.recv_into(room)
+
+
+# --- bytes ---
+
+
+def test_much_both_ways_at_once_over_choppy_streams(starters):
+    there, back = random.Random(1).randbytes(300_000), random.Random(2).randbytes(200_000)
+    with connected(*starters, choppy_pair) as (near, far):
+        assert streams._transfer(near, far, there, back) == (there, back)
+
+
+def test_small_parts_share_a_record(modern):
+    with connected(*modern) as (near, _):
+        taken = near.send([memoryview(b"x" * 28)] * 100)
+        assert taken == 2800
+    pieces = list(tls_stream._pieces([memoryview(b"x" * 28)] * 100))
+    assert pieces == [b"x" * 2800]
+
+
+@pytest.mark.parametrize("sizes", [[28, 65536], [0], [], [5000, 1, 2, 5000], [4096] * 9, [16384, 16385, 0, 7]])
+def test_pieces_are_records_in_order(sizes):
+    parts = [memoryview(random.Random(place).randbytes(size)) for place, size in enumerate(sizes)]
+    pieces = list(tls_stream._pieces(parts))
+    assert b"".join(pieces) == b"".join(parts)
+    assert all(0 < len(piece) <= 16384 for piece in pieces)
+
+
+def test_room_is_filled_from_many_records_at_once(modern):
+    with connected(*modern) as (near, far):
+        data = random.Random(3).randbytes(60_000)
+        send(far, data)
+        room = memoryview(bytearray(60_000))
+        assert near.recv_into(room) == 60_000
+        assert room == data
+
+
+def test_rest_of_a_record_is_buffered(modern):
+    with connected(*modern) as (near, far):
+        send(far, b"abcdef")
+        assert not near.buffered()
+        assert receive(near, 2) == b"ab"
+        assert near.buffered()
+        assert receive(near, 4) == b"cdef"
+        assert not near.buffered()
+
+
+def test_next_record_is_buffered(modern):
+    with connected(*modern) as (near, far):
+        send(far, b"ab")
+        send(far, b"cd")
+        assert receive(near, 2) == b"ab"
+        assert near.buffered()
+        assert receive(near, 2) == b"cd"
+        assert not near.buffered()
+
+
+def test_unsent_ciphertext_is_bounded_and_wanted(modern):
+    with connected(*modern) as (near, far):
+        data = memoryview(bytes(1 << 20))
+        sent = 0
+        while (count := near.send([data])) is not None:
+            assert 0 < count <= 2 * tls_stream._BATCH
+            sent += count
+        assert near.wants() == Want.WRITE
+        assert sum(map(len, near._unsent)) <= 2 * tls_stream._BATCH
+        assert near.send([]) is None
+        deadline = Deadline.after(PATIENCE)
+        while near.wants():
+            receive(far, 1 << 16)
+            near.send([])
+            assert not deadline.expired
+        assert near.send([]) == 0
+
+
+def test_the_name_in_messages_is_that_of_the_stream_below(modern):
+    with started(*modern) as (near, _):
+        assert str(near) == str(near._stream)
+
+
+def test_context_that_offers_nothing_is_a_tls_error():
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.TLSv1_2
+    with memory_pair_closed() as (near, _), pytest.raises(TLSError, match="no TLS version"):
+        TLSStream(near, context)
+
+
+def test_end_underneath_stays_the_end(starters):
+    with connected(*starters) as (near, far):
+        finish(far)
+        assert receive(near) == b""
+        assert receive(near) == b""
+        deadline = Deadline.after(PATIENCE)
+        send(near, b"answer")
+        wait_any([(far.fileno(), Want.READ)], deadline)
+        assert receive_exactly(far, 6) == b"answer"
