@@ -79,7 +79,10 @@ def _unix(text: str) -> Place:
 
 
 def _uri(text: str) -> Place:
-    return Place(parse_uri(text).transport_scheme, {}, uri=text)
+    try:
+        return Place(parse_uri(text).transport_scheme, {}, uri=text)
+    except UsageError as error:
+        raise click.BadParameter(error.message) from error
 
 
 def _is_number(text: str) -> bool:

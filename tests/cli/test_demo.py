@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+
+from nbdcore.plugins.registry import registry
+from tests.cli.commands import run
+from tests.cli.test_command import STRANGERS
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """Runs the demo with a temporary folder of its own, and sees that nothing is left there."""
+
+    def run_demo(*arguments, **options):
+        done = run(*arguments, "demo", TMPDIR=str(tmp_path), **options)
+        assert list(tmp_path.iterdir()) == []
+        return done
+
+    return run_demo
+
+
+def lines_about(name, done):
+    return [line for line in done.stdout.splitlines() if line.startswith(f"{name} ")]
+
+
+def test_demo_tries_every_transport_or_says_why_not(demo):
+    done = demo()
+    for status in registry.statuses():
+        [line] = lines_about(status.name, done)
+        assert line.split()[1] == "right" or line.startswith(f"{status.name} was not tried: ")
+    assert lines_about("tcp", done)[0].split()[1] == "right"
+    assert "nbdcore serve --memory 1G" in done.stdout.splitlines()[-1]
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
+def test_demo_that_is_piped_has_no_colours(demo):
+    assert "\x1b" not in demo().stdout
+
+
+def test_third_partys_transport_takes_part(demo):
+    done = demo("honest", command=STRANGERS)
+    assert lines_about("honest", done)[0].split()[1] == "right"
+    assert done.returncode == 0
+
+
+def test_transport_that_changes_a_bit_is_found_out(demo):
+    done = demo("liar", command=STRANGERS)
+    row, fault = lines_about("liar", done)
+    assert row.split()[1] == "WRONG"
+    assert "what was read is not what was written" in fault
+    assert lines_about("tcp", done)[0].split()[1] == "right"
+    assert done.stderr.startswith("nbdcore: the demo found a fault over liar")
+    assert done.returncode == 1
+
+
+def test_transport_that_raises_anything_harms_no_other(demo):
+    done = demo("clumsy", command=STRANGERS)
+    row, fault = lines_about("clumsy", done)
+    assert row.split()[1] == "WRONG"
+    assert "ZeroDivisionError: cannot divide" in fault
+    assert lines_about("tcp", done)[0].split()[1] == "right"
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("stranger", "reason"),
+    [
+        ("homeless", "it has no address to listen at unless it is told one"),
+        ("caller", "transport caller can connect, but it cannot listen"),
+        ("broken", "breaks the contract"),
+    ],
+)
+def test_transport_that_cannot_be_tried_has_its_reason_and_is_no_fault(demo, stranger, reason):
+    done = demo(stranger, command=STRANGERS)
+    [line] = lines_about(stranger, done)
+    assert line.startswith(f"{stranger} was not tried: ")
+    assert reason in line
+    assert done.returncode == 0
+
+
+def test_demo_without_any_transport_fails_with_the_reasons(demo):
+    names = [status.name for status in registry.statuses()]
+    done = demo(NBDCORE_BLOCK_TRANSPORTS=",".join(names))
+    assert all(len(lines_about(name, done)) == 1 for name in names)
+    assert done.stderr == "nbdcore: no transport could be tried on this machine\n"
+    assert done.returncode == 1
