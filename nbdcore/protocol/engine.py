@@ -212,7 +212,7 @@ class Engine:
             if self._replies is not None:
                 self._replies.forget(command)
         self._let_go(command)
-        command.target = None
+        command.target = command.on_chunk = command.on_extents = None
         command.error, command.done = error, True
         if command.completion is not None:
             command.completion(command)
@@ -323,17 +323,20 @@ class Engine:
             if self._filled == len(self._reading):
                 self._advance(bytes(self._reading))
             return
-        replies = self._replies
+        replies, violation = self._replies, None
         try:
             completed = replies.received(count)
         except ProtocolViolation as exc:
-            try:
-                self._complete(replies.take_completed())
-            finally:
-                self.fail(exc)
-            return
-        if completed:
-            self._complete(completed)
+            completed, violation = replies.take_completed(), exc
+        try:
+            if completed:
+                self._complete(completed)
+        finally:
+            if violation is not None:
+                self.fail(violation)
+        if replies.raised is not None:
+            raised, replies.raised = replies.raised, None
+            raise raised
 
     def received_eof(self) -> None:
         """The server has finished sending."""

@@ -103,6 +103,7 @@ class Replies:
         self._sink: memoryview | None = None
         self._finish: Callable[[], None] | None = None
         self._chunk_done = False
+        self.raised: BaseException | None = None  #: what a callback raised in the middle of decoding
         self.large = 0  #: commands in flight that are large reads, counted by the engine
         # Enough for a reply's header and the offset of its data, and not a byte of the data.
         self._head = 16 if not structured else 40 if extended else 28
@@ -255,6 +256,13 @@ class Replies:
         command.done = True
         self._completed.append(command)
 
+    def _tell(self, callback: Callable[..., object], *arguments: object) -> None:
+        """Call back in the middle of decoding. What it raises waits until all bytes at hand are decoded: no reply may be lost."""
+        try:
+            callback(*arguments)
+        except BaseException as exc:  # noqa: BLE001 (the engine raises it again)
+            self.raised = self.raised or exc
+
     # ------------------------------------------------------------------------------------------ simple replies
 
     def _unknown_simple(self, cookie: int, error: int) -> None:
@@ -376,7 +384,7 @@ class Replies:
     def _data_arrived(self, command: Command, offset: int, length: int, *, done: bool) -> None:
         self._note(command, offset, length)
         if command.on_chunk is not None:
-            command.on_chunk(command, Chunk.OFFSET_DATA, offset, length, 0)
+            self._tell(command.on_chunk, command, Chunk.OFFSET_DATA, offset, length, 0)
         if done:
             self._final(command)
 
@@ -387,7 +395,7 @@ class Replies:
             command.allocate()[begin : begin + length] = bytes(length)
         self._note(command, offset, length)
         if command.on_chunk is not None:
-            command.on_chunk(command, Chunk.OFFSET_HOLE, offset, length, 0)
+            self._tell(command.on_chunk, command, Chunk.OFFSET_HOLE, offset, length, 0)
 
     def _note(self, command: Command, offset: int, length: int) -> None:
         """Remember which range of a read has arrived."""
@@ -467,7 +475,7 @@ class Replies:
             self._spoil(command, f"the server described extents {past} bytes past the end of the export")
             lengths, flags = _cut(lengths, flags, self._size - command.offset)
         if command.on_extents is not None:
-            command.on_extents(command, name, lengths, flags)
+            self._tell(command.on_extents, command, name, lengths, flags)
         else:
             command.chunks.append(StatusChunk(name, lengths, flags))
 
@@ -490,7 +498,7 @@ class Replies:
                 error.offset = offset
             if command.on_chunk is not None:
                 (number,) = wire.UINT32.unpack_from(payload)
-                command.on_chunk(command, Chunk.ERROR_OFFSET, offset, 0, local_errno(number))
+                self._tell(command.on_chunk, command, Chunk.ERROR_OFFSET, offset, 0, local_errno(number))
 
     def _parse_error(self, command: Command, payload: memoryview) -> int:
         """Note the error of an error chunk, whole or cut short. Returns where in the payload its text ends."""
