@@ -120,7 +120,8 @@ class SharedSession:
     # ------------------------------------------------------------------------------------------ steps of a caller
 
     def _abandon(self, commands: list[Command], why: BaseException) -> None:
-        error = why if isinstance(why, Error) else DeadlineExceeded(f"given up by the program ({why!r})")
+        # A copy: the original's traceback would hold on to the caller's memory for as long as the late answer takes.
+        error = copy.copy(why) if isinstance(why, Error) else DeadlineExceeded(f"given up by the program ({why!r})")
         with self._lock:
             for command in commands:
                 self.engine.abandon(command, error)

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbdcore import Client
+from nbdcore.protocol import wire
 from nbdcore.protocol.constants import Chunk, CommandType, Option, OptionReply
 from nbdcore.testing.scripted import (
+    EVERYTHING,
     Connection,
     Negotiation,
     Reply,
@@ -20,6 +22,7 @@ from nbdcore.testing.scripted import (
     data,
     greeting,
     info_replies,
+    oldstyle_greeting,
     option_reply,
     simple,
     status,
@@ -125,3 +128,33 @@ def ready_for_options(connection: Connection) -> None:
 
 #: Options of a client that pauses right after the greeting.
 OPTION_MODE: dict[str, Any] = {"opt_mode": True, "structured_replies": False, "contexts": ()}
+
+
+# ---------------------------------------------------------------------------------------------- the handshake as bytes
+
+
+def newstyle() -> bytes:
+    """Return all that a server says to a client of today until the export is open."""
+    return b"".join(
+        [
+            greeting(),
+            option_reply(Option.EXTENDED_HEADERS, OptionReply.ERR_UNSUP, b"no"),
+            option_reply(Option.STRUCTURED_REPLY),
+            option_reply(Option.SET_META_CONTEXT, OptionReply.META_CONTEXT, b"\0\0\0\1base:allocation"),
+            option_reply(Option.SET_META_CONTEXT),
+            info_replies(Option.GO, DISK, block_size=(1, 4096, 1 << 20), name="n", description="d"),
+        ]
+    )
+
+
+#: All that servers of different ages say until the export is open.
+HANDSHAKES = {
+    "oldstyle": oldstyle_greeting(DISK),
+    "newstyle, not fixed": greeting(0) + wire.EXPORT_NAME_REPLY.pack(DISK, EVERYTHING) + bytes(124),
+    "without GO": greeting()
+    + option_reply(Option.EXTENDED_HEADERS, OptionReply.ERR_UNSUP)
+    + option_reply(Option.STRUCTURED_REPLY, OptionReply.ERR_UNSUP)
+    + option_reply(Option.GO, OptionReply.ERR_UNSUP)
+    + wire.EXPORT_NAME_REPLY.pack(DISK, EVERYTHING),
+    "newstyle": newstyle(),
+}

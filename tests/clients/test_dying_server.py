@@ -14,9 +14,8 @@ import pytest
 import nbdcore
 from nbdcore import Client, CommandError, Disconnected, Error, Phase, ProtocolViolation, TransportError, UsageError
 from nbdcore.protocol import wire
-from nbdcore.protocol.constants import EXTENDED_REPLY_MAGIC, Chunk, Option, OptionReply
+from nbdcore.protocol.constants import EXTENDED_REPLY_MAGIC, Chunk
 from nbdcore.testing.scripted import (
-    EVERYTHING,
     Connection,
     Reply,
     Request,
@@ -27,16 +26,23 @@ from nbdcore.testing.scripted import (
     data,
     error,
     first,
-    greeting,
     half_close,
     hang_up,
-    info_replies,
-    oldstyle_greeting,
-    option_reply,
     reset,
     wait_for,
 )
-from tests.clients.talking import CALLS, CONTEXTS, DISK, OPTION_CALLS, OPTION_MODE, PATIENCE, ready_for_options, script, talk
+from tests.clients.talking import (
+    CALLS,
+    CONTEXTS,
+    DISK,
+    HANDSHAKES,
+    OPTION_CALLS,
+    OPTION_MODE,
+    PATIENCE,
+    ready_for_options,
+    script,
+    talk,
+)
 
 FORMATS = {
     "simple": {"structured": False},
@@ -179,32 +185,6 @@ def test_server_that_answers_with_extended_headers_unasked_kills_the_connection(
 
 
 # ---------------------------------------------------------------------------------------------- the handshake
-
-
-def newstyle() -> bytes:
-    """Return all that a server says to a client of today until the export is open."""
-    return b"".join(
-        [
-            greeting(),
-            option_reply(Option.EXTENDED_HEADERS, OptionReply.ERR_UNSUP, b"no"),
-            option_reply(Option.STRUCTURED_REPLY),
-            option_reply(Option.SET_META_CONTEXT, OptionReply.META_CONTEXT, b"\0\0\0\1base:allocation"),
-            option_reply(Option.SET_META_CONTEXT),
-            info_replies(Option.GO, DISK, block_size=(1, 4096, 1 << 20), name="n", description="d"),
-        ]
-    )
-
-
-HANDSHAKES = {
-    "oldstyle": oldstyle_greeting(DISK),
-    "newstyle, not fixed": greeting(0) + wire.EXPORT_NAME_REPLY.pack(DISK, EVERYTHING) + bytes(124),
-    "without GO": greeting()
-    + option_reply(Option.EXTENDED_HEADERS, OptionReply.ERR_UNSUP)
-    + option_reply(Option.STRUCTURED_REPLY, OptionReply.ERR_UNSUP)
-    + option_reply(Option.GO, OptionReply.ERR_UNSUP)
-    + wire.EXPORT_NAME_REPLY.pack(DISK, EVERYTHING),
-    "newstyle": newstyle(),
-}
 
 
 def read_on(connection: Connection) -> None:
