@@ -58,12 +58,14 @@ class Route:
             look_up = Deadline.after(_LOOK_UP if remaining is None else min(remaining, _LOOK_UP))
             try:
                 wait(fd, want, look_up, f"connecting to {self.address} took too long")
+                ready = True
             except DeadlineExceeded:
                 if deadline.expired:
                     raise
-                if not wanted():
-                    raise Disconnected(errno.ENOTCONN, "the connection was closed by this program while connecting") from None
-            else:
+                ready = False
+            if not wanted():
+                raise Disconnected(errno.ENOTCONN, "the connection was closed by this program while connecting")
+            if ready:
                 return
 
 

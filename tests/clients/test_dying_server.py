@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import socket
 import threading
@@ -24,6 +23,7 @@ from nbdcore.testing.scripted import (
     answer,
     chunk,
     data,
+    drain,
     error,
     first,
     half_close,
@@ -187,13 +187,6 @@ def test_server_that_answers_with_extended_headers_unasked_kills_the_connection(
 # ---------------------------------------------------------------------------------------------- the handshake
 
 
-def read_on(connection: Connection) -> None:
-    """Go on listening until the client hangs up, whatever it says meanwhile."""
-    with contextlib.suppress(AssertionError):
-        while True:
-            connection.receive(1)
-
-
 def one_way(said: bytes, *steps: Step) -> list[Step]:
     """Return a script that says it all at once, since what the client says changes nothing."""
     return [said, *steps]
@@ -201,7 +194,7 @@ def one_way(said: bytes, *steps: Step) -> list[Step]:
 
 @pytest.mark.parametrize("style", HANDSHAKES)
 def test_the_handshake_as_a_whole_works(style):
-    with ScriptedServer(one_way(HANDSHAKES[style], read_on), patience=PATIENCE) as server:
+    with ScriptedServer(one_way(HANDSHAKES[style], drain), patience=PATIENCE) as server:
         client = Client(server.stream(), timeout=PATIENCE)
         assert client.size == DISK
         client.close()
@@ -210,9 +203,7 @@ def test_the_handshake_as_a_whole_works(style):
 @pytest.mark.parametrize("style", HANDSHAKES)
 def test_server_that_hangs_up_at_any_byte_of_the_handshake_kills_the_connection(style):
     whole = HANDSHAKES[style]
-    with ScriptedServer(
-        *(one_way(whole[:count], half_close, read_on) for count in range(len(whole))), patience=PATIENCE
-    ) as server:
+    with ScriptedServer(*(one_way(whole[:count], half_close, drain) for count in range(len(whole))), patience=PATIENCE) as server:
         for count in range(len(whole)):
             client = Client()
             with pytest.raises(Disconnected, match="the server closed the connection during the handshake"):
@@ -248,7 +239,7 @@ def test_server_that_hangs_up_at_any_byte_of_an_option_reply_kills_the_connectio
 @pytest.mark.parametrize("name", OPTION_CALLS)
 def test_option_replies_as_a_whole_work(name):
     make, reply = OPTION_CALLS[name]
-    steps = [ready_for_options, lambda c: (c.receive_option(), c.send(reply)), read_on]
+    steps = [ready_for_options, lambda c: (c.receive_option(), c.send(reply)), drain]
     with ScriptedServer(steps, patience=PATIENCE) as server:
         client = Client(server.stream(), timeout=PATIENCE, start_tls=lambda stream: stream, **OPTION_MODE)
         make(client, timeout=PATIENCE)
@@ -265,7 +256,7 @@ def test_nobody_listens():
 
 def test_a_server_that_is_no_nbd_server_is_told_apart():
     with (
-        ScriptedServer([b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n", read_on], patience=PATIENCE) as server,
+        ScriptedServer([b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n", drain], patience=PATIENCE) as server,
         pytest.raises(ProtocolViolation, match="this is no NBD server"),
     ):
         Client(server.stream(), timeout=PATIENCE)

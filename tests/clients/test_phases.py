@@ -27,7 +27,7 @@ from nbdcore.testing.scripted import (
     serve,
     wait_for,
 )
-from tests.clients.talking import CALLS, CONTEXTS, OPTION_CALLS, PATIENCE, in_background, script
+from tests.clients.talking import CALLS, CONTEXTS, OPTION_CALLS, PATIENCE, SHORT, in_background, script
 
 
 def connect_stream(client: Client) -> Any:
@@ -45,7 +45,7 @@ MAKE: dict[str, Callable[[Client], Any]] = {
     "connect": lambda c: c.connect("nbd+unix:///?socket=/nonexistent"),
     "connect_tcp": lambda c: c.connect_tcp("127.0.0.1", 1, timeout=PATIENCE),
     "connect_unix": lambda c: c.connect_unix("/nonexistent"),
-    "connect_vsock": lambda c: c.connect_vsock(1, 1, timeout=PATIENCE),  # CID 1 is this machine itself
+    "connect_vsock": lambda c: c.connect_vsock(1, 1, timeout=SHORT),  # CID 1 is this machine itself
     "connect_transport": lambda c: c.connect_transport("unix", path="/nonexistent"),
     "connect_stream": connect_stream,
     "opt_abort": lambda c: c.opt_abort(),

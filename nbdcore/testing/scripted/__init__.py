@@ -12,7 +12,7 @@ server ends, as ScriptFailed; if the test itself failed, it is a note on that fa
 It shares with nbdcore's client the layouts of the messages, and nothing else. It needs no test framework.
 """
 
-from nbdcore.testing.scripted.connection import Connection, Reply, Request, ScriptFailed, Step
+from nbdcore.testing.scripted.connection import ClientGone, Connection, Reply, Request, ScriptFailed, Step
 from nbdcore.testing.scripted.messages import (
     EVERYTHING,
     chunk,
@@ -31,6 +31,7 @@ from nbdcore.testing.scripted.negotiation import Negotiation
 from nbdcore.testing.scripted.server import ScriptedServer
 from nbdcore.testing.scripted.steps import (
     answer,
+    drain,
     expect,
     expect_end,
     expect_option,
@@ -40,11 +41,13 @@ from nbdcore.testing.scripted.steps import (
     receive,
     reset,
     serve,
+    unless_gone,
     wait_for,
 )
 
 __all__ = [
     "EVERYTHING",
+    "ClientGone",
     "Connection",
     "Negotiation",
     "Reply",
@@ -55,6 +58,7 @@ __all__ = [
     "answer",
     "chunk",
     "data",
+    "drain",
     "error",
     "expect",
     "expect_end",
@@ -73,5 +77,6 @@ __all__ = [
     "serve",
     "simple",
     "status",
+    "unless_gone",
     "wait_for",
 ]

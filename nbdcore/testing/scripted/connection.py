@@ -12,23 +12,23 @@ from nbdcore.protocol import constants, wire
 from nbdcore.protocol.constants import CommandFlag, CommandType
 from nbdcore.streams.waiting import Deadline
 
-__all__ = ["Connection", "HungUp", "Reply", "Request", "ScriptFailed", "Step"]
+__all__ = ["ClientGone", "Connection", "Reply", "Request", "ScriptFailed", "Step"]
 
 
 class ScriptFailed(AssertionError):
     """The client did not do what the script expects, or not in time; or a step raised."""
 
 
-class HungUp(ScriptFailed):
-    """The client hung up where it was expected to say more.
+class ClientGone(ScriptFailed):
+    """The client hung up, or the connection broke, where it was expected to say or hear more.
 
     Attributes:
-        received: how many bytes of what was expected had come.
+        received: how many bytes of what it was expected to say had come.
     """
 
-    def __init__(self, received: bytes | bytearray, count: int) -> None:
-        super().__init__(f"the client hung up after {len(received)} of {count} bytes: {bytes(received[-64:])!r}")
-        self.received = len(received)
+    def __init__(self, message: str, *, received: int = 0) -> None:
+        super().__init__(message)
+        self.received = received
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +74,25 @@ class Connection:
         self._sock.settimeout(self._patience)
         try:
             self._sock.sendall(data)
+        except TimeoutError as exc:
+            raise ScriptFailed(f"within {self._patience} s the client did not take all of {len(data)} bytes") from exc
         except OSError as exc:
-            raise ScriptFailed(f"{len(data)} bytes could not be sent to the client: {exc}") from exc
+            raise ClientGone(f"{len(data)} bytes could not be sent to the client: {exc}") from exc
 
     def receive(self, count: int) -> bytes:
         """Receive exactly `count` bytes."""
         received = bytearray()
         deadline = Deadline.after(self._patience)
         while len(received) < count:
-            piece = self._receive_some(count - len(received), deadline, f"{len(received)} of {count} bytes")
+            try:
+                piece = self._receive_some(count - len(received), deadline)
+            except TimeoutError as exc:
+                raise ScriptFailed(f"within {self._patience} s the client sent only {len(received)} of {count} bytes") from exc
+            except OSError as exc:
+                raise ClientGone(f"the connection broke after {len(received)} of {count} bytes: {exc}") from exc
             if not piece:
-                raise HungUp(received, count)
+                said = f"the client hung up after {len(received)} of {count} bytes: {bytes(received[-64:])!r}"
+                raise ClientGone(said, received=len(received))
             received += piece
         return bytes(received)
 
@@ -96,12 +104,13 @@ class Connection:
 
     def expect_end(self) -> None:
         """Receive the client's end, and not a byte before it."""
-        try:
-            piece = self._receive_some(1 << 10, Deadline.after(self._patience), "the end")
-        except ConnectionError:
-            return  # the client left something unread: an end as well
-        if piece:
+        if piece := self._until_end():
             raise ScriptFailed(f"the client sent {piece!r}, and its end was expected")
+
+    def drain(self) -> None:
+        """Receive whatever comes until the client's end."""
+        while self._until_end():
+            continue
 
     def receive_option(self) -> tuple[int, bytes]:
         """Receive one option request; returns option and data."""
@@ -148,14 +157,18 @@ class Connection:
     def _unpack(self, layout: struct.Struct) -> tuple[int, ...]:
         return layout.unpack(self.receive(layout.size))
 
-    def _receive_some(self, count: int, deadline: Deadline, what: str) -> bytes:
-        self._sock.settimeout(max(deadline.remaining() or 0.0, 0.001))  # 0 would mean "do not wait", and is another error
+    def _until_end(self) -> bytes:
+        """Receive something, or b"" at the client's end."""
         try:
-            return self._sock.recv(min(count, 1 << 20))
+            return self._receive_some(1 << 16, Deadline.after(self._patience))
         except TimeoutError as exc:
-            raise ScriptFailed(f"within {self._patience} s the client sent only {what}") from exc
-        except ConnectionError as exc:
-            raise ScriptFailed(f"the connection broke after {what}: {exc}") from exc
+            raise ScriptFailed(f"within {self._patience} s the client did not hang up") from exc
+        except OSError:
+            return b""  # the client left something unread: an end as well
+
+    def _receive_some(self, count: int, deadline: Deadline) -> bytes:
+        self._sock.settimeout(max(deadline.remaining() or 0.0, 0.001))  # 0 would mean "do not wait", and is another error
+        return self._sock.recv(min(count, 1 << 20))
 
 
 #: Something that a server does: send these bytes, or be called with the Connection.

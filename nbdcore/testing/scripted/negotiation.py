@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from nbdcore.protocol import wire
 from nbdcore.protocol.constants import Option, OptionReply
-from nbdcore.testing.scripted.connection import Connection, ScriptFailed
+from nbdcore.testing.scripted.connection import ClientGone, Connection
 from nbdcore.testing.scripted.messages import EVERYTHING, info_replies, option_reply
 
 __all__ = ["Negotiation"]
@@ -46,9 +45,11 @@ class Negotiation:
         option = 0
         while option not in (Option.GO, Option.ABORT, Option.EXPORT_NAME):
             option, asked = connection.receive_option()
-            # A client may leave without waiting for the answer to its goodbye (section NBD_OPT_ABORT).
-            with contextlib.suppress(*[ScriptFailed] if option == Option.ABORT else []):
+            try:
                 connection.send(self._reply(option, asked))
+            except ClientGone:
+                if option != Option.ABORT:  # a client need not wait for the answer to its goodbye
+                    raise
 
     def _reply(self, option: int, asked: bytes) -> bytes:
         if option == Option.EXPORT_NAME:

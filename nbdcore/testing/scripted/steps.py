@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Callable
 
 from nbdcore.protocol.constants import CommandType
-from nbdcore.testing.scripted.connection import Connection, HungUp, Reply, ScriptFailed, Step
+from nbdcore.testing.scripted.connection import ClientGone, Connection, Reply, ScriptFailed, Step
 
 __all__ = [
     "answer",
+    "drain",
     "expect",
     "expect_end",
     "expect_option",
@@ -18,6 +21,7 @@ __all__ = [
     "receive",
     "reset",
     "serve",
+    "unless_gone",
     "wait_for",
 ]
 
@@ -35,6 +39,21 @@ def expect(data: bytes) -> Step:
 def expect_end(connection: Connection) -> None:
     """Receive the client's end, and not a byte before it."""
     connection.expect_end()
+
+
+def drain(connection: Connection) -> None:
+    """Receive whatever comes until the client's end."""
+    connection.drain()
+
+
+def unless_gone(step: Callable[[Connection], object]) -> Step:
+    """Play a step that the client may break off by hanging up."""
+
+    def play(connection: Connection) -> None:
+        with contextlib.suppress(ClientGone):
+            step(connection)
+
+    return play
 
 
 def expect_option(option: int, data: bytes | None = None) -> Step:
@@ -102,7 +121,7 @@ def serve(reply: Reply) -> Step:
         while True:
             try:
                 request = connection.receive_request()
-            except HungUp as end:
+            except ClientGone as end:
                 if end.received:
                     raise
                 return

@@ -1,0 +1,282 @@
+"""Ctrl-C and other signals: a call that waits gives its command up; in the middle of moving bytes the connection ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from nbdcore import Client, Disconnected, Phase
+from nbdcore.protocol.constants import Chunk
+from nbdcore.streams.sockets import SocketStream
+from nbdcore.testing.scripted import (
+    Connection,
+    Negotiation,
+    ScriptedServer,
+    answer,
+    chunk,
+    data,
+    drain,
+    greeting,
+    serve,
+    unless_gone,
+    wait_for,
+)
+from tests.clients.talking import CALLS, OPTION_CALLS, OPTION_MODE, PATIENCE, in_background, ready_for_options, script, talk
+
+DONE = chunk(Chunk.NONE)
+MAIN = threading.main_thread().ident
+
+
+@contextmanager
+def ctrl_c_when(condition: Callable[[], object]) -> Iterator[None]:
+    """Send SIGINT to the main thread, as soon as the condition holds."""
+
+    def send() -> None:
+        while not condition():
+            time.sleep(0.001)
+        time.sleep(0.02)  # the main thread gets to where it waits
+        signal.pthread_kill(MAIN, signal.SIGINT)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    yield
+    thread.join(PATIENCE)
+
+
+@pytest.fixture(autouse=True)
+def _python_handles_sigint() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, whatever the shell that runs the tests has made of it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_ctrl_c_while_a_call_waits_leaves_the_connection_usable(name):
+    event = threading.Event()
+
+    def late(connection: Connection) -> None:
+        request = connection.receive_request()
+        wait_for(event)(connection)
+        connection.send(CALLS[name].chunks(request))
+
+    with talk(late, answer(DONE)) as (client, connection):
+        with ctrl_c_when(lambda: connection.requests), pytest.raises(KeyboardInterrupt):
+            CALLS[name].make(client)
+        assert client.phase is Phase.CONNECTED
+        event.set()
+        client.flush(timeout=PATIENCE)
+
+
+def test_ctrl_c_leaves_the_buffer_of_the_read_alone():
+    event = threading.Event()
+
+    def late(connection: Connection) -> None:
+        request = connection.receive_request()
+        wait_for(event)(connection)
+        connection.send(data(b"x" * 100_000)(request))
+
+    with talk(late, answer(DONE)) as (client, connection):
+        buffer = bytearray(100_000)
+        with ctrl_c_when(lambda: connection.requests), pytest.raises(KeyboardInterrupt):
+            client.pread_into(buffer, 0)
+        event.set()
+        client.flush(timeout=PATIENCE)
+        assert buffer == bytes(100_000)
+
+
+def test_ctrl_c_in_the_thread_that_polls_hands_the_polling_over():
+    event = threading.Event()
+
+    def the_other_one(connection: Connection) -> None:
+        connection.receive_request()
+        other = connection.receive_request()
+        wait_for(event)(connection)
+        connection.send(data(b"2")(other))
+
+    with talk(the_other_one, answer(DONE)) as (client, connection):
+
+        def second() -> bytes:
+            while not connection.requests:
+                time.sleep(0.001)
+            return client.pread(1, 2)
+
+        with in_background(second) as outcome:
+            with ctrl_c_when(lambda: len(connection.requests) == 2), pytest.raises(KeyboardInterrupt):
+                client.pread(1, 1)
+            event.set()
+        assert outcome == [b"2"]
+        client.flush(timeout=PATIENCE)
+
+
+def test_ctrl_c_in_a_thread_that_sleeps_disturbs_nobody():
+    event = threading.Event()
+
+    def the_first_one(connection: Connection) -> None:
+        one = connection.receive_request()
+        connection.receive_request()
+        wait_for(event)(connection)
+        connection.send(data(b"1")(one))
+
+    with talk(the_first_one, answer(DONE)) as (client, connection):
+        with in_background(lambda: client.pread(1, 1)) as outcome:
+            while not connection.requests:
+                time.sleep(0.001)
+            with ctrl_c_when(lambda: len(connection.requests) == 2), pytest.raises(KeyboardInterrupt):
+                client.pread(1, 2)
+            event.set()
+        assert outcome == [b"1"]
+        client.flush(timeout=PATIENCE)
+
+
+def test_ctrl_c_in_a_split_call_gives_all_its_pieces_up():
+    event = threading.Event()
+
+    def late(connection: Connection) -> None:
+        requests = [connection.receive_request() for _ in range(4)]
+        wait_for(event)(connection)
+        connection.send(b"".join(DONE(request) for request in requests))
+
+    with talk(late, answer(DONE), block_size=(1, 4096, 1 << 16)) as (client, connection):
+        with ctrl_c_when(lambda: len(connection.requests) == 4), pytest.raises(KeyboardInterrupt):
+            client.cache(1 << 20, 0)
+        event.set()
+        client.flush(timeout=PATIENCE)
+        assert len(connection.requests) == 5
+
+
+class Interrupted(SocketStream):
+    """Is interrupted right after bytes have moved, and before anybody has taken note of them."""
+
+    when = ""
+
+    def recv_into(self, room: memoryview) -> int | None:
+        count = super().recv_into(room)
+        if self.when == "receiving" and count:
+            signal.raise_signal(signal.SIGINT)
+        return count
+
+    def send(self, parts) -> int | None:
+        count = super().send(parts)
+        if self.when == "sending":
+            signal.raise_signal(signal.SIGINT)
+        return count
+
+
+@pytest.mark.parametrize("when", ["sending", "receiving"])
+def test_ctrl_c_in_the_middle_of_moving_bytes_ends_the_connection_rather_than_garble_it(when):
+    with ScriptedServer(script(serve(data(b"x")))) as server:
+        stream = Interrupted(server.socket())
+        client = Client(stream, timeout=PATIENCE)
+        stream.when = when
+        with pytest.raises(KeyboardInterrupt):
+            client.pread(1, 0)
+        assert client.phase is Phase.DEAD
+        assert stream.fileno() == -1
+        assert isinstance(client._engine.error, Disconnected)
+        assert "in the middle of moving bytes" in str(client._engine.error)
+
+
+def test_ctrl_c_in_the_handshake_ends_the_connection():
+    connected = threading.Event()
+    with ScriptedServer([lambda _: connected.set(), drain]) as server:
+        client = Client()
+        with ctrl_c_when(connected.is_set), pytest.raises(KeyboardInterrupt):
+            client.connect_stream(server.stream())
+        assert client.phase is Phase.DEAD
+
+
+@pytest.mark.parametrize("name", OPTION_CALLS)
+def test_ctrl_c_in_an_option_ends_the_connection(name):
+    make, _ = OPTION_CALLS[name]
+    with ScriptedServer([ready_for_options, lambda c: c.receive_option(), drain]) as server:
+        client = Client(server.stream(), timeout=PATIENCE, start_tls=lambda stream: stream, **OPTION_MODE)
+        with ctrl_c_when(lambda: server.connections[0].options), pytest.raises(KeyboardInterrupt):
+            make(client)
+        assert client.phase is Phase.DEAD
+
+
+def test_ctrl_c_while_the_transport_connects_ends_the_client(socket_path):
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first_in_line:
+        listener.bind(str(socket_path))
+        listener.listen(0)
+        first_in_line.connect(str(socket_path))
+        client = Client()
+        with ctrl_c_when(lambda: client.phase is Phase.CONNECTING), pytest.raises(KeyboardInterrupt):
+            client.connect_unix(socket_path)
+        assert client.phase is Phase.DEAD
+    socket_path.unlink()
+
+
+def test_a_signal_handler_that_returns_disturbs_nothing():
+    handled = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: handled.append(1))
+    try:
+        event = threading.Event()
+
+        def late(connection: Connection) -> None:
+            request = connection.receive_request()
+            for _ in range(5):
+                os.kill(os.getpid(), signal.SIGUSR1)
+                time.sleep(0.01)
+            connection.send(data(b"x")(request))
+            event.set()
+
+        with talk(late) as (client, _):
+            assert client.pread(1, 0, timeout=PATIENCE) == b"x"
+        assert handled
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def whole_disk(connection: Connection) -> None:
+    """Serve a disk that tells offsets, until the client is gone, wherever it stands."""
+    connection.send(greeting())
+    Negotiation()(connection)
+    serve(lambda request: data(b"%08d" % request.offset)(request))(connection)
+
+
+def test_ctrl_c_at_any_moment_leaves_a_working_or_an_ended_connection():
+    """A storm of interrupts over a busy client: every read is right, and nothing hangs. What ended is made anew."""
+    with ScriptedServer(*([unless_gone(whole_disk)] for _ in range(200))) as server:
+        client = Client(server.stream(), timeout=PATIENCE)
+        interrupts, done = 0, threading.Event()
+
+        def storm() -> None:
+            while not done.is_set():
+                time.sleep(0.002)
+                signal.pthread_kill(MAIN, signal.SIGINT)
+
+        def work() -> None:
+            nonlocal client
+            if client.phase is not Phase.CONNECTED:
+                client.close()
+                client = Client(server.stream(), timeout=PATIENCE)
+            for number in range(1000):
+                assert client.pread(8, number % 100, timeout=PATIENCE) == b"%08d" % (number % 100)
+
+        thread = threading.Thread(target=storm, daemon=True)
+        thread.start()
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            try:
+                work()
+            except (KeyboardInterrupt, Disconnected):
+                interrupts += 1
+            if server._played == 190:
+                break
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        done.set()
+        thread.join(PATIENCE)
+        client.close()
+        assert interrupts > 10
+        while server._played < 200:
+            server.socket().close()
