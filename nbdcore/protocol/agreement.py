@@ -9,9 +9,11 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from nbdcore.protocol.constants import BASE_ALLOCATION, DEFAULT_MAXIMUM, HandshakeFlag, TransmissionFlag
+from nbdcore.protocol.constants import BASE_ALLOCATION, DEFAULT_MAXIMUM, MAX_PAYLOAD, HandshakeFlag, TransmissionFlag
 
 _NO_FLAGS = HandshakeFlag(0)
+# A single write may always carry so many bytes: section "Block size constraints" asks servers for a maximum of 1 MiB at least.
+_SMALLEST_CAP = 1 << 20
 
 
 class TLSPolicy(enum.Enum):
@@ -66,6 +68,11 @@ class BlockSize:
     preferred: int = 4096
     maximum: int = DEFAULT_MAXIMUM
     advertised: bool = False
+
+    @property
+    def payload(self) -> int:
+        """Most bytes that a single write may carry."""
+        return min(max(self.maximum, _SMALLEST_CAP), MAX_PAYLOAD) if self.advertised else DEFAULT_MAXIMUM
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,6 @@ from nbdcore.protocol import negotiation, options, wire
 from nbdcore.protocol.agreement import Agreement, Settings, Traffic
 from nbdcore.protocol.commands import ALL_STRICT, Command, Limits
 from nbdcore.protocol.constants import (
-    DEFAULT_MAXIMUM,
     EXTENDED_REQUEST_MAGIC,
     MAX_PAYLOAD,
     REQUEST_MAGIC,
@@ -36,8 +35,6 @@ from nbdcore.protocol.state import Phase
 INLINE_PAYLOAD = 4096
 # Most commands packed at once: sendmsg takes 1024 parts, and a command has two at most.
 _BURST = 256
-# A single write may always carry so many bytes: section "Block size constraints" asks servers for a maximum of 1 MiB at least.
-_SMALLEST_CAP = 1 << 20
 
 
 class Exchange:
@@ -158,6 +155,7 @@ class Engine:
         if not isinstance(error, NegotiationError):
             self._parts.clear()
         self._begun = None
+        self._reading, self._filled = memoryview(b""), 0
         if self._replies is not None:
             self._replies.close()
         pending = [*self.in_flight.values(), *self._queue]
@@ -226,6 +224,11 @@ class Engine:
     def pending(self) -> int:
         """How many commands are queued or in flight."""
         return len(self._queue) + len(self.in_flight)
+
+    @property
+    def between_replies(self) -> bool:
+        """Whether no reply has been received in part only."""
+        return self._replies is None or self._replies.between_messages
 
     @property
     def finished_sending(self) -> bool:
@@ -432,12 +435,11 @@ class Engine:
         agreement, export = self.agreement, self.agreement.export
         assert export is not None, "every conversation that enters the transmission phase sets it"
         block_size = export.block_size
-        payload = min(max(block_size.maximum, _SMALLEST_CAP), MAX_PAYLOAD) if block_size.advertised else DEFAULT_MAXIMUM
         self.limits = Limits(
             size=export.size,
             flags=int(export.flags),
             minimum=block_size.minimum,
-            payload=payload,
+            payload=block_size.payload,
             maximum=min(block_size.maximum, MAX_PAYLOAD),
             extended=agreement.extended,
             structured=agreement.structured,
