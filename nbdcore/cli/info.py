@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Self
@@ -17,6 +18,7 @@ import click
 
 from nbdcore import (
     Client,
+    DeadlineExceeded,
     Disconnected,
     Export,
     NegotiationError,
@@ -90,7 +92,7 @@ def _describe_one(inquiry: _Inquiry, *, as_json: bool, only_size: bool) -> None:
             raise UsageError(errno.EOVERFLOW, "the export claims more bytes than can be addressed")
         say(str(facts["export-size"]))
     elif as_json:
-        say(json.dumps({**inquiry.server, "exports": [facts]}, indent=2))
+        say(_document(inquiry.server, [_member(facts)]))
     else:
         say("\n".join([_headline(inquiry.server), *_lines(facts)]))
 
@@ -98,24 +100,25 @@ def _describe_one(inquiry: _Inquiry, *, as_json: bool, only_size: bool) -> None:
 def _describe_all(inquiry: _Inquiry, *, as_json: bool) -> None:
     """Describe what can be described. An export that cannot be is a line on standard error, and the exit status 1."""
     exports = inquiry.exports()
-    described_so_far: list[Facts] = []
+    members: list[str] = []
     failed = False
     if not as_json:
         say(_headline(inquiry.server) if exports else f"{_headline(inquiry.server)}\nThe server lists no exports.")
     for export in exports:
+        inquiry.connection()  # where there is none any more, all the others are lost too
         try:
             facts = inquiry.facts(export.name, export.description)
-        except (NegotiationError, Disconnected, ProtocolViolation, UsageError) as error:
+        except (NegotiationError, Disconnected, ProtocolViolation, DeadlineExceeded, UsageError) as error:
             # A refusal names the export itself.
             warn(described(error) if isinstance(error, NegotiationError) else f"export {export.name!r}: {described(error)}")
             failed = True
             continue
         if as_json:
-            described_so_far.append(facts)
+            members.append(_member(facts))
         else:
             say("\n".join(_lines(facts)))
     if as_json:
-        say(json.dumps({**inquiry.server, "exports": described_so_far}, indent=2))
+        say(_document(inquiry.server, members))
     if failed:
         raise click.exceptions.Exit(1)
 
@@ -147,14 +150,14 @@ class _Inquiry:
 
     def exports(self) -> list[Export]:
         """Return what the server lists; of one that chooses for its clients, that one."""
-        client = self._connection()
+        client = self.connection()
         if client.phase is Phase.CONNECTED:
             return [Export("")]
         return client.opt_list(timeout=self._timeout)
 
     def facts(self, name: str, description: str = "") -> Facts:
         """Ask about an export; `description` is what the list said of it. Raises NegotiationError where the server refuses."""
-        client = self._connection()
+        client = self.connection()
         contexts: list[str] | None = None
         if client.phase is Phase.NEGOTIATING:
             with contextlib.suppress(NegotiationError):  # a server without metadata contexts, or without that export
@@ -172,7 +175,7 @@ class _Inquiry:
         except UsageError:
             return None
 
-    def _connection(self) -> Client:
+    def connection(self) -> Client:
         """Return a connection on which nothing has been opened yet: the one there is, unless it was used up or has ended."""
         if self._client is None or self._client.phase is not Phase.NEGOTIATING:
             if self._client is not None:
@@ -208,7 +211,17 @@ def _facts_of(client: Client, description: str, uri: str | None, contexts: list[
     return facts
 
 
-# ---------------------------------------------------------------------------------------------- text
+# ---------------------------------------------------------------------------------------------- JSON and text
+
+
+def _member(facts: Facts) -> str:
+    return textwrap.indent(json.dumps(facts, indent=2), "    ")
+
+
+def _document(server: Facts, members: list[str]) -> str:
+    """Return the JSON for a server and exports that are JSON already: as objects a long list would take five times the memory."""
+    listed = ",\n".join(members)
+    return json.dumps(server, indent=2).removesuffix("\n}") + f',\n  "exports": [\n{listed}\n  ]\n}}'
 
 
 def _headline(server: Facts) -> str:

@@ -141,6 +141,8 @@ def answers(*, info=True, exports=(), size=MEBIBYTE, contexts=()):
         name = data[4 : 4 + int.from_bytes(data[:4])]
         if name == b"hang-up":
             return False
+        if name == b"silence":
+            return bool(client.recv(1))
         if name == b"unknown" or (option == INFO and not info):
             scripted.reply(client, option, UNKNOWN if name == b"unknown" else UNSUPPORTED)
             return True
@@ -244,11 +246,11 @@ def test_list_describes_every_export_whatever_the_uri_names(serve):
     assert done.exit_code == 0
 
 
-@pytest.mark.parametrize("bad", [b"unknown", b"hang-up", b"nul\0"])
+@pytest.mark.parametrize("bad", [b"unknown", b"hang-up", b"silence", b"nul\0"])
 def test_export_that_fails_does_not_hide_the_others(bad):
     with scripted.listening(answers(exports=[b"a", bad, b"b"])) as uri:
-        text = invoke("info", "--list", uri)
-        told = invoke("info", "--list", "--json", uri)
+        text = invoke("info", "--list", "--timeout", "2" if bad == b"silence" else "30", uri)
+        told = invoke("info", "--list", "--timeout", "2" if bad == b"silence" else "30", "--json", uri)
     assert names(text) == ['export="a":', 'export="b":']
     [line] = text.stderr.splitlines()
     assert repr(bad.decode()) in line
