@@ -227,7 +227,9 @@ def test_end_without_goodbye_is_no_end_of_data(starters):
 def test_end_inside_a_record_is_no_end_of_data(starters):
     plain = memory_pair()
     with connected(*starters, lambda: plain) as (near, far):
-        send(far, b"the whole truth")
+        send(far, b"nothing but ")
+        assert receive(near) == b"nothing but "
+        send(far, b"the truth")
         record = receive(plain[0])
         send(plain[1], record[:-1])
         plain[1].close()
@@ -250,7 +252,9 @@ def test_end_without_goodbye_is_the_end_once_this_side_has_finished(starters, he
 
 def test_reset_before_this_side_has_finished_is_no_end_of_data(starters):
     plain = memory_pair()
-    with connected(*starters, lambda: plain) as (near, _):
+    with connected(*starters, lambda: plain) as (near, far):
+        send(far, b"words")
+        assert receive(near) == b"words"
         send(near, b"never received")
         plain[1].close()
         with pytest.raises(Disconnected):
@@ -324,6 +328,22 @@ def _move_until_failure(near, far):
         with contextlib.suppress(ConnectionError):  # the other end's, once this one is closed
             far.send([data])
         near.recv_into(room)
+
+
+def test_server_that_hangs_up_right_after_the_handshake_has_refused(starters):
+    plain = memory_pair()
+    with connected(*starters, lambda: plain) as (near, _):
+        plain[1].close()
+        with pytest.raises(TLSError, match="right after the TLS handshake"):
+            receive(near)
+
+
+def test_client_that_hangs_up_right_after_the_handshake_is_gone(starters):
+    plain = memory_pair()
+    with connected(*starters, lambda: plain) as (_, far):
+        plain[0].close()
+        with pytest.raises(Disconnected, match="without TLS's goodbye"):
+            receive(far)
 
 
 # --- bytes ---

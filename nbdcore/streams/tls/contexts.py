@@ -141,7 +141,7 @@ def _is_wanted(cipher: ssl._Cipher, priority: Priority) -> bool:
 def _set_ciphers(context: ssl.SSLContext, ciphers: str) -> None:
     try:
         context.set_ciphers(ciphers)
-    except ssl.SSLError as exc:
+    except (ssl.SSLError, ValueError) as exc:  # a ValueError for a NUL
         raise _wrong(f"OpenSSL knows no cipher among {printable(ciphers)!r}") from exc
 
 

@@ -39,6 +39,8 @@ _PIECE = _BATCH = 128 << 10
 _RECORD = 16 << 10
 #: Parts up to this size are copied together into one record: that costs less than a record more.
 _SMALL = 4 << 10
+#: What it is like to send to, or to receive from, somebody who has hung up.
+_HUNG_UP = frozenset({errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED})
 
 
 class TLSStream(Stream):
@@ -78,6 +80,7 @@ class TLSStream(Stream):
         self._cut_off = False  # the stream underneath has ended
         self._ended = False  # the peer said goodbye
         self._finished = False  # this side said goodbye
+        self._heard = False  # the peer sent data
         self._failed = False
         self._closed = False
         # OpenSSL's objects are for one thread at a time, and `close` may come from another.
@@ -109,8 +112,8 @@ class TLSStream(Stream):
             self._check_open()
             try:
                 return self._shake()
-            except OSError:
-                self._failed = True
+            except OSError as exc:
+                self._give_up(exc)
                 raise
 
     def recv_into(self, room: memoryview) -> int | None:
@@ -122,8 +125,8 @@ class TLSStream(Stream):
             self._check_open()
             try:
                 return self._receive(room)
-            except OSError:
-                self._failed = True
+            except OSError as exc:
+                self._give_up(exc)
                 raise
 
     def send(self, parts: Sequence[memoryview]) -> int | None:
@@ -135,8 +138,8 @@ class TLSStream(Stream):
                     return None
                 taken = self._encrypt(parts)
                 self._flush()
-            except OSError:
-                self._failed = True
+            except OSError as exc:
+                self._give_up(exc)
                 raise
             return taken
 
@@ -168,8 +171,8 @@ class TLSStream(Stream):
                     return False
                 self._say_goodbye()
                 return self._flush() and self._stream.finish_sending()
-            except OSError:
-                self._failed = True
+            except OSError as exc:
+                self._give_up(exc)
                 raise
 
     def close(self) -> None:
@@ -199,7 +202,7 @@ class TLSStream(Stream):
             self._flush()
             if not self._pull():
                 if self._cut_off:
-                    raise TLSError(errno.ECONNRESET, f"{self} hung up during the TLS handshake{self._hint()}")
+                    raise Disconnected(errno.ECONNRESET, f"{self} hung up during the TLS handshake")
                 return False
         return True
 
@@ -213,8 +216,7 @@ class TLSStream(Stream):
             # The peer is told why, if that goes through at once.
             with contextlib.suppress(OSError):
                 self._flush()
-            reason = explain(exc, self._peer, self._tls.server_hostname, psk=self._psk)
-            raise TLSError(errno.EPROTO, f"the TLS handshake with {self} failed: {reason}") from exc
+            raise self._failure(exc) from exc
         self._check_agreement()
         self._established = True
         self._flush()
@@ -231,9 +233,6 @@ class TLSStream(Stream):
             raise TLSError(
                 errno.EPROTO, f"{self} chose the cipher {name} of {bits} bits, and {self._least_bits} are demanded here"
             )
-
-    def _hint(self) -> str:
-        return " (it may demand a client certificate, or log why)" if self._peer == "server" else ""
 
     # ------------------------------------------------------------------------------------------ receiving
 
@@ -288,6 +287,8 @@ class TLSStream(Stream):
         finally:
             if self._outgoing.pending:  # the answer to a change of keys
                 self._flush()
+        if filled:
+            self._heard = True
         return filled
 
     def _give_kept(self, room: memoryview) -> int:
@@ -301,7 +302,7 @@ class TLSStream(Stream):
     def _encrypt(self, parts: Sequence[memoryview]) -> int:
         """Encrypt about a batch from the front of `parts`, and return how many bytes that took."""
         if self._finished and any(parts):
-            raise Disconnected(errno.EPIPE, f"this program has finished sending to {self}")
+            raise Disconnected(errno.ENOTCONN, f"this program has finished sending to {self}")
         write, outgoing, taken = self._tls.write, self._outgoing, 0
         try:
             for piece in _pieces(parts):
@@ -346,9 +347,39 @@ class TLSStream(Stream):
             self._incoming.write(received)
         self._finished = True
 
+    # ------------------------------------------------------------------------------------------ failures
+
+    def _give_up(self, exc: OSError) -> None:
+        """The connection failed: raise what says more than `exc` does, where there is anything."""
+        self._failed = True
+        if isinstance(exc, TLSError) or exc.errno not in _HUNG_UP:
+            return
+        self._look_for_alert()
+        # A server that refuses this client may just hang up, and with TLS 1.3 the client's handshake is finished by then.
+        if not self._established or (self._peer == "server" and not self._heard):
+            when = "right after" if self._established else "during"
+            why = "user name and pre-shared key are those it has" if self._psk else "it demands a client certificate"
+            raise TLSError(
+                exc.errno, f"the {self._peer}, {self}, hung up {when} the TLS handshake; its log may say why: see whether {why}"
+            ) from exc
+
+    def _look_for_alert(self) -> None:
+        """Read what the peer had to say before it hung up, and raise it if it is a reason."""
+        try:
+            with contextlib.suppress(OSError):
+                while self._pull():
+                    pass
+            while self._tls.read(_RECORD):
+                pass
+        except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+            return
+        except ssl.SSLError as exc:
+            raise self._failure(exc) from exc
+
     def _failure(self, exc: ssl.SSLError) -> TLSError:
         reason = explain(exc, self._peer, self._tls.server_hostname, psk=self._psk)
-        return TLSError(errno.EPROTO, f"TLS with {self} failed: {reason}")
+        doing = "TLS" if self._established else "the TLS handshake"
+        return TLSError(errno.EPROTO, f"{doing} with {self} failed: {reason}")
 
 
 def _pieces(parts: Sequence[memoryview]) -> Iterator[memoryview | bytes]:
