@@ -47,6 +47,10 @@ TABLE = {
     "nbdcore.streams": May(("nbdcore.streams.base", "nbdcore.streams.sockets", "nbdcore.errors"), itself=False),
     # TLS over any of them: it knows the interface only.
     "nbdcore.streams.tls": May(("nbdcore.streams.base", "nbdcore.errors")),
+    # A child process behind a socket, or one that is connected to by its path.
+    "nbdcore.streams.process": May(
+        ("nbdcore.streams.base", "nbdcore.streams.sockets", "nbdcore.streams.connecting", "nbdcore.errors"), itself=False
+    ),
     "nbdcore.plugins": May(("nbdcore.streams", "nbdcore.uri", "nbdcore.errors"), ("pluggy", "importlib_metadata")),
     # Its stream comes as an argument.
     "nbdcore.clients.session": May(
@@ -62,7 +66,10 @@ TABLE = {
             "nbdcore.errors",
         ),
     ),
-    "nbdcore.libnbd": May(("nbdcore.clients",)),
+    # It hands on what the clients do, under other names: it must know their values and errors.
+    "nbdcore.libnbd": May(
+        ("nbdcore.clients", "nbdcore.protocol", "nbdcore.plugins", "nbdcore.streams", "nbdcore.uri", "nbdcore.errors")
+    ),
     "nbdcore.disk": May(("nbdcore.clients",)),
     "nbdcore.server": May(
         (

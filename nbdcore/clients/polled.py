@@ -1,0 +1,256 @@
+"""The polled client: for event loops that are somebody else's. Nothing waits but `poll` and `wait_for`, which say so.
+
+A loop asks `fileno()` and `direction()`, waits as it likes, and calls `notify_read` or `notify_write`; everything that happens,
+happens inside those calls (or `poll`, which is such a loop of one round): completions run there, and may submit commands. So it
+is with connecting: a transport's connect is stepped by the same two questions, and the descriptor may change while it lasts.
+
+A thin skin over a session: what to say to the server is the engine's business. Calls come from one thread at a time; whoever
+shares a client among threads holds a lock of their own around each call.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Generator
+from typing import Any
+
+from nbdcore.clients.connecting import Route, route_by_name
+from nbdcore.clients.knowledge import Knowledge
+from nbdcore.clients.session import Session, StartTLS
+from nbdcore.errors import Disconnected, Error, TransportError, UsageError
+from nbdcore.protocol import commands
+from nbdcore.protocol.agreement import Settings, Traffic
+from nbdcore.protocol.commands import ALL_STRICT, Command
+from nbdcore.protocol.engine import Engine, Exchange
+from nbdcore.protocol.negotiation import Conversation
+from nbdcore.protocol.state import Phase
+from nbdcore.streams.base import Stream, Want
+from nbdcore.streams.waiting import NEVER, Deadline, wait_any
+
+__all__ = ["Connecting", "PolledClient"]
+
+#: A connection being opened, as transports do it: yields what to wait for, returns the stream.
+Connecting = Generator[tuple[int, Want], None, Stream]
+
+_READ = Want.READ
+# Commands queued while answers to others are awaited go out together, so many at most: one system call for all. With nothing
+# under way a command is sent at once, so that there is always an answer whose arrival sends the rest.
+_BURST = 16
+# A payload of so many bytes gains nothing from waiting for company.
+_LARGE_PAYLOAD = 1 << 15
+
+
+class PolledClient(Knowledge):
+    """One connection, moved on by whoever watches its descriptor.
+
+    Newly created it is not connected: call one of its `connect` methods, then let it advance until `phase` is CONNECTED, or
+    NEGOTIATING in opt mode, or DEAD, with the reason in `error`.
+
+    Args:
+        settings: what to ask the server for. Raises UsageError for a name in them that cannot be sent.
+        strict: which client-side checks to make.
+        start_tls: makes an encrypted stream out of a plain one, for servers that agree to start TLS.
+    """
+
+    def __init__(self, settings: Settings, *, strict: int = ALL_STRICT, start_tls: StartTLS | None = None) -> None:
+        super().__init__(Engine(settings, strict=strict))
+        self._start_tls = start_tls
+        self._connecting: Connecting | None = None
+        self._awaited: tuple[int, Want] = (-1, Want.NOTHING)
+        self._session: Session | None = None
+        self._advancing = False
+
+    @property
+    def engine(self) -> Engine:
+        """The engine underneath, for what is agreed on and for building commands."""
+        return self._engine
+
+    @property
+    def traffic(self) -> Traffic:
+        """What has gone over the wire."""
+        return self._engine.traffic
+
+    @property
+    def opening(self) -> bool:
+        """Whether the way to the server is being opened: nothing has been said yet."""
+        return self._connecting is not None
+
+    @property
+    def error(self) -> Error | None:
+        """Why the connection ended, else None."""
+        return self._engine.error
+
+    # ------------------------------------------------------------------------------------------ connecting
+
+    def connect_transport(self, name: str, /, **address: Any) -> None:
+        """Start connecting over a transport by its name; the address parts are the transport's own."""
+        self._legal("connect_transport")
+        self.connect_route(route_by_name(name, address))
+
+    def connect_route(self, route: Route) -> None:
+        """Start connecting to a transport's address."""
+        self.connect_steps(route.transport.connect(route.address))
+
+    def connect_stream(self, stream: Stream) -> None:
+        """Start the handshake over a stream that is open already, and belongs to the client from here on."""
+        self._legal("connect_stream")
+        self._shake_hands(stream)
+
+    def connect_steps(self, connecting: Connecting) -> None:
+        """Start connecting by any generator that does what a transport's `connect` does."""
+        self._legal("connect_stream")
+        self._engine.connecting()
+        self._connecting = connecting
+        self._step(connecting)
+
+    def _step(self, connecting: Connecting) -> None:
+        """Let the transport go on until it has to wait again, or is done."""
+        try:
+            self._awaited = next(connecting)
+        except StopIteration as end:
+            self._connecting = None
+            self._shake_hands(end.value)
+        except OSError as exc:
+            self._connecting = None
+            if not isinstance(exc, Error):
+                cause = exc
+                exc = TransportError(cause.errno or 0, f"cannot connect: {cause.strerror or cause}")
+                exc.__cause__ = cause
+            self._engine.fail(exc)
+
+    def _shake_hands(self, stream: Stream) -> None:
+        self._session = Session(self._engine, stream, start_tls=self._start_tls)
+        self._engine.handshake()
+        self._session.advance()
+
+    # ------------------------------------------------------------------------------------------ for event loops
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait on, -1 where there is none. It may change until the connection is open."""
+        if self._connecting is not None:
+            return self._awaited[0]
+        return -1 if self._session is None else self._session.fileno()
+
+    def direction(self) -> Want:
+        """Return what to wait for; nothing while newly created, negotiating, closed or dead."""
+        if self._connecting is not None:
+            return self._awaited[1]
+        return Want.NOTHING if self._session is None else self._session.interest()
+
+    def notify_read(self) -> None:
+        """The descriptor is readable, or both readable and writable: receive what is there, and send what can be sent.
+
+        Raises the error that ends the connection, if one does; a server that hangs up between two replies is none.
+        """
+        self._notify(Want.READ)
+
+    def notify_write(self) -> None:
+        """The descriptor is writable: send what can be sent. Raises as `notify_read` does."""
+        self._notify(Want.WRITE)
+
+    def _notify(self, event: Want) -> None:
+        if not self.direction() & event:
+            raise UsageError(errno.EINVAL, f"{event.name} is not what this connection waits for, being {self.phase.value}")
+        self.advance()
+
+    def advance(self) -> None:
+        """Do what can be done now without waiting. Raises as `notify_read` does; UsageError (EDEADLK) from a callback."""
+        if self._advancing:
+            raise _deadlock()
+        self._advancing = True
+        try:
+            if self._connecting is not None:
+                self._step(self._connecting)
+            elif self._session is not None:
+                self._session.advance()
+        finally:
+            self._advancing = False
+        self._raise_if_dead()
+
+    def _raise_if_dead(self) -> None:
+        if self._engine.phase is Phase.DEAD and self._engine.error is not None:
+            raise self._engine.error
+
+    def poll(self, timeout: float | None = None, *, also: int = -1) -> bool:
+        """Wait until something can be done, and do it. Returns False when `timeout` seconds passed first.
+
+        `also` is a descriptor that ends the wait when it becomes readable; nothing is read from it. Raises UsageError where there
+        is nothing to wait for, and as `notify_read` does.
+        """
+        if self._advancing:
+            raise _deadlock()
+        if self._session is not None and self._engine.has_outgoing:
+            self._session.send()
+            self._raise_if_dead()
+        want = self.direction()
+        if not want:
+            raise UsageError(errno.EINVAL, f"there is nothing to wait for while {self.phase.value}")
+        fd = self.fileno()
+        waiting = ((fd, want),) if also < 0 else ((fd, want), (also, _READ))
+        ready = wait_any(waiting, NEVER if timeout is None else Deadline.after(timeout))
+        if any(found == fd for found, _ in ready):
+            self.advance()
+        return bool(ready)
+
+    # ------------------------------------------------------------------------------------------ options and commands
+
+    def exchange(self, conversation: Conversation[Any], *, enters: bool = False) -> Exchange:
+        """Start a conversation of opt mode; `enters`: its success opens the export. Its outcome is in what is returned.
+
+        Raises UsageError, with nothing sent, outside opt mode and for arguments that cannot be sent.
+        """
+        exchange = self._engine.option(conversation, enters=enters)
+        self._send()
+        return exchange
+
+    def submit(self, command: Command) -> int:
+        """Queue a command and return its cookie; its outcome is in the command. A failure to send it is such an outcome too."""
+        engine = self._engine
+        cookie = engine.submit(command)
+        if not self._advancing:
+            under_way = len(engine.in_flight)
+            payload = command.payload
+            if not under_way or engine.pending - under_way >= _BURST or (payload is not None and len(payload) >= _LARGE_PAYLOAD):
+                self._send()
+        return cookie
+
+    def disconnect(self) -> None:
+        """Queue the goodbye (NBD_CMD_DISC); the server hangs up then. No command may follow it: that is a UsageError."""
+        self._engine.submit(commands.disconnect())
+        self._send()
+
+    def abandon_unsent(self) -> None:
+        """Give up every command of which not a byte has been sent: it fails."""
+        self._engine.abandon_unsent(Disconnected(errno.ENOTCONN, "the connection was closed by this program before it was sent"))
+
+    def _send(self) -> None:
+        if self._session is not None and not self._advancing:
+            self._session.send()
+
+    # ------------------------------------------------------------------------------------------ for blocking callers
+
+    def wait_for(self, pending: Command | Exchange) -> None:
+        """Advance until a command or an exchange is done, be it by the end of the connection. Raises nothing for either."""
+        while not pending.done:
+            try:
+                self.poll()
+            except Error:
+                if not pending.done:
+                    raise
+
+    # ------------------------------------------------------------------------------------------ ending
+
+    def close(self) -> None:
+        """End the connection now; what is pending fails. Never raises, and may be called twice."""
+        connecting, self._connecting = self._connecting, None
+        if connecting is not None:
+            connecting.close()
+        if self._session is not None:
+            self._session.close()
+        elif self.phase not in (Phase.CLOSED, Phase.DEAD):
+            error = Disconnected(errno.ENOTCONN, "the connection was closed by this program")
+            self._engine.fail(error, phase=Phase.CLOSED)
+
+
+def _deadlock() -> UsageError:
+    return UsageError(errno.EDEADLK, "a callback may submit commands, but neither wait nor move bytes: others are moving")

@@ -1,0 +1,17 @@
+"""How a program that says `import nbd` is given this module: only when somebody says so."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["install"]
+
+
+def install() -> None:
+    """Make every later `import nbd` of this process find `nbdcore.libnbd`. A module `nbd` that is imported already is replaced.
+
+    To run a program unchanged that does not call this: `python -m nbdcore.libnbd PROGRAM [ARGUMENTS]`, or `-m MODULE` likewise.
+    """
+    import nbdcore.libnbd
+
+    sys.modules["nbd"] = nbdcore.libnbd

@@ -1,0 +1,86 @@
+"""`nbd.Buffer`: memory that asynchronous commands read into and write from."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+__all__ = ["Buffer"]
+
+
+class Buffer:
+    """A buffer of `length` bytes, zero until a command has read into it.
+
+    It is no bytes-like object itself: `to_buffer` gives one that shares its memory, `to_bytearray` a copy.
+    """
+
+    __slots__ = ("_memory", "_view")
+
+    def __init__(self, length: int) -> None:
+        if length < 0:
+            raise ValueError(f"the length of a buffer cannot be negative ({length})")
+        try:
+            self._share(bytearray(length))
+        except (MemoryError, OverflowError) as exc:
+            raise MemoryError(errno.ENOMEM, f"no memory for a buffer of {length} bytes") from exc
+
+    def _share(self, memory: Any) -> None:
+        self._memory = memory
+        view = memoryview(memory)
+        self._view = view if view.format == "B" and view.ndim == 1 else view.cast("B")
+
+    @classmethod
+    def from_bytearray(cls, source: Any) -> Buffer:
+        """Return a buffer with a copy of a bytearray's contents, or of anything that `bytearray` makes one of."""
+        return cls.from_buffer(bytearray(source))
+
+    @classmethod
+    def from_buffer(cls, source: Any) -> Buffer:
+        """Return a buffer that shares the memory of a bytes-like object. Raises TypeError for anything else."""
+        buffer = cls.__new__(cls)
+        buffer._share(source)  # noqa: SLF001 (its own class's)
+        return buffer
+
+    def to_bytearray(self) -> bytearray:
+        """Return a copy of the contents."""
+        return bytearray(self._view)
+
+    def to_buffer(self) -> Any:
+        """Return the object whose memory this is, shared: the very object given to `from_buffer`, else a bytearray."""
+        return self._memory
+
+    def size(self) -> int:
+        """Return the number of bytes."""
+        return len(self._view)
+
+    def __len__(self) -> int:
+        return len(self._view)
+
+    def is_zero(self, offset: int = 0, size: int = -1) -> bool:
+        """Return whether `size` bytes at `offset` (-1: all from there) are zero.
+
+        Raises IndexError for a range that is not within the buffer; no bytes at all are zero wherever they are.
+        """
+        length = len(self._view)
+        if size == 0:
+            return True
+        if not 0 <= offset <= length:
+            raise IndexError("offset out of range")
+        if size < -1 or size > length - offset:
+            raise IndexError("size out of range")
+        after = length if size == -1 else offset + size
+        return not any(self._view[offset:after])
+
+    # ------------------------------------------------------------------------------------------ for commands
+
+    def readable(self) -> memoryview:
+        """Return the bytes to write."""
+        return self._view
+
+    def writable(self, *, clear: bool) -> memoryview:
+        """Return the memory to read into. Raises BufferError where it is read-only, as that of bytes is."""
+        if self._view.readonly:
+            raise BufferError("Object is not writable.")
+        if clear:
+            self._view[:] = bytes(len(self._view))
+        return self._view

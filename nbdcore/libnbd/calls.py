@@ -1,0 +1,197 @@
+"""One table of libnbd's calls: which release brought each, in which states it is permitted, and what every call has in common.
+
+A method of NBD that is a call of libnbd's API is decorated with `call`, and so gets its row in CALLS; the documentation and the
+tests read that table. What all calls share happens in the decorator, in this order: the handle is not closed, the handle's lock
+is held, its state permits the call, and any error of nbdcore leaves as libnbd's `Error`, named after the call. Calls that libnbd
+promises never to block take no lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+from nbdcore.errors import Error as CoreError
+from nbdcore.libnbd.errors import ClosedHandle, Error, failure, translated
+from nbdcore.protocol.state import Phase
+
+if TYPE_CHECKING:
+    from nbdcore.libnbd.ledger import Ledger
+
+__all__ = ["ANY", "CALLS", "ELSEWHERE", "Call", "call"]
+
+CREATED = frozenset({Phase.CREATED})
+NEGOTIATING = frozenset({Phase.NEGOTIATING})
+CONNECTED = frozenset({Phase.CONNECTED})
+SETTING_UP = CREATED | NEGOTIATING
+TALKING = NEGOTIATING | CONNECTED
+KNOWN = frozenset({Phase.NEGOTIATING, Phase.CONNECTED, Phase.CLOSED})
+ADDRESSED = frozenset(Phase) - CREATED
+COUNTING = frozenset({Phase.CONNECTED, Phase.CLOSED, Phase.DEAD})
+ANY = frozenset(Phase)
+
+#: What libnbd calls each state in its messages, in the order in which it lists them.
+_WORDS = {
+    Phase.CREATED: "newly created",
+    Phase.CONNECTING: "connecting",
+    Phase.NEGOTIATING: "negotiating",
+    Phase.CONNECTED: "connected with the server",
+    Phase.CLOSED: "shut down",
+    Phase.DEAD: "dead",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of libnbd's API.
+
+    Attributes:
+        name: as Python has it.
+        first_version: the release of libnbd that brought it.
+        permitted: the states in which it is permitted.
+        lock_free: it neither waits for the handle's lock nor takes it.
+    """
+
+    name: str
+    first_version: str
+    permitted: frozenset[Phase]
+    lock_free: bool = False
+
+    @property
+    def states(self) -> str:
+        """The permitted states in libnbd's words."""
+        return ", or ".join(word for phase, word in _WORDS.items() if phase in self.permitted)
+
+
+#: Every call that NBD has as a method, by name. Filled by `call`.
+CALLS: dict[str, Call] = {}
+
+#: Calls of libnbd's C API that a Python program makes in another way, in libnbd's own module as here.
+ELSEWHERE = {
+    "create": "nbd.NBD()",
+    "get_error": "the attribute `string` of nbd.Error",
+    "get_errno": "the attributes `errnum` and `errno` of nbd.Error",
+}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Handle(Protocol):
+    """What the decorator needs of a handle."""
+
+    _closed: bool
+    _lock: threading.RLock
+    _ledger: Ledger
+    _debug: bool
+
+    @property
+    def _phase(self) -> Phase: ...
+
+    @property
+    def _state_name(self) -> str: ...
+
+    def _say(self, call: str, message: str) -> None: ...
+
+
+H = TypeVar("H", bound=Handle)
+
+
+def call(
+    first_version: str, permitted: frozenset[Phase] = ANY, *, lock_free: bool = False
+) -> Callable[[Callable[Concatenate[H, P], R]], Callable[Concatenate[H, P], R]]:
+    """Make a method a call of libnbd's API."""
+
+    def decorate(function: Callable[Concatenate[H, P], R]) -> Callable[Concatenate[H, P], R]:
+        row = Call(function.__name__, first_version, permitted, lock_free)
+        CALLS[row.name] = row
+        return _unlocked(row, function) if lock_free else _locked(row, function)
+
+    return decorate
+
+
+def _locked(row: Call, function: Callable[Concatenate[H, P], R]) -> Callable[Concatenate[H, P], R]:
+    name, permitted = f"nbd_{row.name}", row.permitted
+    limited = permitted != ANY
+
+    @functools.wraps(function)
+    def wrapper(self: H, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self._closed:
+            raise ClosedHandle
+        with self._lock:
+            if self._debug:
+                return _debugged(row, function, self, *args, **kwargs)
+            if limited and self._phase not in permitted:
+                raise _wrong_state(row, function, self, args, kwargs)
+            try:
+                result = function(self, *args, **kwargs)
+            except CoreError as exc:
+                raise translated(name, exc) from exc
+            finally:
+                self._ledger.interrupt()
+            return result
+
+    return wrapper
+
+
+def _unlocked(row: Call, function: Callable[Concatenate[H, P], R]) -> Callable[Concatenate[H, P], R]:
+    limited = row.permitted != ANY
+
+    @functools.wraps(function)
+    def wrapper(self: H, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self._closed:
+            raise ClosedHandle
+        if limited and self._phase not in row.permitted:
+            raise _wrong_state(row, function, self, args, kwargs)
+        return function(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _debugged(row: Call, function: Callable[Concatenate[H, P], R], self: H, *args: P.args, **kwargs: P.kwargs) -> R:
+    """Make a call as `_locked` does, and say so."""
+    name = f"nbd_{row.name}"
+    before = self._state_name
+    self._say(name, " ".join(["enter:", *_shown(function, self, args, kwargs)]))
+    try:
+        if self._phase not in row.permitted:
+            raise _wrong_state(row, function, self, args, kwargs)
+        try:
+            result = function(self, *args, **kwargs)
+        except CoreError as exc:
+            raise translated(name, exc) from exc
+    except Error as exc:
+        self._say(name, f'leave: error="{exc.string}"')
+        raise
+    else:
+        if self._state_name != before:
+            self._say(name, f"transition: {before} -> {self._state_name}")
+        self._say(name, f"leave: ret={_short(result)}")
+        return result
+    finally:
+        self._ledger.interrupt()
+
+
+def _shown(function: Callable[..., Any], self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    bound = inspect.signature(function).bind(self, *args, **kwargs)
+    bound.apply_defaults()
+    return [f"{name}={_short(value)}" for name, value in list(bound.arguments.items())[1:]]
+
+
+def _short(value: object) -> str:
+    """Return a value as debug text: numbers and names as they are, memory and callbacks by kind only."""
+    if value is None or isinstance(value, bool | int):
+        return str(value)
+    return repr(value)[:100] if isinstance(value, str | list) else f"<{type(value).__name__}>"
+
+
+def _wrong_state(row: Call, function: Callable[..., Any], self: Any, args: Any, kwargs: Any) -> Error:
+    """Return the error for a call that the state does not permit. Raises TypeError first for one with the wrong arguments."""
+    inspect.signature(function).bind(self, *args, **kwargs)
+    number = errno.ENOTCONN if self._phase is Phase.CREATED else errno.EINVAL
+    return failure(f"nbd_{row.name}", f"invalid state: {self._state_name}: the handle must be {row.states}", number)

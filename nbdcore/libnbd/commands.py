@@ -1,0 +1,190 @@
+"""Calls that read, write, and ask: each waits for the server's answer."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any
+
+from nbdcore.errors import UsageError
+from nbdcore.libnbd import arguments
+from nbdcore.libnbd.calls import CONNECTED, TALKING, call
+from nbdcore.libnbd.constants import (
+    CMD_FLAG_DF,
+    CMD_FLAG_FAST_ZERO,
+    CMD_FLAG_FUA,
+    CMD_FLAG_NO_HOLE,
+    CMD_FLAG_PAYLOAD_LEN,
+    CMD_FLAG_REQ_ONE,
+    SHUTDOWN_ABANDON_PENDING,
+    SHUTDOWN_MASK,
+    STRICT_FLAGS,
+)
+from nbdcore.libnbd.core import Core
+from nbdcore.libnbd.errors import command_failure
+from nbdcore.protocol import commands
+from nbdcore.protocol.commands import Command
+from nbdcore.protocol.state import Phase
+
+Callback = Callable[..., Any]
+
+# Flags beyond these 16 bits do not fit a request, whatever the strictness.
+_ALL_FLAGS = 0xFFFF
+
+
+class CommandBuilders(Core):
+    """Commands made of callers' arguments; both forms of each call use them."""
+
+    def _flags(self, value: int, accepted: int) -> int:
+        known = accepted if self._wishes.strict_mode & STRICT_FLAGS else _ALL_FLAGS
+        return value if value == 0 else arguments.flags(value, known)
+
+    def _read(self, target: memoryview | None, count: int, offset: int, flags: int, accepted: int = 0) -> Command:
+        limits = self._connection.engine.limits
+        return commands.read(limits, count, offset, target=target, flags=self._flags(flags, accepted))
+
+    def _write(self, data: memoryview, offset: int, flags: int) -> Command:
+        wanted = self._flags(flags, CMD_FLAG_FUA | CMD_FLAG_PAYLOAD_LEN)
+        return commands.write(self._connection.engine.limits, data, arguments.unsigned_64(offset, "offset"), flags=wanted)
+
+    def _ranged(self, build: Callable[..., Command], count: int, offset: int, flags: int, accepted: int) -> Command:
+        """Build a command that has an offset and a count, and no data."""
+        return build(
+            self._connection.engine.limits,
+            arguments.unsigned_64(count, "count"),
+            arguments.unsigned_64(offset, "offset"),
+            flags=self._flags(flags, accepted),
+        )
+
+    def _flush(self, flags: int) -> Command:
+        return commands.flush(self._connection.engine.limits, flags=self._flags(flags, 0))
+
+    def _trim(self, count: int, offset: int, flags: int) -> Command:
+        return self._ranged(commands.trim, count, offset, flags, CMD_FLAG_FUA)
+
+    def _cache(self, count: int, offset: int, flags: int) -> Command:
+        return self._ranged(commands.cache, count, offset, flags, 0)
+
+    def _zero(self, count: int, offset: int, flags: int) -> Command:
+        return self._ranged(commands.zero, count, offset, flags, CMD_FLAG_FUA | CMD_FLAG_NO_HOLE | CMD_FLAG_FAST_ZERO)
+
+    def _status(self, count: int, offset: int, extent: Callback, flags: int) -> Command:
+        callback = arguments.callback(extent, "extent")
+        command = self._ranged(commands.block_status, count, offset, flags, CMD_FLAG_REQ_ONE)
+        self._ledger.reports_extents(command, callback)
+        return command
+
+    def _status_64(self, count: int, offset: int, extent64: Callback, flags: int) -> Command:
+        callback = arguments.callback(extent64, "extent64")
+        command = self._ranged(commands.block_status, count, offset, flags, CMD_FLAG_REQ_ONE)
+        self._ledger.reports_extents_64(command, callback)
+        return command
+
+    def _status_filter(self, count: int, offset: int, contexts: list[str], extent64: Callback, flags: int) -> Command:
+        names, callback = arguments.strings(contexts, "contexts"), arguments.callback(extent64, "extent64")
+        engine = self._connection.engine
+        if not engine.limits.extended:
+            raise UsageError(errno.ENOTSUP, "block status can be filtered under extended headers only")
+        numbers = {name: number for number, name in reversed(engine.agreement.contexts.items())}
+        missing = [name for name in names if name not in numbers]
+        if missing:
+            raise UsageError(errno.EINVAL, f"metadata contexts {missing!r} are not selected")
+        command = commands.block_status(
+            engine.limits,
+            arguments.unsigned_64(count, "count"),
+            arguments.unsigned_64(offset, "offset"),
+            context_ids=[numbers[name] for name in names],
+            flags=self._flags(flags, CMD_FLAG_REQ_ONE | CMD_FLAG_PAYLOAD_LEN),
+        )
+        self._ledger.reports_extents_64(command, callback)
+        return command
+
+
+class CommandCalls(CommandBuilders):
+    """Commands that are waited for."""
+
+    def _run(self, call: str, command: Command) -> None:
+        client = self._connection
+        client.submit(command)
+        self._wait(command)
+        command.on_chunk = command.on_extents = None
+        if command.error is not None:
+            raise command_failure(call, command) from command.error
+
+    @call("1.0", CONNECTED)
+    def pread(self, count: int, offset: int, flags: int = 0) -> bytearray:
+        """Read `count` bytes at `offset`."""
+        command = self._read(None, count, arguments.unsigned_64(offset, "offset"), flags)
+        data = bytearray(count)
+        command.target = memoryview(data)
+        self._run("nbd_pread", command)
+        command.target = None
+        return data
+
+    @call("1.0", CONNECTED)
+    def pread_structured(self, count: int, offset: int, chunk: Callback, flags: int = 0) -> bytearray:
+        """Read `count` bytes at `offset`, and tell `chunk` each piece as it comes."""
+        callback = arguments.callback(chunk, "chunk")
+        command = self._read(None, count, arguments.unsigned_64(offset, "offset"), flags, CMD_FLAG_DF)
+        self._ledger.reports_chunks(command, callback)
+        data = bytearray(count)
+        command.target = memoryview(data)
+        self._run("nbd_pread_structured", command)
+        command.target = None
+        return data
+
+    @call("1.0", CONNECTED)
+    def pwrite(self, buf: Any, offset: int, flags: int = 0) -> None:
+        """Write a bytes-like object at `offset`."""
+        self._run("nbd_pwrite", self._write(arguments.payload(buf), offset, flags))
+
+    @call("1.0", CONNECTED)
+    def flush(self, flags: int = 0) -> None:
+        """Wait until what was written is on stable storage."""
+        self._run("nbd_flush", self._flush(flags))
+
+    @call("1.0", CONNECTED)
+    def trim(self, count: int, offset: int, flags: int = 0) -> None:
+        """Say that a range is no longer needed."""
+        self._run("nbd_trim", self._trim(count, offset, flags))
+
+    @call("1.0", CONNECTED)
+    def cache(self, count: int, offset: int, flags: int = 0) -> None:
+        """Say that a range will be needed soon."""
+        self._run("nbd_cache", self._cache(count, offset, flags))
+
+    @call("1.0", CONNECTED)
+    def zero(self, count: int, offset: int, flags: int = 0) -> None:
+        """Write zeroes without sending them."""
+        self._run("nbd_zero", self._zero(count, offset, flags))
+
+    @call("1.0", CONNECTED)
+    def block_status(self, count: int, offset: int, extent: Callback, flags: int = 0) -> None:
+        """Tell `extent` what the selected contexts say of a range, in flat lists of 32-bit numbers."""
+        self._run("nbd_block_status", self._status(count, offset, extent, flags))
+
+    @call("1.18", CONNECTED)
+    def block_status_64(self, count: int, offset: int, extent64: Callback, flags: int = 0) -> None:
+        """Tell `extent64` what the selected contexts say of a range, in lists of (length, flags)."""
+        self._run("nbd_block_status_64", self._status_64(count, offset, extent64, flags))
+
+    @call("1.18", CONNECTED)
+    def block_status_filter(self, count: int, offset: int, contexts: list[str], extent64: Callback, flags: int = 0) -> None:
+        """Tell `extent64` what some of the selected contexts say of a range."""
+        self._run("nbd_block_status_filter", self._status_filter(count, offset, contexts, extent64, flags))
+
+    @call("1.0", TALKING)
+    def shutdown(self, flags: int = 0) -> None:
+        """Take leave of the server, and wait until it has hung up. Commands under way are not waited for."""
+        wanted = arguments.flags(flags, SHUTDOWN_MASK)
+        client = self._connection
+        if client.phase is Phase.NEGOTIATING:
+            self._say_goodbye()
+            return
+        if wanted & SHUTDOWN_ABANDON_PENDING:
+            client.abandon_unsent()
+        if not self._disconnecting:
+            self._disconnecting = True
+            client.disconnect()
+        while client.phase is Phase.CONNECTED:
+            client.poll()

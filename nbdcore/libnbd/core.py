@@ -1,0 +1,119 @@
+"""What all parts of a handle stand on: its wishes, its connection, and how it waits.
+
+A handle is wishes until a connect call makes a PolledClient of them; from then on that client is the connection. Each other
+module of this package adds one area of calls to the class.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from nbdcore.clients.connecting import Route
+from nbdcore.clients.polled import PolledClient
+from nbdcore.errors import Disconnected, TransportError
+from nbdcore.libnbd.ledger import Ledger
+from nbdcore.libnbd.wishes import Wishes
+from nbdcore.protocol.commands import Command
+from nbdcore.protocol.engine import Exchange
+from nbdcore.protocol.state import Phase
+from nbdcore.streams.process import Child
+
+# libnbd's module makes two handles for itself when it is imported, so a program's first handle is the third.
+_FIRST_HANDLE = 3
+_numbers = itertools.count(_FIRST_HANDLE)
+
+#: Stable names of libnbd's, which programs look for in `connection_state`.
+_STABLE_STATES = {
+    Phase.CREATED: "START",
+    Phase.NEGOTIATING: "NEGOTIATING",
+    Phase.CLOSED: "CLOSED",
+    Phase.DEAD: "DEAD",
+}
+
+
+class Core:
+    """The insides of a handle."""
+
+    def __init__(self) -> None:
+        self._closed = False
+        self._lock = threading.RLock()
+        self._ledger = Ledger()
+        self._wishes = Wishes()
+        self._client: PolledClient | None = None
+        self._host: str | None = None  # of this very connection, for TLS: never one of an attempt before
+        self._route: Route | None = None
+        self._child: Child | None = None
+        self._disconnecting = False
+        self._name = f"nbd{next(_numbers)}"
+        self._debug = os.environ.get("LIBNBD_DEBUG") == "1"
+        self._debug_callback: Callable[..., Any] | None = None
+        self._private_data = 0
+
+    # ------------------------------------------------------------------------------------------ state
+
+    @property
+    def _phase(self) -> Phase:
+        return Phase.CREATED if self._client is None else self._client.phase
+
+    @property
+    def _state_name(self) -> str:
+        """The short name of the state, as libnbd spells those that last."""
+        phase = self._phase
+        if phase in _STABLE_STATES:
+            return _STABLE_STATES[phase]
+        client = self._connection
+        if phase is Phase.CONNECTING:
+            if client.opening:
+                return "CONNECT.CONNECTING"
+            return "OPT.RECV_REPLY" if client.engine.agreement.protocol else "MAGIC.RECV_MAGIC"
+        if client.engine.has_outgoing:
+            return "ISSUE_COMMAND.SEND_REQUEST"
+        return "READY" if client.engine.between_replies else "REPLY.RECV_REPLY"
+
+    @property
+    def _connection(self) -> PolledClient:
+        """The connection. Only for calls that no state before connecting permits."""
+        assert self._client is not None, "the table of states lets no call come here that is newly created"
+        return self._client
+
+    def _back_to_created(self) -> None:
+        """Where no address of a TCP server answered, the handle is newly created again, as libnbd has it."""
+        client = self._client
+        if client is not None and self._host is not None and isinstance(client.error, TransportError):
+            self._client = self._host = self._route = None
+
+    # ------------------------------------------------------------------------------------------ waiting
+
+    def _wait(self, pending: Command | Exchange) -> None:
+        """Wait for a command or an exchange."""
+        self._connection.wait_for(pending)
+
+    def _exchange(self, exchange: Exchange) -> Any:
+        """Wait for an exchange and return its result. Raises what the server, or the end of the connection, made of it."""
+        self._wait(exchange)
+        if exchange.error is not None:
+            raise exchange.error
+        return exchange.result
+
+    def _say_goodbye(self) -> None:
+        """Leave opt mode."""
+        client = self._connection
+        if not client.engine.agreement.fixed:
+            gone = Disconnected(errno.ENOTCONN, "a server of this age can only be left by hanging up")
+            client.engine.fail(gone, phase=Phase.DEAD)
+        client.close()
+
+    # ------------------------------------------------------------------------------------------ debug
+
+    def _say(self, call: str, message: str) -> None:
+        """Write a debug message, to the callback where there is one, else to standard error."""
+        if self._debug_callback is not None:
+            self._ledger.call(self._debug_callback, call, message)
+        elif sys.stderr is not None:
+            sys.stderr.write(f"libnbd: debug: {self._name}: {call}: {message}\n")

@@ -1,0 +1,144 @@
+"""The account of asynchronous commands: which are done and not yet retired, and what a program's callbacks had to say.
+
+It belongs to one handle and does not know it, so that commands in flight do not keep a dropped handle alive. Callbacks are called
+from here only: one that raises is reported by `sys.excepthook`, counts as -1, and never breaks the decoder that called it.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from nbdcore.errors import CommandError
+from nbdcore.libnbd.constants import READ_DATA, READ_ERROR, READ_HOLE
+from nbdcore.libnbd.errors import command_number
+from nbdcore.protocol.commands import Command
+from nbdcore.protocol.constants import Chunk
+
+__all__ = ["ErrorNumber", "Ledger"]
+
+_STATUS: dict[int, int] = {Chunk.OFFSET_DATA: READ_DATA, Chunk.OFFSET_HOLE: READ_HOLE, Chunk.ERROR_OFFSET: READ_ERROR}
+#: Largest number that an entry of the 32-bit block status call can hold.
+_MOST_32 = (1 << 32) - 1
+#: What longer extents are cut to there: a multiple of every block size in use (libnbd's choice).
+_CUT_32 = (1 << 32) - (64 << 20)
+
+
+class ErrorNumber:
+    """An errno that a callback can read and replace, as `value`."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"ErrorNumber({self.value!r})"
+
+
+class Ledger:
+    """Finished commands of one handle, and the calling of callbacks.
+
+    Attributes:
+        finished: commands that are done and not retired, by cookie, in the order in which they were done.
+    """
+
+    def __init__(self) -> None:
+        self.finished: dict[int, Command] = {}
+        self._interruption: BaseException | None = None
+
+    # ------------------------------------------------------------------------------------------ calling
+
+    def call(self, callback: Callable[..., Any], *arguments: Any) -> int:
+        """Call a program's callback. What it returns counts if it is an int, else 0; what it raises counts as -1."""
+        try:
+            result = callback(*arguments)
+        except Exception as exc:  # noqa: BLE001 (the program's own, which libnbd reports and goes on)
+            sys.excepthook(type(exc), exc, exc.__traceback__ and exc.__traceback__.tb_next)
+            return -1
+        except BaseException as exc:  # noqa: BLE001 (KeyboardInterrupt and its kind: raised once the bytes at hand are dealt with)
+            self._interruption = self._interruption or exc
+            return -1
+        return result if isinstance(result, int) else 0
+
+    def interrupt(self) -> None:
+        """Raise what a callback was interrupted by, if one was."""
+        if self._interruption is not None:
+            interruption, self._interruption = self._interruption, None
+            raise interruption
+
+    # ------------------------------------------------------------------------------------------ the end of a command
+
+    def complete(self, command: Command) -> None:
+        """A command of an aio call is done: tell its completion callback (the tag), which may retire it."""
+        callback, command.tag = command.tag, None
+        command.on_chunk = command.on_extents = None
+        if callback is not None:
+            error = ErrorNumber(0 if command.error is None else command_number(command))
+            result = self.call(callback, error)
+            if result == 1:
+                return
+            if result == -1 and error.value:
+                command.error = _failed(command, error.value)
+        self.finished[command.cookie] = command
+
+    # ------------------------------------------------------------------------------------------ in the middle of a command
+
+    def reports_chunks(self, command: Command, chunk: Callable[..., Any]) -> None:
+        """Have each piece of a read reported to `chunk`."""
+
+        def on_chunk(command: Command, kind: int, offset: int, length: int, number: int) -> None:
+            begin = offset - command.offset
+            error = ErrorNumber(number or command_number(command))
+            data = command.allocate()[begin : begin + length].toreadonly()
+            if self.call(chunk, data, offset, _STATUS[kind], error) == -1:
+                _spoil(command, error)
+
+        command.on_chunk = on_chunk
+
+    def reports_extents(self, command: Command, extent: Callable[..., Any]) -> None:
+        """Have block status reported to `extent`, as one flat list of 32-bit numbers."""
+
+        def on_extents(command: Command, context: str, lengths: tuple[int, ...], flags: tuple[int, ...]) -> None:
+            entries, overflow = _narrow(lengths, flags)
+            if overflow and command.error is None:
+                command.error = _failed(command, errno.EOVERFLOW)
+            error = ErrorNumber(command_number(command))
+            if self.call(extent, context, command.offset, entries, error) == -1:
+                _spoil(command, error)
+
+        command.on_extents = on_extents
+
+    def reports_extents_64(self, command: Command, extent: Callable[..., Any]) -> None:
+        """Have block status reported to `extent`, as a list of (length, flags)."""
+
+        def on_extents(command: Command, context: str, lengths: tuple[int, ...], flags: tuple[int, ...]) -> None:
+            error = ErrorNumber(command_number(command))
+            if self.call(extent, context, command.offset, list(zip(lengths, flags, strict=True)), error) == -1:
+                _spoil(command, error)
+
+        command.on_extents = on_extents
+
+
+def _failed(command: Command, number: int) -> CommandError:
+    return CommandError(number, f"{command} failed")
+
+
+def _spoil(command: Command, error: ErrorNumber) -> None:
+    """A callback wants the command to fail; the first error counts."""
+    if command.error is None:
+        command.error = _failed(command, error.value or errno.EPROTO)
+
+
+def _narrow(lengths: tuple[int, ...], flags: tuple[int, ...]) -> tuple[list[int], bool]:
+    """Return extents as a flat list of what fits 32 bits, and whether the flags of the very first did not fit (CVE-2023-5871)."""
+    entries: list[int] = []
+    for length, flag in zip(lengths, flags, strict=True):
+        if flag > _MOST_32:
+            return (entries, False) if entries else ([min(length, _CUT_32), flag & _MOST_32], True)
+        if length > _MOST_32:
+            return [*entries, _CUT_32, flag], False
+        entries += (length, flag)
+    return entries, False

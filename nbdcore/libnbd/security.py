@@ -1,0 +1,51 @@
+"""TLS as libnbd's settings describe it, made into what the streams understand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nbdcore.clients.session import StartTLS
+from nbdcore.libnbd.wishes import Wishes
+from nbdcore.streams.base import Stream
+from nbdcore.streams.tls.credentials import TLS, supports_tls
+
+__all__ = ["start_tls", "supports_tls"]
+
+#: Where libnbd looks for a user's certificates, below the home folder, and for root's.
+_USER_FOLDERS = (".pki/libnbd", ".config/pki/libnbd")
+_ROOT_FOLDER = "/etc/pki/libnbd"
+
+
+def start_tls(wishes: Wishes, host: str | None) -> StartTLS:
+    """Return what starts TLS as a handle wishes it, to a server on `host` (None: no name is known).
+
+    Files are read when the server has agreed to TLS: what is wrong with them ends that connection.
+    """
+
+    def start(stream: Stream) -> Stream:
+        return credentials(wishes).starter(host)(stream)
+
+    return start
+
+
+def credentials(wishes: Wishes) -> TLS:
+    """Return whom to trust and what to show. Raises UsageError for wishes that contradict each other."""
+    folder = None
+    if wishes.tls_psk_file is None:
+        folder = _usual_folder() if wishes.tls_certificates is None else wishes.tls_certificates
+    return TLS(
+        certificates=folder,
+        verify=wishes.tls_verify_peer,
+        hostname=wishes.tls_hostname,
+        psk_file=wishes.tls_psk_file,
+        username=wishes.tls_username,
+        priority=wishes.tls_priority,
+    )
+
+
+def _usual_folder() -> str | None:
+    """Return the folder of certificates that libnbd would take unasked, None where there is none: the system's CAs, then."""
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    folders = [Path(_ROOT_FOLDER)] if is_root else [Path.home() / folder for folder in _USER_FOLDERS]
+    return next((str(folder) for folder in folders if os.access(folder / "ca-cert.pem", os.R_OK)), None)

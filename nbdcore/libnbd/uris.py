@@ -1,0 +1,120 @@
+"""NBD URIs under libnbd's rules: what they may do is limited by allow-lists, and what a refused one asks for is not done.
+
+Stricter than libnbd in what could be read in two ways (see the page of differences): a URI that is wrong in any part is refused
+before a single setting of the handle is touched.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+
+from nbdcore.clients.connecting import Route
+from nbdcore.errors import TransportUnavailable, UsageError, printable
+from nbdcore.libnbd import constants
+from nbdcore.libnbd.wishes import Wishes
+from nbdcore.plugins.registry import registry
+from nbdcore.uri import TLS_PARAMETERS, URI, parse_uri
+
+__all__ = ["is_uri", "obey"]
+
+#: Which bit of the allow-list is for the transport of a scheme. One without a bit needs them all: nobody forbade anything.
+_TRANSPORTS = {
+    "nbd": constants.ALLOW_TRANSPORT_TCP,
+    "nbd+unix": constants.ALLOW_TRANSPORT_UNIX,
+    "nbd+vsock": constants.ALLOW_TRANSPORT_VSOCK,
+    "nbd+ssh": constants.ALLOW_TRANSPORT_SSH,
+}
+_SCHEMES = tuple(f"{scheme.replace('nbd', name, 1)}://" for scheme in _TRANSPORTS for name in ("nbd", "nbds"))
+#: Parameters that name files of this machine, or turn a check off.
+_LOCAL = ("tls-certificates", "tls-psk-file")
+_YES = frozenset({"1", "true", "t", "yes", "y", "on"})
+_NO = frozenset({"0", "false", "f", "no", "n", "off"})
+
+
+def is_uri(text: str) -> bool:
+    """Tell whether a text begins like an NBD URI that libnbd knows."""
+    return text.lower().startswith(_SCHEMES)
+
+
+def obey(text: str, wishes: Wishes) -> tuple[Route, Wishes]:
+    """Return the way to a URI's server, and the handle's wishes with the URI's own on top.
+
+    Raises UsageError: EINVAL for what is no NBD URI, EPERM for what the allow-lists forbid.
+    """
+    uri = parse_uri(text)
+    try:
+        transport = registry.for_uri(URI(uri.scheme))
+    except TransportUnavailable as exc:
+        if uri.transport_scheme not in _TRANSPORTS:
+            raise UsageError(errno.EINVAL, f"unknown NBD URI scheme: {uri.scheme}") from exc
+        raise
+    _check_allowed(uri, wishes)
+    if uri.parameter("socket") is not None and "socket" not in transport.parameters:
+        raise UsageError(
+            errno.EINVAL, f"socket parameter is incompatible with {uri.scheme}: did you mean nbd+unix:///?socket=...?"
+        )
+    _check_spelling(uri, transport.parameters)
+    # Port 0 is the default port, as no port is. What is not the transport's own it need not see.
+    own = tuple(pair for pair in uri.query if pair[0] in transport.parameters)
+    address = transport.parse(replace(uri, query=own, port=uri.port or None))
+    return Route(transport, address), _with(uri, wishes)
+
+
+def _check_allowed(uri: URI, wishes: Wishes) -> None:
+    needed = _TRANSPORTS.get(uri.transport_scheme, constants.ALLOW_TRANSPORT_MASK)
+    if wishes.uri_allow_transports & needed != needed:
+        raise UsageError(errno.EPERM, f"URI transport {uri.scheme} is not permitted")
+    forbidden = constants.TLS_DISABLE if uri.tls else constants.TLS_REQUIRE
+    if wishes.uri_allow_tls == forbidden:
+        raise UsageError(errno.EPERM, f"URI TLS setting {uri.scheme} is not permitted")
+
+
+def _check_spelling(uri: URI, own: tuple[str, ...]) -> None:
+    """Refuse an unknown parameter about TLS: the setting that was meant would be missing. Others are ignored, as libnbd does."""
+    for name, _ in uri.query:
+        if name.startswith("tls") and name not in (*TLS_PARAMETERS, *own):
+            raise UsageError(errno.EINVAL, f"unknown query parameter {printable(name)}; known are {', '.join(TLS_PARAMETERS)}")
+
+
+def _with(uri: URI, wishes: Wishes) -> Wishes:
+    """Return the wishes with what the URI says. Raises UsageError for what it may not say."""
+    for name in _LOCAL:
+        if uri.parameter(name) is not None and not wishes.uri_allow_local_file:
+            raise UsageError(
+                errno.EPERM,
+                f"local file access ({name}) is not allowed, call nbd_set_uri_allow_local_file to enable this",
+            )
+    if uri.parameter("tls-priority") is not None and not wishes.uri_allow_tls_priority:
+        raise UsageError(errno.EPERM, "tls-priority is not allowed, call nbd_set_uri_allow_tls_priority to enable this")
+    changed = replace(wishes, export_name=uri.export)
+    if uri.tls:
+        changed.tls = constants.TLS_REQUIRE
+    changed.tls_certificates = _or(uri.parameter("tls-certificates"), wishes.tls_certificates)
+    changed.tls_psk_file = _or(uri.parameter("tls-psk-file"), wishes.tls_psk_file)
+    changed.tls_hostname = _or(uri.parameter("tls-hostname"), wishes.tls_hostname)
+    changed.tls_priority = _or(uri.parameter("tls-priority"), wishes.tls_priority)
+    changed.tls_username = _or(uri.user, _or(uri.parameter("tls-username"), wishes.tls_username))
+    changed.tls_verify_peer = _verifies(uri, wishes)
+    return changed
+
+
+def _or(value: str | None, otherwise: str | None) -> str | None:
+    return otherwise if value is None else value
+
+
+def _verifies(uri: URI, wishes: Wishes) -> bool:
+    """Return whether the server must prove itself. A URI from anywhere must not be able to say that it need not."""
+    value = uri.parameter("tls-verify-peer")
+    if value is None:
+        return wishes.tls_verify_peer
+    if value.lower() in _YES:
+        return True
+    if value.lower() not in _NO:
+        raise UsageError(errno.EINVAL, f"tls-verify-peer is true or false, not {printable(value)!r}")
+    if wishes.tls_verify_peer and not wishes.uri_allow_local_file:
+        raise UsageError(
+            errno.EPERM,
+            "tls-verify-peer=false is not allowed, call nbd_set_uri_allow_local_file or nbd_set_tls_verify_peer to enable this",
+        )
+    return False
