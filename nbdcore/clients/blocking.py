@@ -9,18 +9,19 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Self, TypedDict, Unpack, overload
+from typing import Any, Self, Unpack, overload
 
 from nbdcore.clients.arguments import bytes_view, deadline_after, text, texts, whole_number, whole_numbers
 from nbdcore.clients.connecting import Route, route_by_name, route_by_uri
 from nbdcore.clients.extents import CombinedExtent, Extent, ExtentWalk, extents_by_context
 from nbdcore.clients.options import OptionCalls
-from nbdcore.clients.session import Session, StartTLS
+from nbdcore.clients.session import Session
+from nbdcore.clients.settings import ClientOptions, checked_settings
 from nbdcore.clients.sharing import SharedSession
 from nbdcore.clients.splitting import data_limit, length_limit, pieces
 from nbdcore.errors import DeadlineExceeded, Disconnected, Error, TransportError, UsageError
 from nbdcore.protocol import commands
-from nbdcore.protocol.agreement import Export, Settings, TLSPolicy
+from nbdcore.protocol.agreement import Export
 from nbdcore.protocol.commands import Command
 from nbdcore.protocol.constants import BASE_ALLOCATION, DEFAULT_PORT, CommandFlag
 from nbdcore.protocol.engine import Engine, Exchange
@@ -35,20 +36,6 @@ _GOODBYE = 5.0
 
 Buffer = bytes | bytearray | memoryview
 _VSOCK_HOST = 2  # VMADDR_CID_HOST: seen from a virtual machine, the machine that runs it
-
-
-class ClientOptions(TypedDict, total=False):
-    """Keyword options of `Client`, which every `connect` function takes too."""
-
-    export: str
-    contexts: Iterable[str]
-    opt_mode: bool
-    structured_replies: bool
-    extended_headers: bool
-    block_size: bool
-    full_info: bool
-    tls: TLSPolicy
-    start_tls: StartTLS | None
 
 
 class Client(OptionCalls):
@@ -83,18 +70,18 @@ class Client(OptionCalls):
         timeout: float | None = None,
         **options: Unpack[ClientOptions],
     ) -> None:
-        self._start_tls = options.pop("start_tls", None)
-        super().__init__(Engine(_settings(options, self._start_tls)))
+        self._start_tls = options.get("start_tls")
+        super().__init__(Engine(checked_settings(options)))
         self._shared: SharedSession | None = None
         self._route: Route | None = None
+        self._where = ""
         # Held while the client changes hands: newly created, connecting, with a session, or closed before it had one.
         self._changing = threading.Lock()
         if stream is not None:
             self.connect_stream(stream, timeout=timeout)
 
     def __repr__(self) -> str:
-        where = f" to {self._route.address}" if self._route is not None else ""
-        return f"<nbdcore.Client {self.phase.value}{where}>"
+        return f"<nbdcore.Client {self.phase.value}{self._where and ', '}{self._where}>"
 
     # ------------------------------------------------------------------------------------------ connecting
 
@@ -125,7 +112,7 @@ class Client(OptionCalls):
 
     def connect_transport(self, name: str, /, *, timeout: float | None = None, **address: Any) -> Self:
         """Connect over any transport by its name; the address parts are the transport's own."""
-        return self._connect_transport("connect_transport", name, address, timeout)
+        return self._connect_transport("connect_transport", text("a transport's name", name), address, timeout)
 
     def connect_stream(self, stream: Stream, *, timeout: float | None = None) -> Self:
         """Connect over a stream that is open already, and belongs to the client from here on.
@@ -137,7 +124,7 @@ class Client(OptionCalls):
         if not isinstance(stream, Stream):
             hint = ": wrap it in nbdcore.streams.sockets.SocketStream" if hasattr(stream, "recv_into") else ""
             raise UsageError(errno.EINVAL, f"connect_stream: a Stream is needed, not {type(stream).__name__}{hint}")
-        self._begin_connecting("connect_stream", None)
+        self._begin_connecting("connect_stream", str(stream))
         self._shake_hands(stream, deadline)
         return self
 
@@ -147,7 +134,7 @@ class Client(OptionCalls):
 
     def _connect(self, call: str, route: Route, timeout: float | None, *, export: str = "") -> Self:
         deadline = deadline_after(timeout)
-        self._begin_connecting(call, route, export)
+        self._begin_connecting(call, str(route.address), route=route, export=export)
         try:
             stream = route.open(timeout=timeout, deadline=deadline, wanted=lambda: self.phase is Phase.CONNECTING)
         except BaseException as exc:
@@ -157,13 +144,13 @@ class Client(OptionCalls):
         self._shake_hands(stream, deadline)
         return self
 
-    def _begin_connecting(self, call: str, route: Route | None, export: str = "") -> None:
+    def _begin_connecting(self, call: str, where: str, *, route: Route | None = None, export: str = "") -> None:
         """Take the one step from newly created to connecting that a client has."""
         with self._changing:
             self._legal(call)
             if export:
                 self._engine.choose_export(export)
-            self._route = route
+            self._route, self._where = route, where
             self._engine.connecting()
 
     def _shake_hands(self, stream: Stream, deadline: Deadline) -> None:
@@ -328,6 +315,8 @@ class Client(OptionCalls):
         limits = self._connected("block_status")
         count, offset = whole_numbers("block_status", count, offset)
         wanted = None if contexts is None else self._selected(texts("contexts", contexts))
+        if wanted is not None and not wanted:
+            raise UsageError(errno.EINVAL, "block_status: no metadata context is named; None stands for all that are selected")
         filtered = wanted if wanted is not None and self.can_block_status_payload else None
         count = min(count, length_limit(limits, bounded=False))
         flags = CommandFlag.REQ_ONE if req_one else 0
@@ -402,10 +391,18 @@ class Client(OptionCalls):
     def list_exports(self, *, timeout: float | None = None) -> list[Export]:
         """Ask which exports the server has (section NBD_OPT_LIST).
 
-        In opt mode on this connection; otherwise on one more connection to the same server, opened for the question.
+        In opt mode on this connection; otherwise on one more connection to the same server, opened for the question. Raises
+        UsageError where no other can be opened: before connecting, and after `connect_stream`.
         """
-        if self.phase is Phase.NEGOTIATING or self._route is None:
+        if self.phase is Phase.NEGOTIATING:
             return self.opt_list(timeout=timeout)
+        if self._route is None and self.phase is Phase.CREATED:
+            raise UsageError(errno.ENOTCONN, "list_exports: the connection is newly created, so there is no server to ask")
+        if self._route is None:
+            raise UsageError(
+                errno.EINVAL,
+                "list_exports: the client was connected over a stream, and cannot open another; ask with a client in opt mode",
+            )
         deadline = deadline_after(timeout)
         with Client(opt_mode=True, start_tls=self._start_tls, tls=self._engine.settings.tls) as other:
             other._connect("connect", self._route, timeout)
@@ -459,25 +456,6 @@ def _check_whole(build: Callable[[int, int], Command], count: int, offset: int) 
     except UsageError as exc:
         if exc.errno != errno.ERANGE:  # too long for one request: that is why it comes in pieces
             raise
-
-
-def _settings(options: ClientOptions, start_tls: StartTLS | None) -> Settings:
-    """Return the settings that the options ask for. Raises UsageError for what nobody can ask for."""
-    unknown = options.keys() - ClientOptions.__annotations__.keys()
-    if unknown:
-        raise UsageError(
-            errno.EINVAL, f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(ClientOptions.__annotations__)}"
-        )
-    policy = options.get("tls", TLSPolicy.DISABLE)
-    if not isinstance(policy, TLSPolicy):
-        raise UsageError(errno.EINVAL, f"tls is one of {', '.join(map(str, TLSPolicy))}, not {policy!r}")
-    if policy is not TLSPolicy.DISABLE and start_tls is None:
-        raise UsageError(errno.EINVAL, "TLS was asked for without start_tls, which says how to encrypt a stream")
-    checked = {
-        "export": text("an export's name", options.get("export", "")),
-        "contexts": texts("contexts", options.get("contexts", (BASE_ALLOCATION,))),
-    }
-    return Settings(**{**options, **checked})  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------- functions

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pytest
 
@@ -33,7 +34,7 @@ DONE = chunk(Chunk.NONE)
 MAIN = threading.main_thread().ident
 
 
-@contextmanager
+@contextlib.contextmanager
 def ctrl_c_when(condition: Callable[[], object]) -> Iterator[None]:
     """Send SIGINT to the main thread, as soon as the condition holds."""
 
@@ -171,7 +172,7 @@ class Interrupted(SocketStream):
 
 @pytest.mark.parametrize("when", ["sending", "receiving"])
 def test_ctrl_c_in_the_middle_of_moving_bytes_ends_the_connection_rather_than_garble_it(when):
-    with ScriptedServer(script(serve(data(b"x")))) as server:
+    with ScriptedServer(script(unless_gone(serve(data(b"x"))))) as server:
         stream = Interrupted(server.socket())
         client = Client(stream, timeout=PATIENCE)
         stream.when = when
@@ -244,39 +245,38 @@ def whole_disk(connection: Connection) -> None:
     serve(lambda request: data(b"%08d" % request.offset)(request))(connection)
 
 
+def read_for_ever(client: Client) -> None:
+    for number in itertools.count():
+        assert client.pread(8, number % 100, timeout=PATIENCE) == b"%08d" % (number % 100)
+
+
 def test_ctrl_c_at_any_moment_leaves_a_working_or_an_ended_connection():
     """A storm of interrupts over a busy client: every read is right, and nothing hangs. What ended is made anew."""
-    with ScriptedServer(*([unless_gone(whole_disk)] for _ in range(200))) as server:
-        client = Client(server.stream(), timeout=PATIENCE)
-        interrupts, done = 0, threading.Event()
+    armed, done = False, threading.Event()
 
-        def storm() -> None:
-            while not done.is_set():
-                time.sleep(0.002)
-                signal.pthread_kill(MAIN, signal.SIGINT)
+    def handler(*_: object) -> None:
+        nonlocal armed
+        if armed:
+            armed = False
+            raise KeyboardInterrupt
 
-        def work() -> None:
-            nonlocal client
-            if client.phase is not Phase.CONNECTED:
-                client.close()
-                client = Client(server.stream(), timeout=PATIENCE)
-            for number in range(1000):
-                assert client.pread(8, number % 100, timeout=PATIENCE) == b"%08d" % (number % 100)
+    def storm() -> None:
+        while not done.wait(0.002):
+            signal.pthread_kill(MAIN, signal.SIGINT)
 
+    signal.signal(signal.SIGINT, handler)
+    with ScriptedServer(*([unless_gone(whole_disk)] for _ in range(100))) as server, contextlib.ExitStack() as stack:
+        client = stack.enter_context(contextlib.closing(Client(server.stream(), timeout=PATIENCE)))
         thread = threading.Thread(target=storm, daemon=True)
         thread.start()
-        end = time.monotonic() + 1.5
-        while time.monotonic() < end:
-            try:
-                work()
-            except (KeyboardInterrupt, Disconnected):
-                interrupts += 1
-            if server._played == 190:
-                break
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for _ in range(99):
+            with pytest.raises(KeyboardInterrupt):
+                armed = True
+                read_for_ever(client)
+            assert client.phase in (Phase.CONNECTED, Phase.DEAD)
+            if client.phase is Phase.DEAD:
+                client = stack.enter_context(contextlib.closing(Client(server.stream(), timeout=PATIENCE)))
         done.set()
         thread.join(PATIENCE)
-        client.close()
-        assert interrupts > 10
-        while server._played < 200:
+        while server._played < 100:
             server.socket().close()

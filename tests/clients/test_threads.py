@@ -217,11 +217,11 @@ def test_two_threads_that_take_leave_at_once_both_return():
 
 
 def test_closing_while_another_thread_is_in_the_handshake_ends_that():
-    with ScriptedServer([greeting(), lambda c: c.receive(4), drain]) as server:
+    greeted = threading.Event()
+    with ScriptedServer([greeting(), lambda c: c.receive(4), lambda _: greeted.set(), drain]) as server:
         client = Client()
         with in_background(lambda: client.connect_stream(server.stream())) as outcome:
-            while client._shared is None:
-                time.sleep(0.001)
+            assert greeted.wait(PATIENCE)
             client.close()
         assert isinstance(outcome[0], Disconnected)
         assert "closed by this program" in str(outcome[0])
