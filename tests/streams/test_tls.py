@@ -418,6 +418,18 @@ def test_unsent_ciphertext_is_bounded_and_wanted(modern):
         assert near.send([]) == 0
 
 
+def test_receiving_sends_what_is_unsent(modern):
+    with connected(*modern) as (near, far):
+        data, room = memoryview(bytes(1 << 20)), memoryview(bytearray(1 << 20))
+        while near.send([data]) is not None:
+            continue
+        deadline = Deadline.after(PATIENCE)
+        while near.wants():
+            assert near.recv_into(room) is None
+            far.recv_into(room)
+            assert not deadline.expired
+
+
 def test_the_name_in_messages_is_that_of_the_stream_below(modern):
     with started(*modern) as (near, _):
         assert str(near) == str(near._stream)

@@ -51,7 +51,8 @@ def run(connection: Session, done) -> None:
     connection.advance()
     while not done():
         assert not deadline.expired
-        wait(connection.fileno(), connection.interest(), deadline, "nbdkit answers")
+        if not connection._stream.buffered():
+            wait(connection.fileno(), connection.interest(), deadline, "nbdkit answers")
         connection.advance()
 
 

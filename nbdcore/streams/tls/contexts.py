@@ -26,8 +26,8 @@ from nbdcore.streams.tls.stream import TLSStream
 
 __all__ = ["client_context", "client_starter", "server_context", "server_starter"]
 
-#: The suites of TLS 1.2 whose sessions stay secret when a key becomes known later, and that are not only for compatibility.
-_PSK_CIPHERS = "kECDHEPSK:kDHEPSK:!CAMELLIA:!ARIA:!AESCCM:!SHA1"
+#: The suites of TLS 1.2 whose sessions stay secret when a key becomes known later, the fastest first.
+_PSK_CIPHERS = "kDHEPSK+AESGCM:kECDHEPSK+CHACHA20:kDHEPSK+CHACHA20:kECDHEPSK:kDHEPSK:!CAMELLIA:!ARIA:!AESCCM:!SHA1"
 #: Ends every list: no anonymous peers, no plain text.
 _NEVER_CIPHERS = "!aNULL:!eNULL"
 

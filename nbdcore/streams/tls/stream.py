@@ -10,7 +10,8 @@ Who has what to do:
   else. `wants()` says what it waits for. It is finished only when the peer has proved what it must: a certificate that the
   context accepts, or knowledge of the pre-shared key.
 - At most one batch of ciphertext is kept unsent. `send` takes nothing new before it is gone, so that a peer which does not
-  receive makes `send` answer None, as with any stream; meanwhile `wants()` says WRITE.
+  receive makes `send` answer None, as with any stream; meanwhile `wants()` says WRITE, which `recv_into` heeds as well: who has
+  handed everything over and waits for the answer need not come back with nothing to send.
 - The end of the ciphertext is not the end of the data. Anybody on the way can cut a connection, and only the peer can send TLS's
   own goodbye (close_notify, RFC 8446 section 6.1). An end without it is an error until this side has said its own goodbye:
   then many peers just hang up.
@@ -39,6 +40,8 @@ _PIECE = _BATCH = 128 << 10
 _RECORD = 16 << 10
 #: Parts up to this size are copied together into one record: that costs less than a record more.
 _SMALL = 4 << 10
+#: Unsent pieces of ciphertext, of which this stream's own user makes two at most: the rest are answers that nobody receives.
+_MOST_ANSWERS = 1000
 #: What it is like to send to, or to receive from, somebody who has hung up.
 _HUNG_UP = frozenset({errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED})
 
@@ -239,6 +242,8 @@ class TLSStream(Stream):
     def _receive(self, room: memoryview) -> int | None:
         if not self._shake():
             return None
+        if self._unsent:
+            self._flush()
         while (count := self._decrypt(room)) is None:
             if not self._pull():
                 if not self._cut_off:
@@ -285,8 +290,9 @@ class TLSStream(Stream):
         except ssl.SSLError as exc:
             raise self._failure(exc) from exc
         finally:
-            if self._outgoing.pending:  # the answer to a change of keys
-                self._flush()
+            # The answer to a change of keys (RFC 8446 section 4.6.3), which the peer may ask for at any time.
+            if self._outgoing.pending and not self._flush() and len(self._unsent) > _MOST_ANSWERS:
+                raise TLSError(errno.EPROTO, f"{self} asks for new keys without end, and receives none of the answers")
         if filled:
             self._heard = True
         return filled
