@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 import signal
-import time
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,9 @@ from nbdcore import DEFAULT_PORT, URI, UsageError, parse_uri
 from nbdcore.cli.output import escaped, say, warn
 from nbdcore.cli.sizes import parsed, rounded
 from nbdcore.server import Backend, ExportSettings, FileDisk, MemoryDisk, Server
-from nbdcore.streams.base import Listener
+from nbdcore.streams.base import Listener, Want
+from nbdcore.streams.sockets import connected_pair
+from nbdcore.streams.waiting import NEVER, wait
 
 __all__ = ["serve"]
 
@@ -211,16 +213,35 @@ def _stopped_by_signals() -> Iterator[Callable[[], None]]:
 
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
-        with contextlib.suppress(_Stop):
-            yield _sleep
+        with _signalled() as signalled, contextlib.suppress(_Stop):
+            yield lambda: _sleep(signalled)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _sleep() -> None:
+@contextlib.contextmanager
+def _signalled() -> Iterator[socket.socket]:
+    """Give a socket to which every signal that has a handler sends a byte.
+
+    Sleeping is not enough: a signal that another thread takes, or that comes just before the sleep, interrupts nothing, and its
+    handler would run when the sleep is over.
+    """
+    reader, writer = connected_pair()
+    with reader, writer:
+        writer.setblocking(False)
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        try:
+            yield reader
+        finally:
+            signal.set_wakeup_fd(before)
+
+
+def _sleep(signalled: socket.socket) -> None:
+    """Sleep until the handler of a signal raises."""
     while True:
-        time.sleep(24 * 3600)
+        wait(signalled.fileno(), Want.READ, NEVER, "")
+        signalled.recv(64)
 
 
 class _OneLine(logging.Handler):
