@@ -223,6 +223,8 @@ def _command(argv: object) -> list[str]:
 
 def _adopted(fd: int) -> Stream:
     """Return a stream over a descriptor, which is the stream's from here on. Raises UsageError for what is no such socket."""
+    if fd < 0:
+        raise UsageError(errno.EBADF, f"sock: {fd} is no descriptor")
     try:
         sock = socket.socket(fileno=fd)
     except OSError as exc:
