@@ -47,7 +47,10 @@ class Client(OptionCalls):
     Every call that waits takes a `timeout` in seconds (None: for ever) and raises DeadlineExceeded when it runs out; a command is
     then abandoned and the connection stays usable. Any command raises UsageError for arguments that are wrong (nothing is sent),
     CommandError when the server refuses it (the connection lives), Disconnected or ProtocolViolation when the connection ended.
-    Offsets and counts are bytes.
+    Offsets and counts are bytes. May be used from several threads at once.
+
+    Ctrl-C, or whatever else a signal handler raises, while a command waits costs that command only; if it hits in the few
+    microseconds in which bytes are moved, the connection ends, since nobody knows how many of them have been.
 
     Args:
         stream: connect over this open stream at once, as `connect_stream` does.

@@ -44,7 +44,7 @@ BY_OFFSET: dict[str, Callable[[Client, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG_NUMBERS, ids=repr)
+@pytest.mark.parametrize("wrong", WRONG_NUMBERS, ids=lambda value: type(value).__name__)
 def test_what_is_no_integer_is_refused_as_count_and_as_offset(wrong):
     with talk(goodbye) as (client, _):
         for name, make in BY_RANGE.items():
@@ -109,7 +109,7 @@ def test_integers_of_other_libraries_are_integers():
         (memoryview(b""), "no bytes"),
         (array.array("i"), "no bytes"),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_buffer_cannot_be_written(buffer, said):
     with talk(goodbye) as (client, _):
@@ -129,7 +129,7 @@ def test_what_is_no_buffer_cannot_be_written(buffer, said):
         (memoryview(bytearray(16))[::2], "the buffer must be contiguous"),
         (bytearray(), "no bytes"),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_buffer_cannot_be_read_into(buffer, said):
     with talk(goodbye) as (client, _):

@@ -245,19 +245,20 @@ def whole_disk(connection: Connection) -> None:
     serve(lambda request: data(b"%08d" % request.offset)(request))(connection)
 
 
-def read_for_ever(client: Client) -> None:
+def read_for_ever(client: Client, armed: list[bool]) -> None:
+    armed.append(True)
     for number in itertools.count():
         assert client.pread(8, number % 100, timeout=PATIENCE) == b"%08d" % (number % 100)
 
 
 def test_ctrl_c_at_any_moment_leaves_a_working_or_an_ended_connection():
     """A storm of interrupts over a busy client: every read is right, and nothing hangs. What ended is made anew."""
-    armed, done = False, threading.Event()
+    armed: list[bool] = []  # no lock that a signal handler could run into
+    done = threading.Event()
 
     def handler(*_: object) -> None:
-        nonlocal armed
         if armed:
-            armed = False
+            armed.clear()
             raise KeyboardInterrupt
 
     def storm() -> None:
@@ -271,8 +272,7 @@ def test_ctrl_c_at_any_moment_leaves_a_working_or_an_ended_connection():
         thread.start()
         for _ in range(99):
             with pytest.raises(KeyboardInterrupt):
-                armed = True
-                read_for_ever(client)
+                read_for_ever(client, armed)
             assert client.phase in (Phase.CONNECTED, Phase.DEAD)
             if client.phase is Phase.DEAD:
                 client = stack.enter_context(contextlib.closing(Client(server.stream(), timeout=PATIENCE)))

@@ -45,7 +45,7 @@ def test_steps_are_played_in_order():
 
 
 def test_each_connection_gets_a_script_of_its_own_on_tcp_and_unix(socket_path):
-    with ScriptedServer([b"one"], [b"two"], [b"three"]) as server:
+    with ScriptedServer([b"one"], [b"two"], [expect_end]) as server:
         port = server.listen_tcp()
         server.listen_unix(socket_path)
         with socket.create_connection(("127.0.0.1", port)) as sock:
