@@ -300,6 +300,44 @@ def test_close_says_goodbye(starters):
         assert receive(far) == b""
 
 
+def test_nothing_can_be_sent_after_a_failure(starters):
+    plain = memory_pair()
+    with connected(*starters, lambda: plain) as (near, _):
+        send(plain[1], bytes(100))
+        for call in (lambda: receive(near), lambda: near.send([memoryview(b"x")]), near.finish_sending, lambda: receive(near)):
+            with pytest.raises(OSError, match=str(near)):
+                call()
+
+
+def test_hanging_up_says_goodbye_and_keeps_the_descriptor(starters):
+    with connected(*starters) as (near, far):
+        descriptor = near.fileno()
+        near.hang_up()
+        assert near.fileno() == descriptor
+        assert not near.buffered()
+        assert receive(far) == b""
+        with pytest.raises(Disconnected, match="closed by this program"):
+            near.recv_into(memoryview(bytearray(1)))
+        near.close()
+        assert near.fileno() == -1
+
+
+def test_finishing_before_the_handshake_finishes_it_first(starters):
+    with started(*starters) as (near, far):
+        assert not near.finish_sending()
+        while not near.finish_sending():
+            far.handshake()
+        assert receive(far) == b""
+
+
+def test_finishing_with_a_peer_that_is_no_tls_fails(starters):
+    with memory_pair_closed() as (near, far):
+        client = starters[0](near)
+        send(far, bytes(100))
+        with pytest.raises(TLSError, match="is no TLS"):
+            client.finish_sending()
+
+
 def test_peer_of_a_failed_stream_gets_an_alert_and_no_goodbye(starters):
     plain = memory_pair()
     with connected(*starters, lambda: plain) as (near, far):
@@ -369,6 +407,28 @@ def test_pieces_are_records_in_order(sizes):
     pieces = list(tls_stream._pieces(parts))
     assert b"".join(pieces) == b"".join(parts)
     assert all(0 < len(piece) <= 16384 for piece in pieces)
+
+
+class SmallRecords:
+    """An SSLObject whose peer asked for records of 512 bytes."""
+
+    def __init__(self, tls):
+        self._tls = tls
+
+    def write(self, data):
+        return self._tls.write(data[:512])
+
+    def __getattr__(self, name):
+        return getattr(self._tls, name)
+
+
+def test_peer_that_asked_for_small_records_gets_every_byte(modern):
+    data = random.Random(4).randbytes(100_000)
+    with connected(*modern) as (near, far):
+        near._tls = SmallRecords(near._tls)
+        small = [memoryview(data)[at : at + 28] for at in range(0, 2800, 28)]
+        assert near.send([*small, memoryview(data)[2800:]]) == len(data)
+        assert receive_exactly(far, len(data)) == data
 
 
 def test_room_is_filled_from_many_records_at_once(modern):

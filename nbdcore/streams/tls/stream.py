@@ -178,20 +178,29 @@ class TLSStream(Stream):
                 self._give_up(exc)
                 raise
 
+    def hang_up(self) -> None:
+        """Say goodbye if that goes through at once, and hang the stream underneath up."""
+        self._leave()
+        self._stream.hang_up()
+
     def close(self) -> None:
         """Say goodbye if that goes through at once, and close the stream underneath."""
-        closed, self._closed = self._closed, True
-        # When another thread is at work right now, its call is about to fail: the peer then misses the goodbye, no more.
-        if not closed and self._lock.acquire(blocking=False):
-            try:
-                if self._established and not self._failed:
-                    # The peer may be gone; then nobody waits for a goodbye.
-                    with contextlib.suppress(OSError):
-                        self._say_goodbye()
-                        self._flush()
-            finally:
-                self._lock.release()
+        self._leave()
         self._stream.close()
+
+    def _leave(self) -> None:
+        left, self._closed = self._closed, True
+        # When another thread is at work right now, its call is about to fail: the peer then misses the goodbye, no more.
+        if left or not self._lock.acquire(blocking=False):
+            return
+        try:
+            if self._established and not self._failed:
+                # The peer may be gone; then nobody waits for a goodbye.
+                with contextlib.suppress(OSError):
+                    self._say_goodbye()
+                    self._flush()
+        finally:
+            self._lock.release()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -312,7 +321,13 @@ class TLSStream(Stream):
         write, outgoing, taken = self._tls.write, self._outgoing, 0
         try:
             for piece in _pieces(parts):
-                taken += write(piece)
+                count = write(piece)
+                taken += count
+                # A peer may have asked for smaller records (RFC 6066 section 4); one write makes one record.
+                while count < len(piece):
+                    more = write(memoryview(piece)[count:])
+                    count += more
+                    taken += more
                 if outgoing.pending >= _BATCH:
                     break
         except ssl.SSLError as exc:
