@@ -25,7 +25,8 @@ if TYPE_CHECKING:
         list_exports,
     )
     from nbdcore.clients.extents import CombinedExtent, Extent
-    from nbdcore.errors import (
+    from nbdcore.clients.settings import ClientOptions
+from nbdcore.errors import (
         CommandError,
         DeadlineExceeded,
         Disconnected,
