@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nbdcore.clients.blocking import (
         Client,
-        ClientOptions,
         connect,
         connect_tcp,
         connect_unix,
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     )
     from nbdcore.clients.extents import CombinedExtent, Extent
     from nbdcore.clients.settings import ClientOptions
-from nbdcore.errors import (
+    from nbdcore.errors import (
         CommandError,
         DeadlineExceeded,
         Disconnected,
@@ -86,8 +85,9 @@ __version__ = "0.1.0"
 
 # Where each public name lives; a test holds it against the imports above and __all__.
 _HOMES = {
-    "nbdcore.clients.blocking": "Client ClientOptions connect connect_tcp connect_unix connect_vsock list_exports",
+    "nbdcore.clients.blocking": "Client connect connect_tcp connect_unix connect_vsock list_exports",
     "nbdcore.clients.extents": "CombinedExtent Extent",
+    "nbdcore.clients.settings": "ClientOptions",
     "nbdcore.errors": (
         "CommandError DeadlineExceeded Disconnected Error NegotiationError ProtocolViolation TLSError TransportError "
         "TransportUnavailable UsageError"
