@@ -28,8 +28,8 @@ class Stream(ABC):
     """An open, ordered, two-way byte pipe. No method waits.
 
     Calls come from one thread at a time, except `hang_up` and `close`, which may come from any. A method that fails raises an
-    `OSError` (an `nbdcore.Error` is one too); after that only `close` may be called. None means "not now": wait on `fileno()`, then
-    call again. `str(stream)` is how messages name the other end.
+    `OSError` (an `nbdcore.Error` is one too); after that only `close` may be called. None means "not now": wait on `fileno()`,
+    then call again. `str(stream)` is how messages name the other end.
     """
 
     @abstractmethod
