@@ -257,8 +257,9 @@ def test_reset_before_this_side_has_finished_is_no_end_of_data(starters):
         assert receive(near) == b"words"
         send(near, b"never received")
         plain[1].close()
-        with pytest.raises(Disconnected):
+        with pytest.raises(Disconnected) as caught:
             receive(near)
+        assert isinstance(caught.value.__cause__, ConnectionResetError)
 
 
 def test_goodbye_counts_as_the_end_while_the_stream_below_is_open(starters):
@@ -298,6 +299,18 @@ def test_close_says_goodbye(starters):
     with connected(*starters) as (near, far):
         near.close()
         assert receive(far) == b""
+
+
+def test_no_goodbye_is_said_on_a_connection_that_was_cut_off(starters):
+    plain = memory_pair()
+    with connected(*starters, lambda: plain) as (near, far):
+        send(far, b"words")
+        assert receive(near) == b"words"
+        plain[1].finish_sending()
+        with pytest.raises(Disconnected):
+            receive(near)
+        near.close()
+        assert receive(plain[1]) == b""
 
 
 def test_nothing_can_be_sent_after_a_failure(starters):
