@@ -155,8 +155,7 @@ class PolledClient(Knowledge):
 
     def advance(self) -> None:
         """Do what can be done now without waiting. Raises as `notify_read` does; UsageError (EDEADLK) from a callback."""
-        if self._advancing:
-            raise _deadlock()
+        self.check_may_wait()
         self._advancing = True
         try:
             if self._connecting is not None:
@@ -177,8 +176,7 @@ class PolledClient(Knowledge):
         `also` is a descriptor that ends the wait when it becomes readable; nothing is read from it. Raises UsageError where there
         is nothing to wait for, and as `notify_read` does.
         """
-        if self._advancing:
-            raise _deadlock()
+        self.check_may_wait()
         if self._session is not None and self._engine.has_outgoing:
             self._session.send()
             self._raise_if_dead()
@@ -228,6 +226,11 @@ class PolledClient(Knowledge):
             self._session.send()
 
     # ------------------------------------------------------------------------------------------ for blocking callers
+
+    def check_may_wait(self) -> None:
+        """Raise UsageError (EDEADLK) in a callback, which must not wait: before it starts what it would wait for."""
+        if self._advancing:
+            raise _deadlock()
 
     def wait_for(self, pending: Command | Exchange) -> None:
         """Advance until a command or an exchange is done, be it by the end of the connection. Raises nothing for either."""

@@ -105,6 +105,7 @@ class CommandCalls(CommandBuilders):
 
     def _run(self, call: str, command: Command) -> None:
         client = self._connection
+        client.check_may_wait()
         client.submit(command)
         self._wait(command)
         command.on_chunk = command.on_extents = None
@@ -178,6 +179,7 @@ class CommandCalls(CommandBuilders):
         """Take leave of the server, and wait until it has hung up. Commands under way are not waited for."""
         wanted = arguments.flags(flags, SHUTDOWN_MASK)
         client = self._connection
+        client.check_may_wait()
         if client.phase is Phase.NEGOTIATING:
             self._say_goodbye()
             return

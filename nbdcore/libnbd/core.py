@@ -94,8 +94,10 @@ class Core:
         """Wait for a command or an exchange."""
         self._connection.wait_for(pending)
 
-    def _exchange(self, exchange: Exchange) -> Any:
-        """Wait for an exchange and return its result. Raises what the server, or the end of the connection, made of it."""
+    def _exchange(self, start: Callable[[], Exchange]) -> Any:
+        """Run an exchange and return its result. Raises what the server, or the end of the connection, made of it."""
+        self._connection.check_may_wait()
+        exchange = start()
         self._wait(exchange)
         if exchange.error is not None:
             raise exchange.error

@@ -27,7 +27,7 @@ class OptionCalls(Core):
     @call("1.4", NEGOTIATING)
     def opt_go(self) -> None:
         """Open the export, after selecting the contexts wished for."""
-        self._exchange(self._go())
+        self._exchange(self._go)
 
     @call("1.4", NEGOTIATING)
     def aio_opt_go(self, completion: Callback | None = None) -> None:
@@ -41,7 +41,7 @@ class OptionCalls(Core):
     @call("1.4", NEGOTIATING)
     def opt_info(self) -> None:
         """Ask about the export without opening it."""
-        self._exchange(self._info())
+        self._exchange(self._info)
 
     @call("1.4", NEGOTIATING)
     def aio_opt_info(self, completion: Callback | None = None) -> None:
@@ -65,8 +65,8 @@ class OptionCalls(Core):
     @call("1.4", NEGOTIATING)
     def opt_list(self, list: Callback) -> int:  # noqa: A002 (libnbd's name)
         """Tell `list` the name and description of each of the server's exports. Returns how many there are."""
-        found = self._exchange_numbered(self._list(arguments.callback(list, "list")))
-        return len(found)
+        callback = arguments.callback(list, "list")
+        return self._count(lambda: self._list(callback))
 
     @call("1.4", NEGOTIATING)
     def aio_opt_list(self, list: Callback, completion: Callback | None = None) -> None:  # noqa: A002 (libnbd's name)
@@ -86,7 +86,7 @@ class OptionCalls(Core):
     @call("1.16", NEGOTIATING)
     def opt_starttls(self) -> bool:
         """Ask for TLS. Returns whether the server agreed."""
-        return bool(self._exchange(self._starttls()))
+        return bool(self._exchange(self._starttls))
 
     @call("1.16", NEGOTIATING)
     def aio_opt_starttls(self, completion: Callback | None = None) -> None:
@@ -102,7 +102,7 @@ class OptionCalls(Core):
     @call("1.18", NEGOTIATING)
     def opt_extended_headers(self) -> bool:
         """Ask for extended headers. Returns whether the server agreed."""
-        return bool(self._exchange(self._ask(negotiation.extended_headers)))
+        return bool(self._exchange(lambda: self._ask(negotiation.extended_headers)))
 
     @call("1.18", NEGOTIATING)
     def aio_opt_extended_headers(self, completion: Callback | None = None) -> None:
@@ -113,7 +113,7 @@ class OptionCalls(Core):
     @call("1.16", NEGOTIATING)
     def opt_structured_reply(self) -> bool:
         """Ask for structured replies. Returns whether the server agreed."""
-        return bool(self._exchange(self._ask(negotiation.structured_reply)))
+        return bool(self._exchange(lambda: self._ask(negotiation.structured_reply)))
 
     @call("1.16", NEGOTIATING)
     def aio_opt_structured_reply(self, completion: Callback | None = None) -> None:
@@ -164,8 +164,8 @@ class OptionCalls(Core):
         return self._start(negotiation.set_meta_context, arguments.strings(queries, "queries"), context, completion)
 
     def _number(self, ask: Callable[..., Any], queries: list[str], context: Callback) -> int:
-        exchange = self._contexts(ask, queries, arguments.callback(context, "context"))
-        return len(self._exchange_numbered(exchange))
+        callback = arguments.callback(context, "context")
+        return self._count(lambda: self._contexts(ask, queries, callback))
 
     def _start(self, ask: Callable[..., Any], queries: list[str], context: Callback, completion: Callback | None) -> int:
         callback, completed = arguments.callback(context, "context"), arguments.completion(completion)
@@ -196,12 +196,12 @@ class OptionCalls(Core):
         conversation = ask(engine.agreement, engine.settings, *details, **more)
         return client.exchange(conversation if report is None else _reported(conversation, report), enters=enters)
 
-    def _exchange_numbered(self, exchange: Exchange) -> Any:
-        """Wait for an exchange of which libnbd knows one refusal only."""
+    def _count(self, start: Callable[[], Exchange]) -> int:
+        """Run an exchange that lists something, and return how much. libnbd knows only one kind of refusal of these."""
         try:
-            return self._exchange(exchange)
+            return len(self._exchange(start))
         except NegotiationError as exc:
-            raise NegotiationError(errno.ENOTSUP, exc.message, server_text=exc.server_text, reply=0) from exc
+            raise NegotiationError(errno.ENOTSUP, exc.message, server_text=exc.server_text) from exc
 
     def _complete(self, exchange: Exchange, completion: Callback | None, *, refused: int = 0) -> None:
         """Have a completion callback told the outcome of an exchange, now or later; `refused` is the errno of every refusal."""

@@ -17,7 +17,7 @@ from tests import leaks
 DISK = 1 << 20
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def server() -> Iterator[str]:
     """The port of a server with a writable disk of 1 MiB, called "" and "disk"."""
     with Server({"": MemoryDisk(DISK), "disk": MemoryDisk(DISK)}) as running:

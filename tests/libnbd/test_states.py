@@ -80,7 +80,7 @@ def arguments(signature: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name in names:
         values[name] = (lambda *_: 0) if name in CALLBACKS else VALUES.get(name, True)
-    if "vsock" in signature:
+    if "connect_vsock" in signature:
         values["port"] = 1
     return values
 

@@ -1,0 +1,174 @@
+"""The polled client: event loops, bursts, callbacks, and an end that completes everything."""
+
+from __future__ import annotations
+
+import errno
+import select
+
+import pytest
+
+from nbdcore.clients.polled import PolledClient
+from nbdcore.errors import Error, UsageError
+from nbdcore.plugins.registry import registry
+from nbdcore.protocol import commands, negotiation
+from nbdcore.protocol.agreement import Settings
+from nbdcore.protocol.commands import Command
+from nbdcore.protocol.constants import CommandType
+from nbdcore.protocol.state import Phase
+from nbdcore.streams.base import Want
+from nbdcore.testing.scripted import ScriptedServer, answer, data, goodbye, hang_up, receive
+from tests.clients.talking import PATIENCE, newstyle, script
+
+
+def connected(server: ScriptedServer) -> PolledClient:
+    client = PolledClient(Settings())
+    client.connect_stream(server.stream())
+    while client.phase is Phase.CONNECTING:
+        client.poll(PATIENCE)
+    return client
+
+
+def read(client: PolledClient, count: int = 8) -> Command:
+    return commands.read(client.engine.limits, count, 0)
+
+
+def test_loop_of_a_stranger_drives_connect_handshake_and_commands():
+    steps = script(answer(data(b"12345678"), kind=CommandType.READ))
+    with ScriptedServer(steps, patience=PATIENCE) as server:
+        client = PolledClient(Settings())
+        client.connect_transport("tcp", host="127.0.0.1", port=server.listen_tcp())
+        command: Command | None = None
+        while command is None or not command.done:
+            if client.phase is Phase.CONNECTED and command is None:
+                command = read(client)
+                assert client.submit(command) == 1
+            poll, want = select.poll(), client.direction()
+            poll.register(
+                client.fileno(), (select.POLLIN if want & Want.READ else 0) | (select.POLLOUT if want & Want.WRITE else 0)
+            )
+            ((_, events),) = poll.poll(PATIENCE * 1000)
+            (client.notify_read if events & (select.POLLIN | select.POLLHUP) else client.notify_write)()
+        assert command.result() == b"12345678"
+        client.close()
+
+
+def test_transport_that_cannot_connect_kills_the_client_with_its_reason():
+    client = PolledClient(Settings())
+    client.connect_transport("unix", path="/nonexistent")
+    assert client.phase is Phase.DEAD
+    assert client.error.errno == errno.ENOENT
+    assert (client.fileno(), client.direction()) == (-1, Want.NOTHING)
+
+
+def test_client_connects_once():
+    with ScriptedServer(script(goodbye), patience=PATIENCE) as server:
+        client = connected(server)
+        with pytest.raises(UsageError):
+            client.connect_transport("unix", path="/nonexistent")
+        client.disconnect()
+        while client.phase is Phase.CONNECTED:
+            client.poll(PATIENCE)
+        assert client.phase is Phase.CLOSED
+
+
+def test_nothing_to_wait_for_is_an_error():
+    client = PolledClient(Settings())
+    for call in (client.poll, client.notify_read, client.notify_write):
+        with pytest.raises(UsageError):
+            call()
+    client.close()
+    assert client.phase is Phase.CLOSED
+
+
+def test_commands_behind_one_under_way_go_out_together():
+    replies = [answer(data(b"12345678"), kind=CommandType.READ)] * 4
+    with ScriptedServer(script(*replies), patience=PATIENCE) as server:
+        client = connected(server)
+        batch = [read(client) for _ in range(4)]
+        for command in batch:
+            client.submit(command)
+        assert len(client.engine.in_flight) == 1
+        assert client.direction() == Want.READ | Want.WRITE
+        for command in batch:
+            client.wait_for(command)
+        assert [command.result() for command in batch] == [b"12345678"] * 4
+        client.close()
+
+
+def test_completion_may_submit_but_neither_wait_nor_move_bytes():
+    replies = [answer(data(b"12345678"), kind=CommandType.READ)] * 2
+    with ScriptedServer(script(*replies), patience=PATIENCE) as server:
+        client = connected(server)
+        first, second = read(client), read(client)
+        refused = []
+
+        def completion(_command: Command) -> None:
+            client.submit(second)
+            for call in (client.poll, client.advance, client.check_may_wait):
+                with pytest.raises(UsageError) as caught:
+                    call()
+                refused.append(caught.value.errno)
+
+        first.completion = completion
+        client.submit(first)
+        client.wait_for(first)
+        client.wait_for(second)
+        assert refused == [errno.EDEADLK] * 3
+        assert second.result() == b"12345678"
+        client.close()
+
+
+def test_server_that_hangs_up_between_replies_completes_what_is_under_way_without_an_exception():
+    with ScriptedServer(script(receive(3 * 28), hang_up), patience=PATIENCE) as server:
+        client = connected(server)
+        told = []
+        for _ in range(3):
+            command = read(client)
+            command.completion = told.append
+            client.submit(command)
+        while client.phase is Phase.CONNECTED:
+            client.poll(PATIENCE)
+        assert client.phase is Phase.CLOSED
+        assert [isinstance(command.error, Error) for command in told] == [True] * 3
+
+
+def test_server_that_talks_nonsense_raises_once_and_leaves_nothing_to_wait_for():
+    with ScriptedServer([newstyle()[:-10] + bytes(64)], patience=PATIENCE) as server:
+        client = PolledClient(Settings())
+        client.connect_stream(server.stream())
+
+        def connect() -> None:
+            while client.phase is Phase.CONNECTING:
+                client.poll(PATIENCE)
+
+        with pytest.raises(Error):
+            connect()
+        assert client.phase is Phase.DEAD
+        with pytest.raises(UsageError, match="nothing to wait for"):
+            client.poll(0)
+
+
+def test_wait_ends_when_the_time_is_up():
+    with ScriptedServer(script(goodbye), patience=PATIENCE) as server:
+        client = connected(server)
+        assert client.poll(0) is False
+        client.disconnect()
+        client.poll(PATIENCE)
+        client.close()
+
+
+def test_closing_while_connecting_frees_what_was_opened():
+    client = PolledClient(Settings())
+    transport = registry.get("tcp")
+    client.connect_steps(transport.connect(transport.address(host="localhost", port=1)))
+    client.close()
+    assert client.phase in (Phase.CLOSED, Phase.DEAD)
+    client.close()
+
+
+def test_option_outside_opt_mode_is_refused():
+    with ScriptedServer(script(), patience=PATIENCE) as server:
+        client = connected(server)
+        with pytest.raises(UsageError):
+            client.exchange(negotiation.list_exports(client.engine.agreement, client.engine.settings))
+        client.close()
