@@ -180,8 +180,7 @@ class Replies:
                         and offset == command.offset
                         and command.type == _READ
                         and not command.received
-                        and command.error is None
-                        and not command.discard
+                        and command.error is None  # nor was it given up, which is an error too
                         and command.on_chunk is None
                     ):
                         headers += 1
@@ -281,7 +280,7 @@ class Replies:
             self._expect(command, command.count, None, lambda: self._final(command))
             return
         begin, after = self._start, self._start + command.count
-        if after <= self._end and command.target is None and command.on_chunk is None:
+        if after <= self._end and command.target is None and command.on_chunk is None and not command.discard:
             command.data = bytes(self._view[begin:after])
             command.received = command.count
             self._start = after

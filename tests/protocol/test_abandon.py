@@ -35,6 +35,7 @@ chunked = pytest.mark.parametrize("mode", ["structured", "extended"])
 
 def check_given_up(client, command):
     assert client.completed_once(command)
+    assert command.data is None
     assert command.error is GIVEN_UP
     assert command.target is None
     assert command.payload is None
@@ -179,7 +180,8 @@ def test_write_given_up_while_it_is_sent_goes_out_whole_from_memory_of_our_own(s
     expected = whole_script()
     client, writes, memories = writing()
     first = b"".join(client.engine.outgoing())[:sent]
-    client.engine.sent(sent)
+    client.engine.sent(sent // 2)
+    client.engine.sent(sent - sent // 2)
 
     client.engine.abandon(writes[which], GIVEN_UP)
     memories[which][:] = b"!" * len(memories[which])
@@ -210,7 +212,8 @@ def test_write_answered_before_it_was_wholly_sent_lets_go_of_the_callers_memory(
     expected = whole_script()
     client, writes, memories = writing()
     first = b"".join(client.engine.outgoing())[:sent]
-    client.engine.sent(sent)
+    client.engine.sent(sent // 2)
+    client.engine.sent(sent - sent // 2)
 
     feed(client.engine, simple(writes[1], error))
     assert client.completed_once(writes[1])

@@ -139,9 +139,10 @@ def test_last_extent_may_reach_beyond_the_request_up_to_the_end(mode):
 
 
 @both
-def test_extent_past_the_end_is_cut_and_fails_the_command(mode):
+@pytest.mark.parametrize("more", [[], [(512, 3)]])
+def test_extent_past_the_end_is_cut_and_fails_the_command(mode, more):
     def answer(command):
-        return status_chunk(mode, command, 1, [(512, 1), (SIZE - OFFSET - 511, 0), (512, 3)], done=True)
+        return status_chunk(mode, command, 1, [(512, 1), (SIZE - OFFSET - 511, 0), *more], done=True)
 
     check_failed(*answered(mode, answer), ("base:allocation", [512, SIZE - OFFSET - 512], [1, 0]), words="past the end")
 

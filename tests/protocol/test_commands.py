@@ -227,6 +227,11 @@ def test_request_past_the_end_is_refused(call, count, offset):
 
 
 @ranged
+def test_request_for_no_bytes_beyond_the_end_is_past_it_all_the_same(call):
+    refused(errno.ENOSPC if call in WRITING else errno.EINVAL, call, limits(Strict.ZERO_SIZE), 0, SIZE + 1)
+
+
+@ranged
 def test_request_up_to_the_end_is_taken(call):
     assert build(call, limits(), 512, SIZE - 512)
     assert build(call, limits(size=512), 512, 0)

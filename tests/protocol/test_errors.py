@@ -137,6 +137,31 @@ def test_command_is_not_done_before_the_last_chunk(mode):
     assert client.completed_once(command)
 
 
+@chunked
+@every
+def test_end_of_an_answer_without_its_flag_is_no_success(mode, call):
+    if call == "read":
+        return
+    command = answered(mode, call, lambda command: chunk(mode, command, Chunk.NONE) + none(mode, command))
+
+    assert command.error.errno == errno.EPROTO
+
+
+@chunked
+@every
+def test_data_in_answer_to_anything_but_a_read_fail_it(mode, call):
+    if call == "read":
+        return
+
+    def answer(command):
+        return chunk(mode, command, Chunk.OFFSET_DATA, struct.pack(">Q", command.offset) + bytes(command.count), done=True)
+
+    command = answered(mode, call, answer, most=20)
+
+    assert command.error.errno == errno.EPROTO
+    assert command.data is None
+
+
 # ---------------------------------------------------------------------------------------------- offsets
 
 

@@ -293,6 +293,22 @@ def test_room_is_never_empty_while_connected_whatever_was_received(mode):
     assert all(command.done and command.error is None for command in client.commands)
 
 
+@all_modes
+@pytest.mark.parametrize("whole", [True, False], ids=["at once", "in pieces"])
+def test_large_read_that_was_answered_is_not_counted_any_more(mode, whole):
+    client, large = with_read(mode, count=LARGE)
+    flush = commands.flush(client.engine.limits)
+    client.submit(flush)
+    script = success(mode, large, b"l" * LARGE)
+    client.hear(*([script] if whole else [script[:1000], script[1000:]]))
+    assert client.completed_once(large)
+
+    assert len(client.engine.room()) == SCRATCH, "a flush is all that is under way"
+    client.hear(success(mode, flush))
+    client.submit(commands.read(client.engine.limits, 16, 0))
+    assert len(client.engine.room()) == SCRATCH, "a small read is all that is under way"
+
+
 def test_room_is_scratch_again_when_a_small_command_joins_the_large_ones():
     client, _ = with_read("structured", count=LARGE)
     assert len(client.engine.room()) == 28

@@ -5,6 +5,7 @@ The examples are the same in every run; raise EXAMPLES to search further.
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import tracemalloc
@@ -92,7 +93,7 @@ def build(client, request):
 def split(draw, count):
     """Cut a range into a few pieces, in any order."""
     edges = sorted({0, count, *draw(st.lists(st.integers(0, count), max_size=4))})
-    return draw(st.permutations(list(zip(edges, edges[1:], strict=False))))
+    return draw(st.permutations(list(itertools.pairwise(edges))))
 
 
 def read_messages(draw, mode, command):
@@ -161,7 +162,7 @@ def interleave(draw, streams):
 def pieces_of(draw, script):
     cuts = sorted(set(draw(st.lists(st.integers(0, len(script)), max_size=12))))
     edges = [0, *cuts, len(script)]
-    return [script[begin:end] for begin, end in zip(edges, edges[1:], strict=False)]
+    return [script[begin:end] for begin, end in itertools.pairwise(edges)]
 
 
 @searching
@@ -172,50 +173,44 @@ def test_legal_conversations_equal_the_model(data):
     client = connected(mode, size=SIZE, contexts=() if mode == "simple" else CONTEXTS)
     wanted = draw(st.lists(requests(mode), min_size=1, max_size=8))
     client.submit(*(build(client, request) for request in wanted))
-    streams, expected = [], []
-    for command in client.commands:
-        outcome = None
-        if draw(st.integers(0, 5)) == 0:
-            messages, outcome = error_messages(draw, mode, command)
-            outcome = ("error", outcome)
-        elif command.type == CommandType.READ:
-            messages = read_messages(draw, mode, command)
-            outcome = ("data", CONTENT[command.offset : command.offset + command.count])
-        elif command.type == CommandType.BLOCK_STATUS:
-            messages, said = status_messages(draw, mode, command)
-            outcome = ("status", said)
-        else:
-            messages = [success(mode, command)]
-            outcome = ("done", None)
-        streams.append(messages)
-        expected.append(outcome)
+    answers = [answer_to(draw, mode, command) for command in client.commands]
     given_up = draw(st.sets(st.integers(0, len(wanted) - 1), max_size=2))
-    pieces = pieces_of(draw, interleave(draw, streams))
+    pieces = pieces_of(draw, interleave(draw, [messages for messages, _ in answers]))
     when = draw(st.integers(0, len(pieces)))
 
-    abandoned = []
+    abandoned = set()
     for index, piece in enumerate([*pieces, b""]):
         if index == when:
-            for number in given_up:
-                if not client.commands[number].done:
-                    abandoned.append(number)
-                    client.engine.abandon(client.commands[number], Error(0, "given up"))
+            abandoned = {number for number in given_up if not client.commands[number].done}
+            for number in abandoned:
+                client.engine.abandon(client.commands[number], Error(0, "given up"))
         client.hear(piece)
 
     assert client.engine.phase is Phase.CONNECTED, client.engine.error
     assert client.engine.in_flight == {}
-    for number, (command, (kind, value)) in enumerate(zip(client.commands, expected, strict=True)):
+    for number, (command, (_, expected)) in enumerate(zip(client.commands, answers, strict=True)):
         assert client.completed_once(command)
-        if number in abandoned:
-            assert str(command.error) == "given up"
-        elif kind == "error":
-            assert command.error.errno == value
-        else:
-            assert command.error is None, command.error
-            if kind == "data":
-                assert command.result() == value
-            elif kind == "status":
-                assert command.chunks == value
+        assert outcome_of(command) == ("given up" if number in abandoned else expected)
+
+
+def answer_to(draw, mode, command):
+    """A good answer or a refusal, in messages, and the outcome that it must have."""
+    if draw(st.integers(0, 5)) == 0:
+        return error_messages(draw, mode, command)
+    if command.type == CommandType.READ:
+        return read_messages(draw, mode, command), CONTENT[command.offset : command.offset + command.count]
+    if command.type == CommandType.BLOCK_STATUS:
+        return status_messages(draw, mode, command)
+    return [success(mode, command)], None
+
+
+def outcome_of(command):
+    """The data of a read, the extents of block status, an error's number; what a command was given up with."""
+    if command.error is not None:
+        return command.error.errno or command.error.message
+    if command.type == CommandType.READ:
+        return command.result()
+    return command.chunks if command.type == CommandType.BLOCK_STATUS else None
 
 
 # ---------------------------------------------------------------------------------------------- arbitrary bytes

@@ -326,6 +326,8 @@ def test_df_that_is_too_much_for_the_server_is_an_error_of_the_command(mode):
         [(0, 20), (40, 60), (10, 30)],
         [(30, 60), (0, 10), (5, 25)],
         [(0, 60), (30, 30), (10, 20)],
+        [(0, 31), (30, 59)],
+        [(30, 59), (0, 31)],
     ],
 )
 @pytest.mark.parametrize("holes", [False, True], ids=["data", "holes"])
@@ -341,6 +343,15 @@ def test_success_without_each_byte_exactly_once_fails_the_read(mode, target, pie
         return script + none(mode, command)
 
     check_failed(*answered(mode, answer, target=target, most=30))
+
+
+@chunked
+@into
+def test_whole_read_sent_after_a_part_of_it_fails_the_read(mode, target):
+    def answer(command):
+        return data_chunk(mode, command, OFFSET, DATA[:10]) + data_chunk(mode, command, OFFSET, DATA, done=True)
+
+    check_failed(*answered(mode, answer, target=target))
 
 
 TRAPS = [
