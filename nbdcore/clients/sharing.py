@@ -18,7 +18,7 @@ import errno
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from nbdcore.clients.session import Session
 from nbdcore.errors import DeadlineExceeded, Disconnected, Error
@@ -30,6 +30,9 @@ from nbdcore.streams.waiting import Deadline, wait
 
 class Pending(Protocol):
     """What can be waited for: a Command or an Exchange."""
+
+    completion: Any
+    """Called when it is done."""
 
     @property
     def done(self) -> bool:
@@ -50,7 +53,7 @@ class SharedSession:
         self._session = session
         self._lock = threading.Lock()
         self._polled = 0  # what the callers that poll wait for, each its own part: the bits of Want, as a plain int
-        self._sleepers: list[_Sleeper] = []
+        self._sleepers: dict[_Sleeper, None] = {}  # in the order in which they fell asleep
         self._leaving = False
 
     @property
@@ -115,7 +118,7 @@ class SharedSession:
             if error is not None:
                 self._session.fail(error)
             self._session.close()
-            self._wake_done()
+            self._wake_at_the_end()
 
     # ------------------------------------------------------------------------------------------ steps of a caller
 
@@ -151,8 +154,8 @@ class SharedSession:
                         self._polled |= mine
                         self._session.waited_for = True
                     else:
-                        sleeper = _Sleeper(pending)
-                        self._sleepers.append(sleeper)
+                        sleeper = _Sleeper(self._sleepers)
+                        pending.completion = sleeper.wake
                 if mine:
                     _poll(fd, wanted, deadline)
                 elif sleeper is not None:
@@ -188,7 +191,7 @@ class SharedSession:
         return mine
 
     def _move(self, move: Callable[[], None]) -> None:
-        """Move bytes for everybody, and wake those whose outcome that brought."""
+        """Move bytes for everybody; whose outcome that brings is woken by its completion."""
         self._session.waited_for = self._polled != 0
         try:
             move()
@@ -198,45 +201,50 @@ class SharedSession:
             self._session.fail(error)
             raise
         finally:
-            self._wake_done()
+            if self._sleepers:
+                self._wake_at_the_end()
 
-    def _wake_done(self) -> None:
-        if self._sleepers:
-            for sleeper in [sleeper for sleeper in self._sleepers if sleeper.pending.done]:
-                self._wake(sleeper)
+    def _wake_at_the_end(self) -> None:
+        """The end of the connection is an outcome for everybody, whatever it is that they wait for."""
+        if self._session.over:
+            for sleeper in [*self._sleepers]:
+                sleeper.wake()
 
     def _hand_over(self, leaving: _Sleeper | None) -> None:
         """A caller is about to leave: if it did something that must go on, another takes its place."""
-        if leaving in self._sleepers:
-            self._sleepers.remove(leaving)
+        if leaving is not None:
+            self._sleepers.pop(leaving, None)
         self._session.waited_for = self._polled != 0
         if self._session.over:
             self._session.close()  # what was kept open for those that polled
-            self._wake_done()
+            self._wake_at_the_end()
         if self._sleepers and int(self._session.interest()) & ~self._polled:
-            self._wake(self._sleepers[0])
-
-    def _wake(self, sleeper: _Sleeper) -> None:
-        self._sleepers.remove(sleeper)
-        sleeper.wake()
+            next(iter(self._sleepers)).wake()
 
 
 class _Sleeper:
-    """A caller that sleeps: woken once, when its outcome is there or something is to be done."""
+    """A caller that sleeps: woken once, when its outcome is there or something is to be done.
 
-    __slots__ = ("_asleep", "pending")
+    Args:
+        sleepers: all there are; this one belongs to them until it is woken.
+    """
 
-    def __init__(self, pending: Pending) -> None:
-        self.pending = pending
+    __slots__ = ("_asleep", "_sleepers")
+
+    def __init__(self, sleepers: dict[_Sleeper, None]) -> None:
         self._asleep = threading.Lock()
         self._asleep.acquire()
+        self._sleepers = sleepers
+        sleepers[self] = None
 
     def sleep(self, deadline: Deadline) -> None:
         remaining = deadline.remaining()
         self._asleep.acquire(timeout=-1 if remaining is None else min(remaining, threading.TIMEOUT_MAX))
 
-    def wake(self) -> None:
-        self._asleep.release()
+    def wake(self, _: object = None) -> None:
+        if self in self._sleepers:
+            del self._sleepers[self]
+            self._asleep.release()
 
 
 class _End:
@@ -244,6 +252,7 @@ class _End:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self.completion: Any = None
 
     @property
     def done(self) -> bool:
