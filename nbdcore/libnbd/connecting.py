@@ -154,6 +154,8 @@ class ConnectCalls(Core):
         stream = yield from steps
         if isinstance(stream, ProcessStream):
             self._child = stream.child
+            if stream.path is not None:
+                self._route = route_by_name("unix", {"path": stream.path})
         return stream
 
     # ------------------------------------------------------------------------------------------ what they share

@@ -105,11 +105,15 @@ class ProcessStream(SocketStream):
 
     Attributes:
         child: the process.
+        path: of the unix socket that it took over; None where it talks on its standard input and output.
     """
 
-    def __init__(self, sock: socket.socket, child: Child, *, tidy: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, sock: socket.socket, child: Child, *, path: str | None = None, tidy: Callable[[], None] | None = None
+    ) -> None:
         super().__init__(sock, peer=f"the command {_shown(child.process.args)}")
         self.child = child
+        self.path = path
         self._tidy = tidy
 
     def recv_into(self, room: memoryview) -> int | None:
@@ -161,7 +165,7 @@ def run_activated(arguments: Sequence[str], *, name: str = "unknown") -> Generat
             line = ("/bin/sh", "-c", _ACTIVATE, "activate", *arguments)
             child = _start(line, listener, activated=environment)
         sock = yield from connect_socket(socket.socket(socket.AF_UNIX), path, f"the command {_shown(arguments)}")
-        return ProcessStream(sock, child, tidy=lambda: shutil.rmtree(folder, ignore_errors=True))
+        return ProcessStream(sock, child, path=path, tidy=lambda: shutil.rmtree(folder, ignore_errors=True))
     except BaseException:
         if child is not None:
             child.end()
