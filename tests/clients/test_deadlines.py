@@ -266,7 +266,7 @@ def test_a_wrong_timeout_is_a_usage_error_everywhere(timeout):
     client = Client()
     for connect in (
         lambda: client.connect("nbd://127.0.0.1", timeout=timeout),
-        lambda: client.connect_unix("/nonexistent", timeout=timeout),
+        lambda: client.connect_tcp("127.0.0.1", timeout=timeout),
         lambda: client.disconnect(timeout=timeout),
         lambda: nbdcore.list_exports("nbd://127.0.0.1", timeout=timeout),
     ):

@@ -24,21 +24,23 @@ def test_in_opt_mode_on_the_same_connection():
         client.opt_abort()
 
 
-@pytest.mark.parametrize("transport", ["tcp", "unix"])
-def test_connected_over_one_more_connection_that_is_closed_again(transport, socket_path):
+def ask_while_connected(server: ScriptedServer, uri: str) -> None:
+    with nbdcore.connect(uri, timeout=PATIENCE) as client:
+        assert client.list_exports(timeout=PATIENCE) == EXPORTS
+        assert client.phase is Phase.CONNECTED
+        assert Option.GO not in [option for option, _ in server.connections[1].options]
+
+
+def test_connected_over_one_more_connection_that_is_closed_again():
     with ScriptedServer(script(goodbye), LISTING) as server:
-        if transport == "tcp":
-            uri = f"nbd://127.0.0.1:{server.listen_tcp()}/disk"
-        else:
-            server.listen_unix(socket_path)
-            uri = f"nbd+unix:///disk?socket={socket_path}"
-        with nbdcore.connect(uri, timeout=PATIENCE) as client:
-            assert client.list_exports(timeout=PATIENCE) == EXPORTS
-            assert client.phase is Phase.CONNECTED
-            options = [option for option, _ in server.connections[1].options]
-            assert Option.GO not in options
-    if transport == "unix":
-        socket_path.unlink()
+        ask_while_connected(server, f"nbd://127.0.0.1:{server.listen_tcp()}/disk")
+
+
+def test_connected_to_a_unix_socket_over_one_more(socket_path):
+    with ScriptedServer(script(goodbye), LISTING) as server:
+        server.listen_unix(socket_path)
+        ask_while_connected(server, f"nbd+unix:///disk?socket={socket_path}")
+    socket_path.unlink()
 
 
 def test_by_a_function():
