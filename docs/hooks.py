@@ -1,4 +1,4 @@
-"""Draws into the pages what has its one source in the code, when the site is built: the legal calls, the commands' help.
+"""Draws into the pages what has its one source in the code, when the site is built: legal calls, libnbd's, the help.
 
 A page says where with a line of its own, such as `<!-- drawn: legal calls -->`. mkdocs calls `on_page_markdown`; the functions
 behind it need nothing of mkdocs, so that the tests call them too.
@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from nbdcore.cli.app import program
+from nbdcore.libnbd.calls import ANY, CALLS, ELSEWHERE
 from nbdcore.protocol.state import LEGAL, Phase
 
 _PLACE = re.compile(r"^<!-- drawn: (.+) -->$", re.MULTILINE)
@@ -26,6 +27,15 @@ def legal_calls() -> str:
     rows = [[f"`{call}`", *("yes" if phase in legal else "-" for phase in Phase)] for call, legal in LEGAL.items()]
     rule = ["---", *(":-:" for _ in Phase)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def libnbd_calls() -> str:
+    """Return the table of libnbd's calls, as `nbdcore.libnbd.calls` has it."""
+    rows = [["call", "since libnbd", "permitted while"], ["---", "---", "---"]]
+    for name, call in sorted(CALLS.items()):
+        rows.append([f"`{name}`", call.first_version, "in any state" if call.permitted == ANY else call.states])
+    rows += [[f"`{name}`", "1.0", f"in Python: {way}"] for name, way in ELSEWHERE.items()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def commands() -> str:
@@ -44,7 +54,7 @@ def _help(command: click.Command, context: click.Context) -> str:
     return command.get_help(context).replace("\b", "")
 
 
-DRAWN: dict[str, Callable[[], str]] = {"legal calls": legal_calls, "commands": commands}
+DRAWN: dict[str, Callable[[], str]] = {"legal calls": legal_calls, "libnbd calls": libnbd_calls, "commands": commands}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -121,7 +121,7 @@ class PolledClient(Knowledge):
     def _shake_hands(self, stream: Stream) -> None:
         self._session = Session(self._engine, stream, start_tls=self._start_tls)
         self._engine.handshake()
-        self._session.advance()
+        _move(self._session)
 
     # ------------------------------------------------------------------------------------------ for event loops
 
@@ -161,7 +161,7 @@ class PolledClient(Knowledge):
             if self._connecting is not None:
                 self._step(self._connecting)
             elif self._session is not None:
-                self._session.advance()
+                _move(self._session)
         finally:
             self._advancing = False
         self._raise_if_dead()
@@ -253,6 +253,13 @@ class PolledClient(Knowledge):
         elif self.phase not in (Phase.CLOSED, Phase.DEAD):
             error = Disconnected(errno.ENOTCONN, "the connection was closed by this program")
             self._engine.fail(error, phase=Phase.CLOSED)
+
+
+def _move(session: Session) -> None:
+    """Move bytes until only the descriptor can tell of more: a loop that is not ours asks nothing else."""
+    session.advance()
+    while session.buffered:
+        session.receive()
 
 
 def _deadlock() -> UsageError:

@@ -64,6 +64,11 @@ class Session:
         owed = self._stream.wants()
         return want if owed is _NOTHING else want | owed
 
+    @property
+    def buffered(self) -> bool:
+        """Whether `advance()` would find bytes that the stream holds already, though its descriptor may be quiet."""
+        return self.engine.phase not in _OVER and self._stream.buffered() and len(self.engine.room()) > 0
+
     def advance(self) -> None:
         """Send and receive what can be sent and received now."""
         self.send()

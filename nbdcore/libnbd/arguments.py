@@ -13,7 +13,7 @@ from operator import index
 from typing import Any
 
 from nbdcore.errors import UsageError
-from nbdcore.libnbd.buffer import Buffer
+from nbdcore.libnbd.buffer import Buffer, zeroes
 from nbdcore.protocol.constants import MAX_STRING
 
 _MOST_INT = (1 << 31) - 1
@@ -150,12 +150,3 @@ def flat(view: memoryview) -> memoryview:
     if not view.c_contiguous:
         raise BufferError("memoryview: underlying buffer is not C-contiguous")
     return view.cast("B")
-
-
-# Reads of 64 KiB and less, which are many, find their zeroes here.
-_ZEROES = memoryview(bytes(1 << 16))
-
-
-def zeroes(count: int) -> memoryview | bytes:
-    """Return `count` zero bytes."""
-    return _ZEROES[:count] if count <= len(_ZEROES) else bytes(count)

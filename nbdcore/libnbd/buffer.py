@@ -5,7 +5,15 @@ from __future__ import annotations
 import errno
 from typing import Any
 
-__all__ = ["Buffer"]
+__all__ = ["Buffer", "zeroes"]
+
+# Reads of 64 KiB and less, which are many, find their zeroes here.
+_ZEROES = memoryview(bytes(1 << 16))
+
+
+def zeroes(count: int) -> memoryview | bytes:
+    """Return `count` zero bytes."""
+    return _ZEROES[:count] if count <= len(_ZEROES) else bytes(count)
 
 
 class Buffer:
@@ -82,5 +90,5 @@ class Buffer:
         if self._view.readonly:
             raise BufferError("Object is not writable.")
         if clear:
-            self._view[:] = bytes(len(self._view))
+            self._view[:] = zeroes(len(self._view))
         return self._view

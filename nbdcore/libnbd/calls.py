@@ -68,7 +68,7 @@ class Call:
         return ", or ".join(word for phase, word in _WORDS.items() if phase in self.permitted)
 
 
-#: Every call that NBD has as a method, by name. Filled by `call`.
+#: Every call that NBD has as a method, by name. Filled by `call`, and so complete once the package is imported.
 CALLS: dict[str, Call] = {}
 
 #: Calls of libnbd's C API that a Python program makes in another way, in libnbd's own module as here.

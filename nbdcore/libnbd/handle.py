@@ -199,16 +199,13 @@ class NBD(
         """Have `close()` called when the handle is closed, before the completions of what is still under way."""
         self._close_callbacks.append(arguments.callback(close, "close"))
 
+    @call("1.16")
     def close(self) -> None:
         """Close the connection at once, without taking leave; what is under way completes with ENOTCONN.
 
         Raises ClosedHandle on a handle that is closed already.
         """
-        if self._closed:
-            raise ClosedHandle
-        with self._lock:
-            self._finish()
-            self._ledger.interrupt()
+        self._finish()
 
     def _finish(self) -> None:
         if self._closed:
