@@ -8,7 +8,7 @@ import select
 import pytest
 
 from nbdcore.clients.polled import PolledClient
-from nbdcore.errors import Error, UsageError
+from nbdcore.errors import Error, ProtocolViolation, UsageError
 from nbdcore.plugins.registry import registry
 from nbdcore.protocol import commands, negotiation
 from nbdcore.protocol.agreement import Settings
@@ -17,7 +17,7 @@ from nbdcore.protocol.constants import CommandType
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import Want
 from nbdcore.testing.scripted import ScriptedServer, answer, data, goodbye, hang_up, receive
-from tests.clients.talking import PATIENCE, newstyle, script
+from tests.clients.talking import PATIENCE, script
 
 
 def connected(server: ScriptedServer) -> PolledClient:
@@ -133,17 +133,13 @@ def test_server_that_hangs_up_between_replies_completes_what_is_under_way_withou
 
 
 def test_server_that_talks_nonsense_raises_once_and_leaves_nothing_to_wait_for():
-    with ScriptedServer([newstyle()[:-10] + bytes(64)], patience=PATIENCE) as server:
-        client = PolledClient(Settings())
-        client.connect_stream(server.stream())
-
-        def connect() -> None:
-            while client.phase is Phase.CONNECTING:
-                client.poll(PATIENCE)
-
-        with pytest.raises(Error):
-            connect()
+    with ScriptedServer(script(receive(28), bytes(64)), patience=PATIENCE) as server:
+        client = connected(server)
+        client.submit(read(client))
+        with pytest.raises(ProtocolViolation):
+            client.poll(PATIENCE)
         assert client.phase is Phase.DEAD
+        assert isinstance(client.error, ProtocolViolation)
         with pytest.raises(UsageError, match="nothing to wait for"):
             client.poll(0)
 
