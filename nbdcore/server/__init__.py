@@ -5,7 +5,7 @@
     with Server(MemoryDisk(1 << 30)) as server:
         uri = server.listen("tcp", host="127.0.0.1", port=0).address.uri()
 
-What can be exported says `Backend`; how it is presented, `ExportSettings`.
+What can be exported says `Backend`; how it is presented, `ExportSettings`; with which credentials, `ServerTLS`.
 """
 
 from nbdcore.server.backend import Backend
@@ -13,5 +13,6 @@ from nbdcore.server.exports import BlockSizes, ExportSettings
 from nbdcore.server.files import FileDisk
 from nbdcore.server.listening import Server
 from nbdcore.server.memory import MemoryDisk
+from nbdcore.streams.tls.credentials import ServerTLS
 
-__all__ = ["Backend", "BlockSizes", "ExportSettings", "FileDisk", "MemoryDisk", "Server"]
+__all__ = ["Backend", "BlockSizes", "ExportSettings", "FileDisk", "MemoryDisk", "Server", "ServerTLS"]

@@ -1,4 +1,4 @@
-"""One client's bytes: received ahead into a scratch buffer, sent in batches, waited for here and nowhere else.
+"""One client's bytes: received ahead into a scratch buffer, sent in batches, encrypted or not, waited for here and nowhere else.
 
 A channel never holds more than its scratch buffer, one payload and a bounded queue of replies, whatever the client does: nothing
 is received while replies wait for room. Requests that arrive together are taken from the scratch buffer one after the other, and
@@ -7,6 +7,7 @@ their replies leave in one send, right before more would be received. It knows n
 
 from __future__ import annotations
 
+from nbdcore.server.offer import StartTLS
 from nbdcore.server.shutdown import Shutdown
 from nbdcore.streams.base import Stream, Want
 from nbdcore.streams.waiting import NEVER, Deadline, wait, wait_any
@@ -21,6 +22,9 @@ _QUEUE = 256 << 10
 _JOIN = 32 << 10
 # A payload buffer up to this size is kept for the next request; a larger one goes back to the system.
 _KEEP = 4 << 20
+# Seconds for which a client that was told goodbye in TLS may take to say its own. Closing on it earlier would let the kernel
+# reset the connection, and the client would miss ours.
+_FAREWELL = 1.0
 
 
 class ConnectionOver(Exception):  # not an error of ours: how a connection's thread finds its way out
@@ -39,11 +43,13 @@ class Channel:
     """Bytes from and to one client, for one thread. Every method may raise OSError or ConnectionOver: then close it.
 
     Attributes:
+        secure: whether TLS was started, and its handshake is finished.
         buffer: the scratch buffer; what `need` returned is where to unpack from.
         deadline: when waiting must end: the handshake's. Once a shutdown is requested, its deadline counts instead.
     """
 
     def __init__(self, stream: Stream, shutdown: Shutdown) -> None:
+        self.secure = False
         self.buffer = bytearray(_SCRATCH)
         self.deadline: Deadline = NEVER
         self._stream = stream
@@ -104,7 +110,7 @@ class Channel:
         while (got := self._stream.recv_into(room)) is None:
             if between and self._shutdown.requested:
                 raise ConnectionOver("the server is being shut down")
-            self._wait(Want.READ)
+            self._wait(Want.READ, between=between)
         if got == 0:
             raise ConnectionOver("the client hung up" if between else "the client hung up inside a message")
         self._check_deadline()
@@ -124,19 +130,67 @@ class Channel:
         views = _gathered(self._parts)
         self._parts.clear()
         self._queued = 0
-        while views:
+        while views or self._holds_back():
             sent = self._stream.send(views)
             if sent is None:
                 self._wait(Want.WRITE)
                 continue
             views = _after(views, sent)
 
+    def _holds_back(self) -> bool:
+        """Return whether the stream has taken bytes that have not left yet, as TLS may."""
+        wants = self._stream.wants()
+        # In this order since flags are slow, and this is asked for every reply.
+        return wants is not Want.NOTHING and bool(wants & Want.WRITE)
+
+    # ------------------------------------------------------------------------------------------ TLS, and the end
+
+    def start_tls(self, start: StartTLS) -> None:
+        """Send what is queued, then do the handshake of TLS; everything after it is encrypted. Raises TLSError where that fails.
+
+        Bytes that are here already came in the clear, after the client had asked for TLS and before it could know the answer.
+        Whoever sent them, they are not looked at.
+        """
+        if self._end > self._start:
+            raise ConnectionOver("there were bytes in the clear behind the request for TLS", violation=True)
+        self.flush()
+        self._stream = stream = start(self._stream)
+        while not stream.handshake():
+            if self._shutdown.requested:
+                raise ConnectionOver("the server is being shut down")
+            self._wait(stream.wants(), between=True)
+            self._check_deadline()
+        self.secure = True
+
+    def finish(self) -> None:
+        """End the connection in order: send what is queued, then say goodbye. `close` is still to be called."""
+        self.flush()
+        while not self._stream.finish_sending():
+            self._wait(Want.WRITE)
+        if self.secure:
+            self._await_farewell(Deadline.after(_FAREWELL))
+
+    def _await_farewell(self, deadline: Deadline) -> None:
+        while not deadline.expired and self._stream.recv_into(self._view) != 0:
+            if not self._stream.buffered():
+                wait_any([(self._stream.fileno(), Want.READ), (self._shutdown.fileno(), Want.READ)], deadline)
+            if self._shutdown.requested:
+                return
+
+    def close(self) -> None:
+        """Close the stream; in TLS goodbye is said if that goes through at once."""
+        self._stream.close()
+
     # ------------------------------------------------------------------------------------------ waiting
 
-    def _wait(self, want: Want) -> None:
+    def _wait(self, want: Want, *, between: bool = False) -> None:
+        """Wait for the client; `between` messages a shutdown ends that, else its deadline does."""
         stream, shutdown = self._stream, self._shutdown
+        if want & Want.READ and stream.buffered():
+            self._check_deadline()
+            return
         want |= stream.wants()
-        if shutdown.requested:
+        if shutdown.requested and not between:
             wait(stream.fileno(), want, shutdown.deadline, "the client did not finish before the server's deadline")
         elif not wait_any([(stream.fileno(), want), (shutdown.fileno(), Want.READ)], self.deadline):
             self._check_deadline()

@@ -6,8 +6,8 @@ Checks look at the header alone; framing (is a payload following?) is the transm
 from __future__ import annotations
 
 from nbdcore.protocol.constants import CommandFlag, CommandType, ErrorNumber, TransmissionFlag
+from nbdcore.server.agreement import Agreement
 from nbdcore.server.backend import Refusal
-from nbdcore.server.negotiation import Agreement
 from nbdcore.server.shutdown import Shutdown
 
 __all__ = ["Checks"]

@@ -52,6 +52,7 @@ class ExportSettings:
         block_sizes: what requests must fit. With a minimum other than 1 clients that do not ask for block sizes are refused.
         multi_conn: whether a flush on one connection covers the writes of all: true of any back end that is one object.
         rotational: whether clients should schedule as for a spinning disk.
+        require_tls: let only clients with TLS open it, or know that it exists; where the server allows others at all.
     """
 
     backend: Backend
@@ -61,6 +62,7 @@ class ExportSettings:
     block_sizes: BlockSizes | tuple[int, int, int] = field(default_factory=BlockSizes)
     multi_conn: bool = True
     rotational: bool = False
+    require_tls: bool = False
 
 
 class Export:
@@ -77,6 +79,7 @@ class Export:
         self.size = _checked_size(name, backend.size)
         self.block_sizes = _checked_block_sizes(name, BlockSizes(*settings.block_sizes), self.size)
         self.read_only = read_only or settings.read_only or getattr(backend, "read_only", False) or not hasattr(backend, "pwrite")
+        self.require_tls = settings.require_tls
         self._settings = settings
         self._pread = backend.pread
         self._pwrite = self._optional("pwrite", writing=True)
@@ -226,15 +229,23 @@ class Exports:
 
     def __init__(self, exports: Iterable[Export]) -> None:
         self._named = {export.name: export for export in exports}
+        self._unnamed = next(iter(self._named.values())) if len(self._named) == 1 else None
 
     def __iter__(self) -> Iterator[Export]:
         return iter(self._named.values())
 
     def find(self, name: str) -> Export | None:
         """Return the export of that name, or None."""
-        if name == "" and len(self._named) == 1:
-            return next(iter(self._named.values()))
-        return self._named.get(name)
+        return self._named.get(name) or (self._unnamed if name == "" else None)
+
+    def public(self) -> Exports:
+        """Return those that do not require TLS, each found as it is here; all of them are `self`."""
+        public = Exports(export for export in self if not export.require_tls)
+        if len(public._named) == len(self._named):
+            return self
+        # One that is left over is not the only one, and a client must not see how many there are.
+        public._unnamed = None
+        return public
 
 
 def exports_of(given: Backend | ExportSettings | Mapping[str, Backend | ExportSettings], *, read_only: bool) -> Exports:

@@ -7,20 +7,24 @@ NBD_ESHUTDOWN, idle clients are disconnected at once, and those that will not fi
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
-from nbdcore.errors import UsageError
+from nbdcore.errors import TLSError, UsageError
 from nbdcore.server.backend import Backend
 from nbdcore.server.channel import Channel, ConnectionOver
 from nbdcore.server.exports import ExportSettings, exports_of
 from nbdcore.server.negotiation import negotiate
+from nbdcore.server.offer import offer_of
 from nbdcore.server.shutdown import Shutdown
 from nbdcore.server.transmission import transmit
 from nbdcore.streams.base import Address, Listener, Stream, Want
+from nbdcore.streams.tls.credentials import ServerTLS
 from nbdcore.streams.waiting import NEVER, Deadline, wait_any
 from nbdcore.uri import parse_uri
 
@@ -53,6 +57,8 @@ class Server:
         exports: Backend | ExportSettings | Mapping[str, Backend | ExportSettings],
         *,
         read_only: bool = False,
+        tls: ServerTLS | None = None,
+        require_tls: bool | None = None,
         max_clients: int = 128,
         handshake_timeout: float | None = 30.0,
     ) -> None:
@@ -60,12 +66,17 @@ class Server:
 
         A single export is also found under the empty name, whatever it is called. `read_only` holds for all exports. A client
         beyond `max_clients` is disconnected at once, one that has not chosen an export after `handshake_timeout` seconds then.
-        Raises UsageError for exports that cannot be.
+
+        With `tls`, whose files are read now, every client must start TLS before anything else. With `require_tls=False` it may do
+        without, for the exports whose own settings do not require it.
+
+        Raises UsageError for exports that cannot be, for files of `tls` that cannot be used (with errno ENOTSUP for what this
+        Python cannot do), and for TLS that is required without `tls`.
         """
         if max_clients < 1:
             raise UsageError(errno.EINVAL, f"max_clients is {max_clients}: it must be at least 1")
         Deadline.after(handshake_timeout)  # raises UsageError where it is no number of seconds
-        self._exports = exports_of(exports, read_only=read_only)
+        self._offer = offer_of(exports_of(exports, read_only=read_only), tls, require_tls=require_tls)
         self._max_clients = max_clients
         self._handshake_timeout = handshake_timeout
         self._shutdown = Shutdown()
@@ -94,17 +105,26 @@ class Server:
     def listen_uri(self, uri: str) -> Listener:
         """Listen at the address that an NBD URI names, on the transport of its scheme; what export it names does not matter.
 
-        Returns and raises what `listen` does.
+        Returns and raises what `listen` does; UsageError also for a URI that demands TLS of a server that does not require it.
         """
         from nbdcore.plugins.registry import registry
 
         where = parse_uri(uri)
-        if where.tls:
+        if where.tls and not self._offer.forced:
             raise UsageError(
-                errno.ENOTSUP, f"{where.scheme} demands TLS, which this server has not; use {where.transport_scheme}"
+                errno.EINVAL, f"{where.scheme} demands TLS, which this server does not require; use {where.transport_scheme}"
             )
         chosen = registry.for_uri(where)
         return self._listen(chosen, chosen.parse(where))
+
+    def uri(self, listener: Listener, export: str = "") -> str:
+        """Return the URI that leads clients to an export: `listener.address.uri(export)`, demanding TLS where there is TLS."""
+        plain = listener.address.uri(export)
+        where = parse_uri(plain)
+        family, plus, rest = where.scheme.partition("+")
+        if self._offer.start_tls is None or family != "nbd":
+            return plain
+        return str(replace(where, scheme=f"nbds{plus}{rest}"))
 
     def _listen(self, transport: Transport, address: Address) -> Listener:
         self._refuse_if_stopped()
@@ -184,7 +204,7 @@ class Server:
                     _log.warning("%d clients are still inside a back end that does not return", stuck)
                 return
             self._finished = True
-        for export in self._exports:
+        for export in self._offer.exports:
             export.close()
         self._shutdown.close()
 
@@ -240,14 +260,12 @@ class Server:
     def _serve(self, stream: Stream) -> None:
         """Serve one client to its end, whatever that is: it must harm no other."""
         try:
-            channel = Channel(stream, self._shutdown)
-            channel.deadline = Deadline.after(self._handshake_timeout)
-            agreement = negotiate(channel, self._exports, self._shutdown)
-            if agreement is not None:
-                channel.deadline = NEVER
-                transmit(channel, agreement, self._shutdown)
+            with contextlib.closing(Channel(stream, self._shutdown)) as channel:
+                self._converse(channel)
         except ConnectionOver as end:
             _log.log(logging.WARNING if end.violation else logging.DEBUG, "%s was disconnected: %s", stream, end)
+        except TLSError as problem:
+            _log.warning("%s", problem.message)  # which names the client
         except OSError as problem:
             _log.debug("%s was lost: %s", stream, problem)
         except Exception:  # noqa: BLE001  # a fault of ours costs this client, and must be seen, but not the others
@@ -259,3 +277,11 @@ class Server:
                 last = self._abandoned and not self._clients
             if last:
                 self._finish()
+
+    def _converse(self, channel: Channel) -> None:
+        channel.deadline = Deadline.after(self._handshake_timeout)
+        agreement = negotiate(channel, self._offer, self._shutdown)
+        if agreement is not None:
+            channel.deadline = NEVER
+            transmit(channel, agreement, self._shutdown)
+        channel.finish()

@@ -2,13 +2,15 @@
 
 Options come one at a time and each is answered before the next is looked at; what a client declares is checked before memory is
 given to it. The outcome is an `Agreement`, or none when the client has left.
+
+A client begins without TLS, with the public part of what the server offers. Once it has started TLS it has all of that, and must
+begin anew: nothing is kept that was agreed in the clear, where anybody in the middle could have said it (CVE-2021-3716).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from nbdcore.errors import printable
 from nbdcore.protocol import wire
@@ -23,38 +25,18 @@ from nbdcore.protocol.constants import (
     Option,
     OptionReply,
 )
+from nbdcore.server.agreement import CONTEXT_ID, Agreement
 from nbdcore.server.channel import Channel, ConnectionOver
-from nbdcore.server.exports import Export, Exports
+from nbdcore.server.exports import Export
+from nbdcore.server.offer import Offer
 from nbdcore.server.shutdown import Shutdown
 
-__all__ = ["CONTEXT_ID", "Agreement", "negotiate"]
-
-#: What base:allocation is called once selected; any number will do.
-CONTEXT_ID = 1
+__all__ = ["negotiate"]
 
 # The data of an option that is read: a name, and a dozen queries of the longest kind. Real ones have under a hundred bytes.
 _MAX_DATA = 64 << 10
 # The data of an option that is skipped, to be able to answer; beyond it the client is cut off rather than listened to.
 _MAX_DRAIN = 1 << 20
-
-
-@dataclass(slots=True)
-class Agreement:
-    """What a client has negotiated so far; complete once `export` is set.
-
-    Attributes:
-        structured: use structured replies.
-        extended: use extended headers (implies structured).
-        contexts_for: the export name that base:allocation was selected for, or None.
-        export: what the client chose.
-        allocation: whether base:allocation is active for the chosen export.
-    """
-
-    structured: bool = False
-    extended: bool = False
-    contexts_for: str | None = None
-    export: Export | None = None
-    allocation: bool = False
 
 
 class _Declined(Exception):  # an answer, not an error: one option is refused, the next may come
@@ -64,15 +46,16 @@ class _Declined(Exception):  # an answer, not an error: one option is refused, t
         self.text = text
 
 
-def negotiate(channel: Channel, exports: Exports, shutdown: Shutdown) -> Agreement | None:
+def negotiate(channel: Channel, offer: Offer, shutdown: Shutdown) -> Agreement | None:
     """Carry a client through the handshake. Returns None when it said goodbye; raises ConnectionOver and OSError."""
-    return _Negotiation(channel, exports, shutdown).run()
+    return _Negotiation(channel, offer, shutdown).run()
 
 
 class _Negotiation:
-    def __init__(self, channel: Channel, exports: Exports, shutdown: Shutdown) -> None:
+    def __init__(self, channel: Channel, offer: Offer, shutdown: Shutdown) -> None:
         self._channel = channel
-        self._exports = exports
+        self._offer = offer
+        self._exports = offer.public
         self._shutdown = shutdown
         self._agreed = Agreement()
         self._no_zeroes = False
@@ -128,22 +111,30 @@ class _Negotiation:
 
     def _answer(self, option: int, length: int) -> None:
         """Answer an option, exactly one final reply whatever it says."""
-        answer = self._answers.get(option)
-        if answer is None:
+        if refusal := self._refusal(option, length):
             self._drain(length)
-            self._decline(OptionReply.ERR_UNSUP, f"option {option} is not known here")
-        elif length > _MAX_DATA:
-            self._drain(length)
-            self._decline(OptionReply.ERR_TOO_BIG, f"{length} bytes of data; at most {_MAX_DATA} are read")
-        else:
-            data = self._channel.payload(length)
-            try:
-                self._refuse_at_shutdown()
-                answer(data)
-            except _Declined as declined:
-                self._decline(declined.reply, declined.text)
-            else:
-                self._reply(OptionReply.ACK)
+            self._decline(*refusal)
+            return
+        data = self._channel.payload(length)
+        try:
+            self._refuse_at_shutdown()
+            self._answers[option](data)
+        except _Declined as declined:
+            self._decline(declined.reply, declined.text)
+            return
+        self._reply(OptionReply.ACK)
+        if option == Option.STARTTLS:
+            self._start_tls()
+
+    def _refusal(self, option: int, length: int) -> tuple[OptionReply, str] | None:
+        """Return why an option is refused whatever its data are, or None."""
+        if self._offer.forced and not self._channel.secure and option != Option.STARTTLS:
+            return OptionReply.ERR_TLS_REQD, "this server does nothing without TLS"
+        if option not in self._answers:
+            return OptionReply.ERR_UNSUP, f"option {option} is not known here"
+        if length > _MAX_DATA:
+            return OptionReply.ERR_TOO_BIG, f"{length} bytes of data; at most {_MAX_DATA} are read"
+        return None
 
     def _refuse_at_shutdown(self) -> None:
         if self._shutdown.requested:
@@ -171,7 +162,7 @@ class _Negotiation:
         if self._shutdown.requested:
             raise ConnectionOver("the server is being shut down")
         if export is None:
-            raise ConnectionOver(f"no export is called {printable(name)!r}")
+            raise ConnectionOver(f"no export is called {printable(name)!r}{self._without_tls()}")
         if self._agreed.extended:
             raise ConnectionOver("EXPORT_NAME after extended headers were agreed", violation=True)
         if export.block_sizes.minimum != 1:
@@ -204,7 +195,17 @@ class _Negotiation:
 
     def _starttls(self, data: memoryview) -> None:
         self._no_data(data)
-        raise _Declined(OptionReply.ERR_POLICY, "this server does not offer TLS")
+        if self._channel.secure:
+            raise _Declined(OptionReply.ERR_INVALID, "TLS was started already")
+        if self._offer.start_tls is None:
+            raise _Declined(OptionReply.ERR_POLICY, "this server does not offer TLS")
+
+    def _start_tls(self) -> None:
+        """Start what was acknowledged, and begin anew."""
+        assert self._offer.start_tls is not None
+        self._channel.start_tls(self._offer.start_tls)
+        self._agreed = Agreement()
+        self._exports = self._offer.exports
 
     def _info(self, data: memoryview) -> None:
         self._describe(data)
@@ -270,8 +271,14 @@ class _Negotiation:
     def _find(self, name: str) -> Export:
         export = self._exports.find(name)
         if export is None:
-            raise _Declined(OptionReply.ERR_UNKNOWN, f"no export is called {printable(name)!r}")
+            # Before TLS the answer must not tell whether there is one. The options about contexts have no such answer.
+            secret = self._exports is not self._offer.exports and self._option in (Option.INFO, Option.GO)
+            reply = OptionReply.ERR_TLS_REQD if secret else OptionReply.ERR_UNKNOWN
+            raise _Declined(reply, f"no export is called {printable(name)!r}{self._without_tls()}")
         return export
+
+    def _without_tls(self) -> str:
+        return "" if self._exports is self._offer.exports else " where a client has not started TLS"
 
     def _no_data(self, data: memoryview) -> None:
         if len(data):

@@ -19,11 +19,11 @@ from nbdcore.protocol.constants import (
     CommandType,
     ErrorNumber,
 )
+from nbdcore.server.agreement import CONTEXT_ID, Agreement
 from nbdcore.server.backend import Refusal
 from nbdcore.server.channel import Channel, ConnectionOver
 from nbdcore.server.commands import Checks
 from nbdcore.server.exports import Export
-from nbdcore.server.negotiation import CONTEXT_ID, Agreement
 from nbdcore.server.replies import ChunkedReplies, ExtendedReplies, Replies, SimpleReplies, StructuredReplies
 from nbdcore.server.shutdown import Shutdown
 
