@@ -19,7 +19,7 @@ from nbdcore.clients.session import Session
 from nbdcore.clients.settings import ClientOptions, checked_settings
 from nbdcore.clients.sharing import SharedSession
 from nbdcore.clients.splitting import data_limit, length_limit, pieces
-from nbdcore.errors import DeadlineExceeded, Disconnected, Error, TransportError, UsageError
+from nbdcore.errors import DeadlineExceeded, Error, TransportError, UsageError
 from nbdcore.protocol import commands
 from nbdcore.protocol.agreement import Export
 from nbdcore.protocol.commands import Command
@@ -183,7 +183,7 @@ class Client(OptionCalls):
         with self._changing:
             shared = self._shared
             if shared is None:
-                self._engine.fail(Disconnected(errno.ENOTCONN, "the connection was closed by this program"), phase=Phase.CLOSED)
+                self._engine.end()
         if shared is not None:
             shared.close()
 

@@ -28,7 +28,8 @@ class Knowledge:
         return self._engine.phase
 
     def _legal(self, call: str) -> None:
-        state.check(call, self._engine.phase, why=self._engine.error)
+        engine = self._engine
+        state.check(call, engine.phase, why=engine.error, lost=engine.lost)
 
     def _export(self, call: str) -> ExportInfo:
         self._legal(call)

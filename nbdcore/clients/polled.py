@@ -251,8 +251,7 @@ class PolledClient(Knowledge):
         if self._session is not None:
             self._session.close()
         elif self.phase not in (Phase.CLOSED, Phase.DEAD):
-            error = Disconnected(errno.ENOTCONN, "the connection was closed by this program")
-            self._engine.fail(error, phase=Phase.CLOSED)
+            self._engine.end()
 
 
 def _move(session: Session) -> None:

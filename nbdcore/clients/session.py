@@ -128,7 +128,7 @@ class Session:
         if self.engine.phase is Phase.NEGOTIATING:
             self.engine.abort()
         elif self.engine.phase not in _OVER:
-            self.engine.fail(Disconnected(errno.ENOTCONN, "the connection was closed by this program"), phase=Phase.CLOSED)
+            self.engine.end()
         if parts := self.engine.outgoing():
             # A goodbye that nobody hears is no loss; the error that ended the connection is already kept.
             with contextlib.suppress(OSError):

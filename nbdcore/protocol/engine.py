@@ -73,6 +73,7 @@ class Engine:
         limits: what requests must obey; set when the phase becomes CONNECTED.
         traffic: what has gone over the wire.
         error: why the connection ended, else None.
+        ended_by_program: it was this program that ended it.
         wants_tls: the stream is to be swapped for an encrypted one; then call `tls_started`.
     """
 
@@ -83,6 +84,7 @@ class Engine:
         self.limits = Limits(size=0, flags=0)
         self.traffic = Traffic()
         self.error: Error | None = None
+        self.ended_by_program = False
         self.wants_tls = False
         self.in_flight: dict[int, Command] = {}
         options.info_request(settings.export, block_size=True, full=True)  # raises UsageError for what cannot be sent
@@ -145,6 +147,11 @@ class Engine:
             if isinstance(step, bytes):
                 self._say(step)
         self.phase = Phase.CLOSED
+
+    def end(self, why: str = "the connection was closed by this program") -> None:
+        """This program ends the connection: everything pending fails, and a later call is a mistake, not a loss."""
+        self.ended_by_program |= self.phase not in (Phase.CLOSED, Phase.DEAD)
+        self.fail(Disconnected(errno.ENOTCONN, why), phase=Phase.CLOSED)
 
     def fail(self, error: Error, *, phase: Phase = Phase.DEAD) -> None:
         """The connection has ended: every pending command and conversation completes with `error`. Only the first one counts."""
@@ -219,6 +226,11 @@ class Engine:
         """Give up every command of which not a byte has been sent: it completes with `error`."""
         for command in list(self._queue):
             self.abandon(command, error)
+
+    @property
+    def lost(self) -> bool:
+        """Whether there was a connection, and it ended without this program's doing."""
+        return isinstance(self.error, (Disconnected, ProtocolViolation)) and not self.ended_by_program
 
     @property
     def pending(self) -> int:
@@ -345,7 +357,7 @@ class Engine:
         """The server has finished sending."""
         waiting = len(self._queue) + sum(not command.done for command in self.in_flight.values())
         if self._replies is not None and self._replies.between_messages and self.finished_sending and not waiting:
-            self.fail(Disconnected(errno.ENOTCONN, "this program took leave of the server"), phase=Phase.CLOSED)
+            self.end("this program took leave of the server")
         elif self._replies is not None and self._replies.between_messages:
             unanswered = f" with {waiting} commands unanswered" if waiting else ""
             self.fail(Disconnected(errno.ENOTCONN, f"the server closed the connection{unanswered}"), phase=Phase.CLOSED)

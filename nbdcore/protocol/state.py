@@ -8,7 +8,8 @@
 
 There is no way back from CLOSED and DEAD: make a new client. CONNECTING lasts from the connect call until the transmission phase,
 or until the pause of opt mode, and while one option is under way. The rows of LEGAL are the calls of the public API; the
-documentation and the tests read the same table. A call in a wrong phase is a UsageError, and nothing is sent.
+documentation and the tests read the same table. A call in a wrong phase is a UsageError (Disconnected, where the
+connection it needs was lost), and nothing is sent.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import enum
 import errno
 
-from nbdcore.errors import UsageError
+from nbdcore.errors import Disconnected, UsageError
 
 
 class Phase(enum.Enum):
@@ -74,11 +75,12 @@ LEGAL: dict[str, frozenset[Phase]] = {
 }
 
 
-def check(call: str, phase: Phase, *, why: BaseException | None = None) -> None:
+def check(call: str, phase: Phase, *, why: BaseException | None = None, lost: bool = False) -> None:
     """Raise UsageError unless `call` is legal in `phase`.
 
     errno is ENOTCONN while newly created, else EINVAL. `why` is the error that ended the connection, if one did: it becomes
-    part of the message and the cause.
+    part of the message and the cause. Where the connection was `lost`, a call that needs one raises Disconnected (ENOTCONN)
+    instead: the caller did nothing wrong, and a program of several threads learns of the loss in the same way in each.
     """
     legal = LEGAL[call]
     if phase in legal:
@@ -87,5 +89,7 @@ def check(call: str, phase: Phase, *, why: BaseException | None = None) -> None:
     message = f"{call}: the connection is {phase.value}, and must be {wanted}"
     if why is not None:
         message += f" (it ended with: {why})"
+    if lost and phase in (Phase.CLOSED, Phase.DEAD) and Phase.CREATED not in legal:
+        raise Disconnected(errno.ENOTCONN, message) from why
     number = errno.ENOTCONN if phase is Phase.CREATED else errno.EINVAL
     raise UsageError(number, message) from why

@@ -164,7 +164,7 @@ def test_answers_about_the_export_stay_after_closing_but_not_after_death():
     with talk(answer(b"nonsense" * 4)) as (client, _):
         with pytest.raises(ProtocolViolation):
             client.flush(timeout=PATIENCE)
-        with pytest.raises(UsageError, match="size: the connection is dead"):
+        with pytest.raises(Disconnected, match="size: the connection is dead"):
             _ = client.size
 
 
@@ -269,7 +269,7 @@ def test_a_failed_handshake_leaves_a_client_that_says_why():
             client.connect_stream(server.stream(), timeout=PATIENCE)
         for call in (client.close, client.disconnect):
             call()
-        with pytest.raises(UsageError, match="it ended with: this is no NBD server"):
+        with pytest.raises(Disconnected, match="it ended with: this is no NBD server"):
             client.flush()
 
 
