@@ -3,6 +3,9 @@
 Whoever owns it asks `interest()` what to wait for on `fileno()`, then calls `advance()`; outcomes are read from commands and
 exchanges, and from the engine's phase and error. The stream comes as an argument: a session neither knows nor cares what kind it
 is. When the engine has reached its end, the stream is closed here, at once.
+
+When the server agrees to start TLS the stream is swapped for one over it, and the engine waits until that one's handshake is
+finished. An encrypted stream may hold bytes that it received already: who waits on the descriptor looks at `buffered` first.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import Stream, Want
 
-#: Swaps a plain stream for an encrypted one over it.
+#: Swaps a plain stream for an encrypted one over it: a TLSStream, or any that shakes hands by itself before it moves bytes.
 StartTLS = Callable[[Stream], Stream]
 
 # Receives in one go before the owner is heard again: a server that always has more must not lock out a deadline. 64 KiB of
@@ -41,7 +44,8 @@ class Session:
         self.engine = engine
         self._stream = stream
         self._start_tls = start_tls
-        self._half_closed = False
+        self._shake_hands: Callable[[], bool] | None = None  # TLS's handshake, while it lasts
+        self._half_closed = self._finishing = False
         #: somebody waits on the descriptor, so that its number must not be given to another yet
         self.waited_for = False
 
@@ -60,14 +64,14 @@ class Session:
         if engine.phase in _OVER:
             return _NOTHING
         reads = engine.phase is Phase.CONNECTED or len(engine.room()) > 0
-        want = _WANTS[reads | engine.has_outgoing << 1]
+        want = _WANTS[reads | (engine.has_outgoing or self._finishing) << 1]
         owed = self._stream.wants()
         return want if owed is _NOTHING else want | owed
 
     @property
     def buffered(self) -> bool:
         """Whether `advance()` would find bytes that the stream holds already, though its descriptor may be quiet."""
-        return self.engine.phase not in _OVER and self._stream.buffered() and len(self.engine.room()) > 0
+        return self._stream.buffered() and self.engine.phase not in _OVER and len(self.engine.room()) > 0
 
     def advance(self) -> None:
         """Send and receive what can be sent and received now."""
@@ -78,6 +82,8 @@ class Session:
         """Send what is queued, as far as the stream takes it now."""
         engine, stream = self.engine, self._stream
         try:
+            if self._shake_hands is not None and not self._go_on_shaking(self._shake_hands):
+                return
             while parts := engine.outgoing():
                 count = stream.send(parts)
                 if count is None:
@@ -85,6 +91,9 @@ class Session:
                 engine.sent(count)
             if engine.finished_sending and not self._half_closed:
                 self._half_closed = stream.finish_sending()
+                self._finishing = not self._half_closed
+            elif (owed := stream.wants()) is not _NOTHING and owed & Want.WRITE:
+                stream.send([])
         except OSError as exc:
             self._broken(exc)
 
@@ -93,6 +102,8 @@ class Session:
         engine = self.engine
         try:
             for _ in range(_RECEIVES):
+                if self._shake_hands is not None:
+                    self.send()
                 stream = self._stream
                 room = engine.room()
                 if not len(room):
@@ -148,9 +159,21 @@ class Session:
         self.fail(exc)
 
     def _secure(self) -> None:
-        """The server agreed to start TLS."""
+        """The server agreed to start TLS: what is received next is for the stream that does it."""
         if self._start_tls is None:
             self.fail(TLSError(errno.ENOTSUP, "the server agreed to start TLS, and this client was given no way to do it"))
             return
         self._stream = self._start_tls(self._stream)
+        self._shake_hands = getattr(self._stream, "handshake", _no_handshake)
+
+    def _go_on_shaking(self, shake_hands: Callable[[], bool]) -> bool:
+        """Go on with the TLS handshake, and return whether the engine has the connection back."""
+        if not shake_hands():
+            return False
+        self._shake_hands = None
         self.engine.tls_started()
+        return True
+
+
+def _no_handshake() -> bool:
+    return True

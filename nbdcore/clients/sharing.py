@@ -150,6 +150,7 @@ class SharedSession:
                         break
                     fd, wanted = self._session.fileno(), self._session.interest()
                     mine = int(wanted) & ~self._polled
+                    ready = mine and self._session.buffered
                     if mine:
                         self._polled |= mine
                         self._session.waited_for = True
@@ -157,7 +158,8 @@ class SharedSession:
                         sleeper = _Sleeper(self._sleepers)
                         pending.completion = sleeper.wake
                 if mine:
-                    _poll(fd, wanted, deadline)
+                    if not ready:
+                        _poll(fd, wanted, deadline)
                 elif sleeper is not None:
                     sleeper.sleep(deadline)
                 expired = deadline.expired

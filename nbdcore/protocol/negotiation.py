@@ -5,8 +5,9 @@ A conversation yields what it needs and is sent what it asked for: an int is "th
 ones it asked for: what a man in the middle slips in after STARTTLS is left for TLS to choke on. Opt mode runs them one at a time;
 automatic mode is a chain of the same ones.
 
-`_ask` is the one choke point of TLSPolicy.REQUIRE: without TLS no option but STARTTLS gets past it; an oldstyle greeting, which
-asks for nothing, ends in the same rule. A refusal raises NegotiationError, a broken rule ProtocolViolation.
+`_ask` is the one choke point of TLSPolicy.REQUIRE: without TLS no option but STARTTLS gets past it. What makes TLS impossible (a
+refusal, a handshake that has none) is told by the same rule as soon as it is known. A refusal raises NegotiationError, a broken
+rule ProtocolViolation.
 """
 
 from __future__ import annotations
@@ -90,9 +91,9 @@ def _newstyle(agreement: Agreement, settings: Settings) -> Conversation[None]:
 # ---------------------------------------------------------------------------------------------- asking
 
 
-def _require_tls(agreement: Agreement, settings: Settings, why: str) -> None:
+def _require_tls(agreement: Agreement, settings: Settings, why: str, server_text: str = "") -> None:
     if settings.tls is TLSPolicy.REQUIRE and not agreement.tls:
-        raise TLSError(errno.ENOTSUP, f"TLS is required, and {why}")
+        raise TLSError(errno.ENOTSUP, f"TLS is required, and {why}", server_text=server_text)
 
 
 def _ask(agreement: Agreement, settings: Settings, option: Option, data: bytes = b"") -> Conversation[None]:
@@ -146,13 +147,13 @@ def _replies(option: Option, expected: OptionReply, name: str | None) -> Convers
             collected.append(payload)
 
 
-def _acknowledged(option: Option) -> Conversation[bool]:
-    """Read the answer to an option that is granted or refused; a refusal is an ordinary answer."""
-    reply, _, _ = yield from _reply(option)
+def _refusal(option: Option) -> Conversation[NegotiationError | None]:
+    """Read the answer to an option that is granted or refused; a refusal is an ordinary answer, and returned."""
+    reply, payload, _ = yield from _reply(option)
     if reply == OptionReply.ACK:
-        return True
+        return None
     if reply & OPTION_REPLY_ERROR:
-        return False
+        return options.refusal(option, reply, options.error_text(payload), None)
     raise ProtocolViolation(errno.EPROTO, f"the server answers {option.name} with a reply of type {reply}")
 
 
@@ -160,9 +161,14 @@ def _acknowledged(option: Option) -> Conversation[bool]:
 
 
 def starttls(agreement: Agreement, settings: Settings) -> Conversation[bool]:
-    """Ask for TLS (NBD_OPT_STARTTLS) and hand the stream over to it. Returns whether the connection is encrypted now."""
+    """Ask for TLS (NBD_OPT_STARTTLS) and hand the stream over to it. Returns whether this was granted.
+
+    Where TLS is required a refusal is the end; TLS that is on already stays on.
+    """
     yield from _ask(agreement, settings, Option.STARTTLS)
-    if not (yield from _acknowledged(Option.STARTTLS)):
+    refusal = yield from _refusal(Option.STARTTLS)
+    if refusal is not None:
+        _require_tls(agreement, settings, refusal.message, refusal.server_text)
         return False
     if agreement.tls:
         raise ProtocolViolation(errno.EPROTO, "the server agrees to start TLS a second time")
@@ -174,7 +180,7 @@ def starttls(agreement: Agreement, settings: Settings) -> Conversation[bool]:
 def structured_reply(agreement: Agreement, settings: Settings) -> Conversation[bool]:
     """Ask for structured replies (NBD_OPT_STRUCTURED_REPLY). Returns whether they were granted."""
     yield from _ask(agreement, settings, Option.STRUCTURED_REPLY)
-    granted = yield from _acknowledged(Option.STRUCTURED_REPLY)
+    granted = (yield from _refusal(Option.STRUCTURED_REPLY)) is None
     agreement.structured |= granted
     return granted
 
@@ -182,7 +188,7 @@ def structured_reply(agreement: Agreement, settings: Settings) -> Conversation[b
 def extended_headers(agreement: Agreement, settings: Settings) -> Conversation[bool]:
     """Ask for extended headers (NBD_OPT_EXTENDED_HEADERS), which imply structured replies. Returns whether they were granted."""
     yield from _ask(agreement, settings, Option.EXTENDED_HEADERS)
-    granted = yield from _acknowledged(Option.EXTENDED_HEADERS)
+    granted = (yield from _refusal(Option.EXTENDED_HEADERS)) is None
     agreement.extended |= granted
     agreement.structured |= granted
     return granted
@@ -322,7 +328,9 @@ def handshake(agreement: Agreement, settings: Settings) -> Conversation[bool]:
 
 def _improve(agreement: Agreement, settings: Settings) -> Conversation[None]:
     """Agree on what lasts for the connection: TLS first, so that nothing said in the clear counts, then the reply format."""
-    if agreement.fixed:
+    if not agreement.fixed:
+        _require_tls(agreement, settings, "the server speaks an old newstyle handshake, which has no TLS")
+    else:
         if settings.tls is not TLSPolicy.DISABLE:
             yield from starttls(agreement, settings)
         if settings.structured_replies:

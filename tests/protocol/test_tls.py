@@ -8,7 +8,7 @@ import pytest
 
 from nbdcore.errors import Disconnected, ProtocolViolation, TLSError
 from nbdcore.protocol import negotiation
-from nbdcore.protocol.agreement import TLSPolicy
+from nbdcore.protocol.agreement import Agreement, Settings, TLSPolicy
 from nbdcore.protocol.constants import Option, OptionReply
 from nbdcore.protocol.state import Phase
 from tests.protocol.harness import (
@@ -124,9 +124,11 @@ def test_require_refuses_an_oldstyle_server(opt_mode):
     assert client.exchange.error is client.engine.error
 
 
+@either_mode
 @pytest.mark.parametrize("flags", [0, 2])
-def test_require_refuses_a_server_without_fixed_newstyle(flags):
-    client = everywhere(lambda: (newborn(tls=TLSPolicy.REQUIRE), greeting(flags) + export_name_reply(zeroes=not flags)))
+def test_require_refuses_a_server_without_fixed_newstyle(flags, opt_mode):
+    wanting = {"tls": TLSPolicy.REQUIRE, "opt_mode": opt_mode}
+    client = everywhere(lambda: (newborn(**wanting), greeting(flags) + export_name_reply(zeroes=not flags)))
 
     check_refused(client, b"")
 
@@ -162,9 +164,9 @@ def test_server_that_hangs_up_over_starttls_is_not_asked_again(length, policy):
     assert bytes(client.said) == CLIENT_FLAGS + STARTTLS
 
 
-@pytest.mark.parametrize("flags", [3, 2])
-def test_require_in_opt_mode_lets_no_option_out_in_the_clear(flags):
-    for conversation, arguments in (
+@pytest.mark.parametrize(
+    ("conversation", "arguments"),
+    [
         (negotiation.list_exports, ()),
         (negotiation.info, ("",)),
         (negotiation.go, ("",)),
@@ -173,13 +175,25 @@ def test_require_in_opt_mode_lets_no_option_out_in_the_clear(flags):
         (negotiation.extended_headers, ()),
         (negotiation.list_meta_context, ("", ())),
         (negotiation.set_meta_context, ("", ())),
-    ):
-        client = newborn(tls=TLSPolicy.REQUIRE, opt_mode=True, structured_replies=False)
-        client.hear(greeting(flags) + (refused(Option.STARTTLS) if flags & 1 else b""))
-        if client.engine.phase is Phase.NEGOTIATING:
-            engine = client.engine
-            client.follow(engine.option(conversation(engine.agreement, engine.settings, *arguments)))
-        check_refused(client, CLIENT_FLAGS + STARTTLS if flags & 1 else bytes([0, 0, 0, flags]))
+    ],
+)
+@pytest.mark.parametrize("protocol", ["newstyle", "newstyle-fixed"])
+def test_require_lets_no_option_out_in_the_clear(conversation, arguments, protocol):
+    agreement = Agreement(protocol=protocol)
+    with pytest.raises(TLSError, match="TLS is required, and it has not been started"):
+        next(conversation(agreement, Settings(tls=TLSPolicy.REQUIRE), *arguments))
+
+
+@either_mode
+def test_require_tells_of_the_refusal_in_the_servers_own_words(opt_mode):
+    client = newborn(tls=TLSPolicy.REQUIRE, opt_mode=opt_mode)
+    client.hear(greeting() + refused(Option.STARTTLS, OptionReply.ERR_POLICY, b"not for you\x1b"))
+
+    check_refused(client, CLIENT_FLAGS + STARTTLS)
+    assert client.engine.error.server_text == "not for you\x1b"
+    assert str(client.engine.error) == (
+        "TLS is required, and starting TLS failed: the server's policy forbids it: not for you\\x1b (ENOTSUP)"
+    )
 
 
 def test_require_in_opt_mode_does_not_even_say_goodbye_in_the_clear():
