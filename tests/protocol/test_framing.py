@@ -10,7 +10,8 @@ import pytest
 from nbdcore.errors import Disconnected, ProtocolViolation
 from nbdcore.protocol import commands
 from nbdcore.protocol.constants import Chunk
-from nbdcore.protocol.replies import LARGE, SCRATCH
+from nbdcore.protocol.receiving import SCRATCH
+from nbdcore.protocol.replies import LARGE
 from nbdcore.protocol.state import Phase
 from tests.protocol.harness import (
     MODES,
