@@ -1,8 +1,8 @@
 """The decoder of the transmission phase: from received bytes to finished commands.
 
 `receiving` says where the bytes go, `outcomes` what a payload does to its command; here is which message they belong to.
-`received` returns the commands that became final. A broken chunk whose end is known fails its command and the connection goes on; a
-ProtocolViolation is raised where the two sides no longer agree on where a message begins.
+`received` returns the commands that became final. A broken chunk whose end is known fails its command and the connection goes on;
+a ProtocolViolation is raised where the two sides no longer agree on where a message begins.
 
 `_decode` is longer than our functions usually are, and flat on purpose: it runs once a reply, and calls, attribute chains and
 allocations are what a reply costs. Everything but a whole small answer to a read, or a plain acknowledgement, is handled by small
