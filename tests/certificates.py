@@ -71,15 +71,18 @@ class CertificateAuthority:
     ) -> Issued:
         """Issue a certificate for "server" or "client", with host names and addresses, valid from and to days from now."""
         key = ec.generate_private_key(ec.SECP256R1())
+        signer = key if self_signed else self.key
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
         builder = (
             _builder(subject, subject if self_signed else self.name, key, days=days)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.ExtendedKeyUsage([_PURPOSES[purpose]]), critical=False)
+            # Demanded by the default context of Python 3.13 and later.
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
         )
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName([_general_name(name) for name in names]), critical=False)
-        return Issued(builder.sign(key if self_signed else self.key, hashes.SHA256()), key)
+        return Issued(builder.sign(signer, hashes.SHA256()), key)
 
     def revoke(self, *revoked: Issued) -> bytes:
         """Return a revocation list in PEM form."""

@@ -7,7 +7,6 @@ NBD_ESHUTDOWN, idle clients are disconnected at once, and those that will not fi
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import threading
@@ -259,9 +258,10 @@ class Server:
 
     def _serve(self, stream: Stream) -> None:
         """Serve one client to its end, whatever that is: it must harm no other."""
+        client: Stream | Channel = stream
         try:
-            with contextlib.closing(Channel(stream, self._shutdown)) as channel:
-                self._converse(channel)
+            client = channel = Channel(stream, self._shutdown)
+            self._converse(channel)
         except ConnectionOver as end:
             _log.log(logging.WARNING if end.violation else logging.DEBUG, "%s was disconnected: %s", stream, end)
         except TLSError as problem:
@@ -271,7 +271,7 @@ class Server:
         except Exception:  # noqa: BLE001  # a fault of ours costs this client, and must be seen, but not the others
             _log.exception("%s was disconnected by a fault of the server", stream)
         finally:
-            stream.close()
+            client.close()
             with self._lock:
                 self._clients.discard(threading.current_thread())
                 last = self._abandoned and not self._clients

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import ssl
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from nbdcore.server import Server
+from nbdcore.server import Server, ServerTLS
 from nbdcore.streams.sockets import SocketStream, connected_pair
+from tests.certificates import CertificateAuthority
 from tests.server.raw import RawClient
 
 
@@ -59,3 +62,29 @@ def ready_any(request: pytest.FixtureRequest, ready: Callable[..., RawClient]) -
     """Like `ready`, once for each kind of reply."""
     structured, extended = request.param != "simple", request.param == "extended"
     return lambda backend, **options: ready(backend, structured=structured, extended=extended, **options)
+
+
+# ---------------------------------------------------------------------------------------------- TLS
+
+
+@pytest.fixture(scope="session")
+def ca() -> CertificateAuthority:
+    return CertificateAuthority()
+
+
+@pytest.fixture(scope="session")
+def pki(ca: CertificateAuthority, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a server's certificate for this machine, a client's, and the CA of both."""
+    server, client = ca.issue("server", "localhost", "127.0.0.1"), ca.issue("client")
+    return ca.write(tmp_path_factory.mktemp("pki"), server=server, client=client)
+
+
+@pytest.fixture
+def tls(pki: Path) -> ServerTLS:
+    return ServerTLS(certificates=pki)
+
+
+@pytest.fixture
+def context(pki: Path) -> ssl.SSLContext:
+    """What a client without a certificate does TLS with."""
+    return ssl.create_default_context(cafile=pki / "ca-cert.pem")

@@ -6,6 +6,7 @@ It shares nothing with nbdcore's own client but the layouts, so that both cannot
 from __future__ import annotations
 
 import socket
+import ssl
 import struct
 from dataclasses import dataclass, field
 
@@ -105,6 +106,15 @@ class RawClient:
             replies.append((kind, self.exactly(length)))
             if kind == OptionReply.ACK or kind & constants.OPTION_REPLY_ERROR:
                 return replies
+
+    def start_tls(self, context: ssl.SSLContext) -> None:
+        """Ask for TLS, and start it; from then on an end without the server's goodbye is an error."""
+        assert self.option(Option.STARTTLS) == [(OptionReply.ACK, b"")]
+        self.wrap(context)
+
+    def wrap(self, context: ssl.SSLContext) -> None:
+        """Do the client's part of TLS's handshake."""
+        self.sock = context.wrap_socket(self.sock, server_hostname="localhost", suppress_ragged_eofs=False)
 
     def agree(self, *, structured: bool = True, extended: bool = False, allocation: bool = True, name: str = "") -> None:
         """Negotiate replies and base:allocation."""

@@ -379,7 +379,10 @@ class TLSStream(Stream):
         # A server that refuses this client may just hang up, and with TLS 1.3 the client's handshake is finished by then.
         if not self._established or (self._peer == "server" and not self._heard):
             when = "right after" if self._established else "during"
-            why = "user name and pre-shared key are those it has" if self._psk else "it demands a client certificate"
+            if self._psk:
+                why = "user name and pre-shared key are those it has"
+            else:
+                why = f"it {'demands a client certificate' if self._peer == 'server' else 'trusts the certificate of this side'}"
             raise TLSError(
                 exc.errno, f"the {self._peer}, {self}, hung up {when} the TLS handshake; its log may say why: see whether {why}"
             ) from exc
