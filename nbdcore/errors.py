@@ -43,7 +43,10 @@ def printable(text: str) -> str:
 
 
 def _escaped(char: str) -> str:
-    return "".join(f"\\x{byte:02x}" for byte in char.encode("utf-8", "surrogateescape"))
+    try:
+        return "".join(f"\\x{byte:02x}" for byte in char.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:  # half of a surrogate pair, which stands for no byte
+        return f"\\u{ord(char):04x}"
 
 
 class Error(OSError):
@@ -63,7 +66,9 @@ class Error(OSError):
         self.server_text = server_text
 
     def __str__(self) -> str:
-        text = f"{self.message}: {printable(self.server_text)}" if self.server_text else self.message
+        said = printable(self.server_text)
+        # Servers often say no more than the error's own words, with which the message ends already.
+        text = self.message if self.message.endswith(said) else f"{self.message}: {said}"
         name = errno_names.errorcode.get(self.errno or 0)
         return f"{text} ({name})" if name else text
 

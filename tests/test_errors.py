@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import errno
+import pickle
+
+import pytest
+
+import nbdcore
+from nbdcore.errors import printable
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain text", "plain text"),
+        ("\x1b[31mred\n", r"\x1b[31mred\x0a"),
+        (b"caf\xe9".decode("utf-8", "surrogateescape"), r"caf\xe9"),
+        ("\ud800", r"\ud800"),
+        ("a" * 600, "a" * 500 + "…"),
+    ],
+)
+def test_untrusted_text_is_shown_without_what_a_terminal_would_obey(text, shown):
+    assert printable(text) == shown
+
+
+def test_message_ends_with_the_servers_words_and_the_name_of_the_number():
+    error = nbdcore.CommandError(errno.EIO, "read failed", server_text="bad \x07 disk")
+    assert str(error) == r"read failed: bad \x07 disk (EIO)"
+
+
+def test_server_that_says_what_the_message_says_is_not_quoted():
+    error = nbdcore.CommandError(errno.ENOSPC, "write failed: No space left on device", server_text="No space left on device")
+    assert str(error) == "write failed: No space left on device (ENOSPC)"
+
+
+def test_number_that_does_not_exist_is_left_out():
+    assert str(nbdcore.Error(0, "no such host")) == "no such host"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        nbdcore.UsageError(errno.EINVAL, "wrong"),
+        nbdcore.CommandError(errno.EIO, "read", server_text="text", offset=7),
+        nbdcore.NegotiationError(errno.ENOENT, "no export", server_text="text", reply=6),
+        nbdcore.TransportUnavailable("not here"),
+        nbdcore.DeadlineExceeded("too long"),
+        nbdcore.Disconnected(errno.ENOTCONN, "gone"),
+    ],
+)
+def test_error_survives_pickling_with_all_it_knows(error):
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), copy.args, vars(copy), str(copy)) == (type(error), error.args, vars(error), str(error))
+
+
+def test_every_error_is_the_builtin_one_that_python_programs_catch():
+    assert issubclass(nbdcore.Error, OSError)
+    assert issubclass(nbdcore.UsageError, ValueError)
+    assert issubclass(nbdcore.Disconnected, ConnectionError)
+    assert issubclass(nbdcore.DeadlineExceeded, TimeoutError)
