@@ -102,8 +102,6 @@ class Session:
         engine = self.engine
         try:
             for _ in range(_RECEIVES):
-                if self._shake_hands is not None:
-                    self.send()
                 stream = self._stream
                 room = engine.room()
                 if not len(room):
@@ -165,6 +163,7 @@ class Session:
             return
         self._stream = self._start_tls(self._stream)
         self._shake_hands = getattr(self._stream, "handshake", _no_handshake)
+        self.send()
 
     def _go_on_shaking(self, shake_hands: Callable[[], bool]) -> bool:
         """Go on with the TLS handshake, and return whether the engine has the connection back."""

@@ -27,6 +27,9 @@ from nbdcore.protocol.engine import Engine
 from nbdcore.streams.base import Want
 from nbdcore.streams.waiting import Deadline, wait
 
+# To look without waiting: what there is to do is here already.
+_AT_ONCE = Deadline.after(0)
+
 
 class Pending(Protocol):
     """What can be waited for: a Command or an Exchange."""
@@ -150,7 +153,7 @@ class SharedSession:
                         break
                     fd, wanted = self._session.fileno(), self._session.interest()
                     mine = int(wanted) & ~self._polled
-                    ready = mine and self._session.buffered
+                    until = _AT_ONCE if self._session.buffered else deadline
                     if mine:
                         self._polled |= mine
                         self._session.waited_for = True
@@ -158,8 +161,7 @@ class SharedSession:
                         sleeper = _Sleeper(self._sleepers)
                         pending.completion = sleeper.wake
                 if mine:
-                    if not ready:
-                        _poll(fd, wanted, deadline)
+                    _poll(fd, wanted, until)
                 elif sleeper is not None:
                     sleeper.sleep(deadline)
                 expired = deadline.expired
