@@ -156,8 +156,8 @@ class ProtocolViolation(Error):
 class Disconnected(Error, ConnectionError):
     """The connection is gone: closed by the server, broken on the way, or closed by another thread of this program.
 
-    Every command that was in flight failed; whether the server carried out a write or a zero is unknown. Later calls that need the
-    connection raise it as well, unless it was this program that closed it (that is a UsageError).
+    Every command that was in flight failed; whether the server carried out a write or a zero is unknown. Later calls that need
+    the connection raise it as well, unless it was this program that closed it (that is a UsageError).
     """
 
 
