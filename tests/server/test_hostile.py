@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ssl
 import struct
 import threading
 import time
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nbdcore.protocol import constants, wire
-from nbdcore.server import MemoryDisk, Server
+from nbdcore.server import MemoryDisk, Server, ServerTLS
 from tests.server.conftest import connect, server_threads
 from tests.server.raw import PATIENCE, RawClient
 
@@ -82,12 +83,17 @@ def say(server: Server, honest: RawClient, said: bytes) -> None:
     listener.join(PATIENCE)
     assert not listener.is_alive()
     client.close()
-    end = time.monotonic() + PATIENCE
-    while len(server._clients) > 1:
-        assert time.monotonic() < end, "the client's thread is still there"
-        time.sleep(0.001)
+    is_gone(server, others=1)
     honest.write(0, b"still here")
     assert honest.read(0, 10).contents() == b"still here"
+
+
+def is_gone(server: Server, others: int = 0) -> None:
+    """Wait until nothing is left of a client."""
+    end = time.monotonic() + PATIENCE
+    while len(server._clients) > others:
+        assert time.monotonic() < end, "the client's thread is still there"
+        time.sleep(0.001)
 
 
 def swallow(client: RawClient) -> None:
@@ -122,6 +128,65 @@ def test_any_requests(server, honest, agreed, status, said):
         )
     hello += wire.pack_option(constants.Option.GO, wire.pack_info_request("", []))
     say(server, honest, hello + b"".join(said))
+
+
+@pytest.fixture(scope="module")
+def encrypting(pki):
+    with Server(MemoryDisk(SIZE), tls=ServerTLS(certificates=pki), require_tls=False, handshake_timeout=PATIENCE) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def trusting(pki):
+    """What an honest client does TLS with."""
+    return ssl.create_default_context(cafile=pki / "ca-cert.pem")
+
+
+def say_within_tls(server: Server, context: ssl.SSLContext, before: bytes, within: bytes) -> None:
+    """Say something before TLS, which may prevent it, and something within; nothing is left of that client."""
+    client = connect(server)
+    with contextlib.suppress(OSError, AssertionError):
+        client.send(wire.CLIENT_FLAGS.pack(3) + before + wire.pack_option(constants.Option.STARTTLS))
+        client.unpack(wire.GREETING)
+        client.unpack(wire.HANDSHAKE_FLAGS)
+        about = kind = 0
+        while (about, kind) != (constants.Option.STARTTLS, constants.OptionReply.ACK):
+            _, about, kind, length = client.unpack(wire.OPTION_REPLY)
+            client.exactly(length)
+        client.wrap(context)
+        client.send(within)
+        client.sock.unwrap()
+    client.close()
+    is_gone(server)
+
+
+@ANYTHING
+@given(said=st.one_of(some_bytes, st.builds(lambda data: b"\x16\x03\x01" + data, some_bytes)))
+def test_any_bytes_instead_of_tls(encrypting, said):
+    client = connect(encrypting)
+    client.greet()
+    assert client.option(constants.Option.STARTTLS) == [(constants.OptionReply.ACK, b"")]
+    with contextlib.suppress(OSError):
+        client.send(said)
+    client.close()
+    is_gone(encrypting)
+
+
+# Those that are answered, and do not end the negotiation, so that TLS follows; with data that need not make sense.
+answered = st.builds(wire.pack_option, st.one_of(st.integers(2, 12), u32).filter(lambda option: option not in (1, 7)), some_bytes)
+
+
+@ANYTHING
+@given(before=st.lists(answered, max_size=3), within=st.one_of(some_bytes, st.lists(options, max_size=3).map(b"".join)))
+def test_any_options_before_tls_and_within(encrypting, trusting, before, within):
+    say_within_tls(encrypting, trusting, b"".join(before), within)
+
+
+@ANYTHING
+@given(said=st.lists(st.one_of(requests, requests, some_bytes), max_size=5))
+def test_any_requests_within_tls(encrypting, trusting, said):
+    chosen = wire.pack_option(constants.Option.GO, wire.pack_info_request("", []))
+    say_within_tls(encrypting, trusting, b"", chosen + b"".join(said))
 
 
 def test_memory_per_client_is_bounded_whatever_it_declares(serve, client_of):

@@ -18,7 +18,7 @@ from nbdcore.protocol import wire
 from nbdcore.protocol.constants import CommandType, ErrorNumber, Info, Option, OptionReply, TransmissionFlag
 from nbdcore.server import ExportSettings, MemoryDisk, Server, ServerTLS
 from nbdcore.streams.sockets import SocketStream, connected_pair
-from nbdcore.streams.tls.credentials import supports_psk
+from nbdcore.streams.tls.credentials import supports_tls_psk
 from nbdcore.testing.choppy import ChoppyStream
 from tests.certificates import PSK_KEY, PSK_LINE, PSK_USER, CertificateAuthority
 from tests.server.conftest import connect, server_threads
@@ -707,7 +707,7 @@ def psk_context(user: str, key: bytes, version: ssl.TLSVersion) -> ssl.SSLContex
 
 class TestPreSharedKeys:
     # From Python 3.13 on.
-    __test__ = supports_psk()
+    __test__ = supports_tls_psk()
 
     @pytest.fixture
     def server(self, serve, tmp_path):
@@ -736,7 +736,7 @@ class TestPreSharedKeys:
 
 class TestWithoutPreSharedKeys:
     # Before Python 3.13.
-    __test__ = not supports_psk()
+    __test__ = not supports_tls_psk()
 
     def test_they_are_refused(self, tmp_path):
         (tmp_path / "keys.psk").write_text(PSK_LINE)
