@@ -353,6 +353,11 @@ class Engine:
             raised, replies.raised = replies.raised, None
             raise raised
 
+    def rest(self) -> None:
+        """Nothing more is to be received just now: hold no memory for it. What `room` returned is not to be used any more."""
+        if self._replies is not None:
+            self._replies.rest()
+
     def received_eof(self) -> None:
         """The server has finished sending."""
         waiting = len(self._queue) + sum(not command.done for command in self.in_flight.values())
