@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from nbdcore.clients.blocking import (
         Client,
         connect,
+        connect_command,
+        connect_socket,
+        connect_socket_activation,
+        connect_ssh,
         connect_tcp,
         connect_unix,
         connect_vsock,
@@ -41,11 +45,13 @@ if TYPE_CHECKING:
     from nbdcore.protocol.agreement import BlockSize, Export, ExportInfo, TLSPolicy
     from nbdcore.protocol.constants import BASE_ALLOCATION, DEFAULT_PORT, AllocationFlag, TransmissionFlag
     from nbdcore.protocol.state import Phase
+    from nbdcore.streams.tls.credentials import TLS, supports_tls, supports_tls_psk
     from nbdcore.uri import URI, is_uri, parse_uri
 
 __all__ = [
     "BASE_ALLOCATION",
     "DEFAULT_PORT",
+    "TLS",
     "URI",
     "AllocationFlag",
     "BlockSize",
@@ -69,6 +75,10 @@ __all__ = [
     "TransportUnavailable",
     "UsageError",
     "connect",
+    "connect_command",
+    "connect_socket",
+    "connect_socket_activation",
+    "connect_ssh",
     "connect_tcp",
     "connect_unix",
     "connect_vsock",
@@ -77,6 +87,8 @@ __all__ = [
     "parse_uri",
     "supports",
     "supports_tcp",
+    "supports_tls",
+    "supports_tls_psk",
     "supports_unix",
     "supports_vsock",
 ]
@@ -85,7 +97,10 @@ __version__ = "0.1.0"
 
 # Where each public name lives; a test holds it against the imports above and __all__.
 _HOMES = {
-    "nbdcore.clients.blocking": "Client connect connect_tcp connect_unix connect_vsock list_exports",
+    "nbdcore.clients.blocking": (
+        "Client connect connect_command connect_socket connect_socket_activation connect_ssh connect_tcp connect_unix "
+        "connect_vsock list_exports"
+    ),
     "nbdcore.clients.extents": "CombinedExtent Extent",
     "nbdcore.clients.settings": "ClientOptions",
     "nbdcore.errors": (
@@ -96,6 +111,7 @@ _HOMES = {
     "nbdcore.protocol.agreement": "BlockSize Export ExportInfo TLSPolicy",
     "nbdcore.protocol.constants": "BASE_ALLOCATION DEFAULT_PORT AllocationFlag TransmissionFlag",
     "nbdcore.protocol.state": "Phase",
+    "nbdcore.streams.tls.credentials": "TLS supports_tls supports_tls_psk",
     "nbdcore.uri": "URI is_uri parse_uri",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}

@@ -60,6 +60,8 @@ TABLE = {
         (
             "nbdcore.streams.base",
             "nbdcore.streams.waiting",
+            "nbdcore.streams.sockets",
+            "nbdcore.streams.tls.credentials",
             "nbdcore.plugins",
             "nbdcore.protocol",
             "nbdcore.uri",
@@ -85,6 +87,8 @@ TABLE = {
     # Kits for the tests of others: they may use whatever those could.
     "nbdcore.testing": May((*PUBLIC, "nbdcore.server")),
     # Shaped as a stranger's: alone in its module, on what plugins are offered. Nobody imports one.
+    "nbdcore_command": A_TRANSPORT,
+    "nbdcore_ssh": A_TRANSPORT,
     "nbdcore_tcp": A_TRANSPORT,
     "nbdcore_unix": A_TRANSPORT,
     "nbdcore_vsock": A_TRANSPORT,

@@ -20,6 +20,7 @@ from tests.packaging.environments import HERE, PROJECT, Environment, build, copy
 pytestmark = [pytest.mark.packaging, pytest.mark.xdist_group("packaging")]
 
 CONVERSE = HERE / "converse.py"
+TRANSPORTS = ("command", "ssh", "tcp", "unix", "vsock")
 CONNECT_WITHOUT_VSOCK = HERE / "connect_without_vsock.py"
 
 
@@ -62,8 +63,8 @@ def metadata(archive):
 # What is in it
 
 
-def test_wheel_has_the_package_and_three_top_level_modules_only(wheel):
-    assert top_level(wheel) == {"nbdcore", "nbdcore_tcp.py", "nbdcore_unix.py", "nbdcore_vsock.py"}
+def test_wheel_has_the_package_and_the_transports_modules_only(wheel):
+    assert top_level(wheel) == {"nbdcore", *(f"nbdcore_{name}.py" for name in TRANSPORTS)}
 
 
 def test_wheel_has_every_module_and_the_typing_marker_and_no_tests(wheel):
@@ -81,7 +82,7 @@ def test_wheel_announces_its_transports_and_its_command(wheel):
     [entry_points] = [data.decode() for name, data in contents(wheel).items() if name.endswith("entry_points.txt")]
     assert entry_points.split() == [
         *("[console_scripts]", "nbdcore", "=", "nbdcore.cli:main"),
-        *("[nbdcore.transports]", "tcp", "=", "nbdcore_tcp", "unix", "=", "nbdcore_unix", "vsock", "=", "nbdcore_vsock"),
+        *("[nbdcore.transports]", *(word for name in TRANSPORTS for word in (name, "=", f"nbdcore_{name}"))),
     ]
 
 
@@ -196,7 +197,7 @@ def test_python_without_af_vsock_has_all_the_rest_and_says_what_is_missing(plain
 
 
 def built_for_a_platform_without_vsock(tmp_path):
-    return build(PROJECT, tmp_path / "wheel", NBDCORE_BUILD_TRANSPORTS="tcp, unix")
+    return build(PROJECT, tmp_path / "wheel", NBDCORE_BUILD_TRANSPORTS="command, ssh, tcp, unix")
 
 
 def built_from_sources_without_vsock(tmp_path):
@@ -208,7 +209,7 @@ def built_from_sources_without_vsock(tmp_path):
 @pytest.mark.parametrize("make", [built_for_a_platform_without_vsock, built_from_sources_without_vsock])
 def test_build_without_vsock_works_and_says_that_it_is_not_in_this_build(tmp_path, make):
     wheel = make(tmp_path)
-    assert top_level(wheel) == {"nbdcore", "nbdcore_tcp.py", "nbdcore_unix.py"}
+    assert top_level(wheel) == {"nbdcore", *(f"nbdcore_{name}.py" for name in TRANSPORTS if name != "vsock")}
     environment = Environment(tmp_path / "environment")
     environment.install(wheel)
     said = json.loads(environment.python(CONVERSE))

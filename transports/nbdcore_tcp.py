@@ -77,6 +77,10 @@ class TCPTransport(Transport):
         host = DEFAULT_HOST if uri.host is None else uri.host
         return TCPAddress(host, DEFAULT_PORT if uri.port is None else uri.port)
 
+    def server_name(self, address: TCPAddress) -> str:
+        """Return the host."""
+        return address.host
+
     def connect(self, address: TCPAddress, *, timeout: float | None = None) -> Connecting:  # noqa: ARG002 (the kernel has no limit)
         """Try each of the host's addresses in turn; where none answers, the first one's error counts and all are listed."""
         if not address.port:

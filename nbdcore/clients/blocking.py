@@ -7,19 +7,16 @@ A thin skin: commands and their checks come from the protocol core, waiting from
 from __future__ import annotations
 
 import errno
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, Unpack, overload
 
-from nbdcore.clients.arguments import bytes_view, deadline_after, text, texts, whole_number, whole_numbers
-from nbdcore.clients.connecting import Route, route_by_name, route_by_uri
+from nbdcore.clients.arguments import bytes_view, deadline_after, texts, whole_number, whole_numbers
 from nbdcore.clients.extents import CombinedExtent, Extent, ExtentWalk, extents_by_context
-from nbdcore.clients.options import OptionCalls
-from nbdcore.clients.session import Session
-from nbdcore.clients.settings import ClientOptions, checked_settings
+from nbdcore.clients.settings import ClientOptions
 from nbdcore.clients.sharing import SharedSession
 from nbdcore.clients.splitting import data_limit, length_limit, pieces
-from nbdcore.errors import DeadlineExceeded, Error, TransportError, UsageError
+from nbdcore.clients.ways import VSOCK_HOST, ConnectCalls
+from nbdcore.errors import DeadlineExceeded, Error, UsageError
 from nbdcore.protocol import commands
 from nbdcore.protocol.agreement import Export
 from nbdcore.protocol.commands import Command
@@ -35,10 +32,9 @@ _DEPTH = 4
 _GOODBYE = 5.0
 
 Buffer = bytes | bytearray | memoryview
-_VSOCK_HOST = 2  # VMADDR_CID_HOST: seen from a virtual machine, the machine that runs it
 
 
-class Client(OptionCalls):
+class Client(ConnectCalls):
     """A connection to one export of an NBD server.
 
     Newly created it is not connected: call one of its `connect` methods once, or use the functions `nbdcore.connect` and its
@@ -61,8 +57,15 @@ class Client(OptionCalls):
         extended_headers: ask for extended headers, with lengths of 64 bits.
         block_size: ask for block size constraints, and promise to obey them.
         full_info: ask for the export's own name and description.
-        tls: whether to ask for TLS; needs `start_tls`.
-        start_tls: makes an encrypted stream out of a plain one, for servers that agree to start TLS.
+        tls: how to do TLS: a `TLS` value, or True for the system's CAs; then it is required. False forbids it. By default only
+            an `nbds` URI asks for it.
+        tls_policy: whether to ask for TLS, if not as `tls` says: ALLOW takes it from a server that has it, and goes on in the
+            clear with any other, which a man in the middle can be; DISABLE leaves it to `opt_starttls`.
+        start_tls: makes an encrypted stream out of a plain one, in place of `tls`.
+        allow_transports: names of the transports that a URI may use; None: all but those that run programs (ssh).
+        allow_local_files: whether a URI may name files of this machine (tls-certificates, tls-psk-file).
+        allow_unverified: whether a URI may switch the verification of the server's certificate off (tls-verify-peer=0).
+        allow_priority: whether a URI may choose TLS versions and ciphers (tls-priority).
         timeout: for `stream` only.
     """
 
@@ -73,96 +76,12 @@ class Client(OptionCalls):
         timeout: float | None = None,
         **options: Unpack[ClientOptions],
     ) -> None:
-        self._start_tls = options.get("start_tls")
-        super().__init__(Engine(checked_settings(options)))
-        self._shared: SharedSession | None = None
-        self._route: Route | None = None
-        self._where = ""
-        # Held while the client changes hands: newly created, connecting, with a session, or closed before it had one.
-        self._changing = threading.Lock()
+        super().__init__(options)
         if stream is not None:
             self.connect_stream(stream, timeout=timeout)
 
     def __repr__(self) -> str:
         return f"<nbdcore.Client {self.phase.value}{self._where and ', '}{self._where}>"
-
-    # ------------------------------------------------------------------------------------------ connecting
-
-    def connect(self, uri: str, *, timeout: float | None = None) -> Self:
-        """Connect to the server and export that an NBD URI names, such as "nbd://host/export" or "nbd+vsock://2:10809".
-
-        Legal in a newly created client only, as every way to connect; by default it goes all the way to the transmission phase.
-        Raises UsageError for a URI that is wrong, TransportUnavailable, TransportError, NegotiationError, ProtocolViolation,
-        Disconnected, TLSError, DeadlineExceeded. After an error of the last six the client is dead.
-        """
-        self._legal("connect")
-        route, export = route_by_uri(text("a URI", uri))
-        return self._connect("connect", route, timeout, export=export)
-
-    def connect_tcp(
-        self, host: str = "localhost", port: int = DEFAULT_PORT, *, keepalive: bool = False, timeout: float | None = None
-    ) -> Self:
-        """Connect over TCP, trying each address of `host` in turn. `keepalive` lets the system notice a peer that vanished."""
-        return self._connect_transport("connect_tcp", "tcp", {"host": host, "port": port, "keepalive": keepalive}, timeout)
-
-    def connect_unix(self, path: Any, *, timeout: float | None = None) -> Self:
-        """Connect to a unix socket: its path (str, bytes or path-like), or NUL and a Linux abstract name."""
-        return self._connect_transport("connect_unix", "unix", {"path": path}, timeout)
-
-    def connect_vsock(self, cid: int = _VSOCK_HOST, port: int = DEFAULT_PORT, *, timeout: float | None = None) -> Self:
-        """Connect over vsock; the default is the host of this virtual machine, NBD's port."""
-        return self._connect_transport("connect_vsock", "vsock", {"cid": cid, "port": port}, timeout)
-
-    def connect_transport(self, name: str, /, *, timeout: float | None = None, **address: Any) -> Self:
-        """Connect over any transport by its name; the address parts are the transport's own."""
-        return self._connect_transport("connect_transport", text("a transport's name", name), address, timeout)
-
-    def connect_stream(self, stream: Stream, *, timeout: float | None = None) -> Self:
-        """Connect over a stream that is open already, and belongs to the client from here on.
-
-        After a UsageError it is still the caller's.
-        """
-        deadline = deadline_after(timeout)
-        self._legal("connect_stream")
-        if not isinstance(stream, Stream):
-            hint = ": wrap it in nbdcore.streams.sockets.SocketStream" if hasattr(stream, "recv_into") else ""
-            raise UsageError(errno.EINVAL, f"connect_stream: a Stream is needed, not {type(stream).__name__}{hint}")
-        self._begin_connecting("connect_stream", str(stream))
-        self._shake_hands(stream, deadline)
-        return self
-
-    def _connect_transport(self, call: str, name: str, parts: dict[str, Any], timeout: float | None) -> Self:
-        self._legal(call)
-        return self._connect(call, route_by_name(name, parts), timeout)
-
-    def _connect(self, call: str, route: Route, timeout: float | None, *, export: str = "") -> Self:
-        deadline = deadline_after(timeout)
-        self._begin_connecting(call, str(route.address), route=route, export=export)
-        try:
-            stream = route.open(timeout=timeout, deadline=deadline, wanted=lambda: self.phase is Phase.CONNECTING)
-        except BaseException as exc:
-            error = exc if isinstance(exc, Error) else TransportError(0, f"connecting to {route.address} was given up ({exc!r})")
-            self._engine.fail(error)
-            raise
-        self._shake_hands(stream, deadline)
-        return self
-
-    def _begin_connecting(self, call: str, where: str, *, route: Route | None = None, export: str = "") -> None:
-        """Take the one step from newly created to connecting that a client has."""
-        with self._changing:
-            self._legal(call)
-            if export:
-                self._engine.choose_export(export)
-            self._route, self._where = route, where
-            self._engine.connecting()
-
-    def _shake_hands(self, stream: Stream, deadline: Deadline) -> None:
-        with self._changing:
-            self._shared = SharedSession(Session(self._engine, stream, start_tls=self._start_tls))
-            closed = self.phase is not Phase.CONNECTING
-        if closed:  # by another thread, while the stream was being opened
-            self._shared.close()
-        self._exchange(Engine.handshake, deadline, "the handshake")
 
     # ------------------------------------------------------------------------------------------ ending
 
@@ -181,6 +100,7 @@ class Client(OptionCalls):
     def close(self) -> None:
         """Close the connection now. Never raises; may be called twice, and from any thread: waiting calls of others end."""
         with self._changing:
+            self._closed = True
             shared = self._shared
             if shared is None:
                 self._engine.end()
@@ -395,20 +315,20 @@ class Client(OptionCalls):
         """Ask which exports the server has (section NBD_OPT_LIST).
 
         In opt mode on this connection; otherwise on one more connection to the same server, opened for the question. Raises
-        UsageError where no other can be opened: before connecting, and after `connect_stream`.
+        UsageError where no other can be opened: before connecting, and after `connect_stream` and `connect_socket`.
         """
         if self.phase is Phase.NEGOTIATING:
             return self.opt_list(timeout=timeout)
-        if self._route is None and self.phase is Phase.CREATED:
+        if self._way is None and self.phase is Phase.CREATED:
             raise UsageError(errno.ENOTCONN, "list_exports: the connection is newly created, so there is no server to ask")
-        if self._route is None:
+        if self._way is None:
             raise UsageError(
                 errno.EINVAL,
                 "list_exports: the client was connected over a stream, and cannot open another; ask with a client in opt mode",
             )
         deadline = deadline_after(timeout)
-        with Client(opt_mode=True, start_tls=self._start_tls, tls=self._engine.settings.tls) as other:
-            other._connect("connect", self._route, timeout)
+        with Client(opt_mode=True) as other:
+            other._connect("connect", self._way, timeout=timeout)
             return other.opt_list(timeout=deadline.remaining())
 
     # ------------------------------------------------------------------------------------------ running
@@ -464,9 +384,9 @@ def _check_whole(build: Callable[[int, int], Command], count: int, offset: int) 
 # ---------------------------------------------------------------------------------------------- functions
 
 
-def connect(uri: str, *, timeout: float | None = None, **options: Unpack[ClientOptions]) -> Client:
+def connect(uri: str, *, timeout: float | None = None, wait: float | None = None, **options: Unpack[ClientOptions]) -> Client:
     """Connect to the server and export that an NBD URI names. See `Client` for options, and `Client.connect` for errors."""
-    return Client(**options).connect(uri, timeout=timeout)
+    return Client(**options).connect(uri, timeout=timeout, wait=wait)
 
 
 def connect_tcp(
@@ -475,27 +395,78 @@ def connect_tcp(
     *,
     keepalive: bool = False,
     timeout: float | None = None,
+    wait: float | None = None,
     **options: Unpack[ClientOptions],
 ) -> Client:
     """Connect over TCP. See `Client` for options."""
-    return Client(**options).connect_tcp(host, port, keepalive=keepalive, timeout=timeout)
+    return Client(**options).connect_tcp(host, port, keepalive=keepalive, timeout=timeout, wait=wait)
 
 
-def connect_unix(path: Any, *, timeout: float | None = None, **options: Unpack[ClientOptions]) -> Client:
+def connect_unix(
+    path: Any, *, timeout: float | None = None, wait: float | None = None, **options: Unpack[ClientOptions]
+) -> Client:
     """Connect to a unix socket. See `Client` for options."""
-    return Client(**options).connect_unix(path, timeout=timeout)
+    return Client(**options).connect_unix(path, timeout=timeout, wait=wait)
 
 
 def connect_vsock(
-    cid: int = _VSOCK_HOST, port: int = DEFAULT_PORT, *, timeout: float | None = None, **options: Unpack[ClientOptions]
+    cid: int = VSOCK_HOST,
+    port: int = DEFAULT_PORT,
+    *,
+    timeout: float | None = None,
+    wait: float | None = None,
+    **options: Unpack[ClientOptions],
 ) -> Client:
     """Connect over vsock; the default is the host of this virtual machine, NBD's port. See `Client` for options."""
-    return Client(**options).connect_vsock(cid, port, timeout=timeout)
+    return Client(**options).connect_vsock(cid, port, timeout=timeout, wait=wait)
 
 
-def list_exports(uri: str, *, timeout: float | None = None) -> list[Export]:
-    """Ask the server that an NBD URI names which exports it has; the export in the URI does not matter."""
+def connect_ssh(
+    host: str,
+    *,
+    socket: str | None = None,
+    port: int | None = None,
+    user: str | None = None,
+    ssh_port: int | None = None,
+    timeout: float | None = None,
+    wait: float | None = None,
+    **options: Unpack[ClientOptions],
+) -> Client:
+    """Connect through ssh to a server on another machine. See `Client.connect_ssh`, and `Client` for options."""
+    client = Client(**options)
+    return client.connect_ssh(host, socket=socket, port=port, user=user, ssh_port=ssh_port, timeout=timeout, wait=wait)
+
+
+def connect_command(
+    argv: Iterable[str], *, timeout: float | None = None, wait: float | None = None, **options: Unpack[ClientOptions]
+) -> Client:
+    """Run a server that talks on its standard input and output. See `Client.connect_command`, and `Client` for options."""
+    return Client(**options).connect_command(argv, timeout=timeout, wait=wait)
+
+
+def connect_socket_activation(
+    argv: Iterable[str],
+    *,
+    name: str = "unknown",
+    timeout: float | None = None,
+    wait: float | None = None,
+    **options: Unpack[ClientOptions],
+) -> Client:
+    """Run a server that takes a listening socket over. See `Client.connect_socket_activation`, and `Client` for options."""
+    return Client(**options).connect_socket_activation(argv, name=name, timeout=timeout, wait=wait)
+
+
+def connect_socket(socket: Any, *, timeout: float | None = None, **options: Unpack[ClientOptions]) -> Client:
+    """Connect over a connected stream socket, or its descriptor. See `Client.connect_socket`, and `Client` for options."""
+    return Client(**options).connect_socket(socket, timeout=timeout)
+
+
+def list_exports(
+    uri: str, *, timeout: float | None = None, wait: float | None = None, **options: Unpack[ClientOptions]
+) -> list[Export]:
+    """Ask the server that an NBD URI names which exports it has; the one in the URI does not matter. See `Client` for options."""
     deadline = deadline_after(timeout)
-    with Client(opt_mode=True) as client:
-        client.connect(uri, timeout=timeout)
-        return client.opt_list(timeout=deadline.remaining())
+    options["opt_mode"] = True
+    with Client(**options) as client:
+        client.connect(uri, timeout=timeout, wait=wait)
+        return client.opt_list(timeout=timeout if wait else deadline.remaining())

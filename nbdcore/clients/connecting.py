@@ -1,26 +1,52 @@
 """From "where" to an open stream: finds the transport, lets it make an address of the caller's words, and drives its connect.
 
-The one place of the clients that knows the registry, so that the front ends name transports and never import one.
+The one place of the clients that knows the registry, so that the front ends name transports and never import one. What may heal
+by itself, when a server is waited for, is decided here too.
 """
 
 from __future__ import annotations
 
 import errno
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nbdcore.errors import DeadlineExceeded, Disconnected, Error, TLSError, TransportError
+from nbdcore.clients.encryption import Permissions
+from nbdcore.clients.session import StartTLS
+from nbdcore.errors import DeadlineExceeded, Disconnected, Error, TransportError, TransportUnavailable, UsageError
 from nbdcore.plugins.registry import registry
+from nbdcore.protocol.agreement import TLSPolicy
 from nbdcore.streams.base import Address, Stream, Want
-from nbdcore.streams.waiting import Deadline, wait
-from nbdcore.uri import parse_uri
+from nbdcore.streams.sockets import SocketStream
+from nbdcore.streams.waiting import Deadline, wait, wait_any
+from nbdcore.uri import URI
 
 if TYPE_CHECKING:
     from nbdcore.plugins.spec import Transport
 
 # Seconds after which a connect looks up whether it is still wanted: a person closing a program does not notice.
 _LOOK_UP = 0.1
+
+#: What a server that is not up yet looks like. ENOENT: its socket is not there; ENODEV: a virtual machine that vsock leads to has
+#: not been started; the last three: its machine is not on the network.
+_HEALING = frozenset(
+    getattr(errno, name)
+    for name in (
+        "ECONNREFUSED",
+        "ENOENT",
+        "ETIMEDOUT",
+        "ECONNRESET",
+        "ECONNABORTED",
+        "EPIPE",
+        "EAGAIN",
+        "ENODEV",
+        "EHOSTUNREACH",
+        "EHOSTDOWN",
+        "ENETUNREACH",
+    )
+    if hasattr(errno, name)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +55,11 @@ class Route:
 
     transport: Transport
     address: Address
+
+    @property
+    def server_name(self) -> str | None:
+        """The host that the server's certificate must be for; None where none is known."""
+        return self.transport.server_name(self.address)
 
     def open(self, *, timeout: float | None, deadline: Deadline, wanted: Callable[[], bool]) -> Stream:
         """Open a stream, as long as it is `wanted`. Raises TransportError, DeadlineExceeded, or Disconnected when it is no more.
@@ -54,19 +85,37 @@ class Route:
     def _wait(self, fd: int, want: Want, deadline: Deadline, wanted: Callable[[], bool]) -> None:
         """Wait, looking up now and then: there is nothing yet whose end would tell that another thread closed the client."""
         while True:
-            remaining = deadline.remaining()
-            look_up = Deadline.after(_LOOK_UP if remaining is None else min(remaining, _LOOK_UP))
             try:
-                wait(fd, want, look_up, f"connecting to {self.address} took too long")
+                wait(fd, want, _look_up(deadline), f"connecting to {self.address} took too long")
                 ready = True
             except DeadlineExceeded:
                 if deadline.expired:
                     raise
                 ready = False
-            if not wanted():
-                raise Disconnected(errno.ENOTCONN, "the connection was closed by this program while connecting")
+            check_wanted(wanted)
             if ready:
                 return
+
+    def may_heal(self, error: Error, *, heard: bool) -> bool:
+        """Tell whether the same attempt may succeed a little later: the server was not there, or had not said anything yet.
+
+        `heard`: the server has said something.
+        """
+        if isinstance(error, TransportUnavailable):
+            return False
+        if isinstance(error, TransportError):
+            # A program that cannot be started has an errno of the same kind.
+            return not self.transport.runs_programs and (error.errno in _HEALING or _no_name_server(error))
+        return isinstance(error, Disconnected | DeadlineExceeded) and not heard
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A route, and whether and how to encrypt on it."""
+
+    route: Route
+    tls: TLSPolicy
+    start_tls: StartTLS | None
 
 
 def route_by_name(name: str, parts: dict[str, Any]) -> Route:
@@ -75,10 +124,69 @@ def route_by_name(name: str, parts: dict[str, Any]) -> Route:
     return Route(transport, transport.address(**parts))
 
 
-def route_by_uri(text: str) -> tuple[Route, str]:
-    """Return the way to a URI's server, and the export it names. Raises UsageError or TransportUnavailable."""
-    uri = parse_uri(text)
-    if uri.tls:
-        raise TLSError(errno.ENOTSUP, f"{uri.scheme} demands TLS, which this release does not bring; use {uri.transport_scheme}")
+def route_by_uri(uri: URI, permissions: Permissions) -> Route:
+    """Return the way to a URI's server. Raises UsageError (EPERM where it is not permitted) or TransportUnavailable."""
     transport = registry.for_uri(uri)
-    return Route(transport, transport.parse(uri)), uri.export
+    allowed = permissions.transports
+    if allowed is None and transport.runs_programs:
+        raise UsageError(
+            errno.EPERM,
+            f"{uri.scheme} starts a program of this machine, which a URI may do only where the caller says "
+            f"allow_transports=[{transport.name!r}]",
+        )
+    if allowed is not None and transport.name not in allowed:
+        listed = ", ".join(sorted(allowed)) or "none"
+        raise UsageError(errno.EPERM, f"{uri.scheme} needs the transport {transport.name}, and allow_transports names {listed}")
+    return Route(transport, transport.parse(uri))
+
+
+def adopt(sock: Any) -> Stream:
+    """Return a stream over a connected socket or its descriptor. Raises UsageError, and then it is still the caller's."""
+    if isinstance(sock, bool) or not isinstance(sock, int | socket.socket):
+        raise UsageError(errno.EINVAL, f"connect_socket: a socket or its descriptor is needed, not {type(sock).__name__}")
+    if hasattr(sock, "getpeercert"):
+        raise UsageError(errno.EINVAL, "connect_socket: an SSLSocket is encrypted already; NBD starts TLS by itself, with tls=")
+    if isinstance(sock, socket.socket):
+        return SocketStream(sock)
+    try:
+        adopted = socket.socket(fileno=sock)
+    except (OSError, ValueError) as exc:
+        raise UsageError(getattr(exc, "errno", 0) or errno.EBADF, f"connect_socket: {sock} is no descriptor of a socket") from exc
+    try:
+        stream = SocketStream(adopted)
+    except BaseException:
+        adopted.detach()
+        raise
+    adopted.set_inheritable(False)  # Python opens none that programs it starts would inherit
+    return stream
+
+
+def sooner(one: Deadline, other: Deadline) -> Deadline:
+    """Return the deadline that comes first."""
+    if one.at is None or other.at is None:
+        return other if one.at is None else one
+    return one if one.at <= other.at else other
+
+
+def pause(seconds: float, wanted: Callable[[], bool]) -> None:
+    """Do nothing for a while, as long as the connection is still `wanted`. Raises Disconnected when it is no more."""
+    end = Deadline.after(seconds)
+    while not end.expired:
+        wait_any((), _look_up(end))
+        check_wanted(wanted)
+
+
+def check_wanted(wanted: Callable[[], bool]) -> None:
+    """Raise Disconnected when the connection is not wanted any more."""
+    if not wanted():
+        raise Disconnected(errno.ENOTCONN, "the connection was closed by this program while connecting")
+
+
+def _look_up(deadline: Deadline) -> Deadline:
+    return sooner(deadline, Deadline.after(_LOOK_UP))
+
+
+def _no_name_server(error: TransportError) -> bool:
+    """Whether a host's name could not be looked up just now, as while a machine is starting."""
+    cause = error.__cause__
+    return isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_AGAIN

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from nbdcore.clients.arguments import deadline_after, text, texts
+from nbdcore.clients.encryption import Encryption
 from nbdcore.clients.knowledge import Knowledge
-from nbdcore.clients.session import StartTLS
-from nbdcore.errors import UsageError
 from nbdcore.protocol import negotiation
 from nbdcore.protocol.agreement import Export, ExportInfo
 from nbdcore.protocol.engine import Engine, Exchange
@@ -26,7 +24,7 @@ class OptionCalls(Knowledge):
     A refusal by the server raises NegotiationError and leaves the connection negotiating; a timeout ends it.
     """
 
-    _start_tls: StartTLS | None
+    _encryption: Encryption
 
     @abstractmethod
     def _exchange(self, start: Callable[[Engine], Exchange], deadline: Deadline, what: str) -> Any:
@@ -55,14 +53,11 @@ class OptionCalls(Knowledge):
     def opt_starttls(self, *, timeout: float | None = None) -> bool:
         """Ask for TLS (section NBD_OPT_STARTTLS). Returns whether the connection is encrypted now.
 
-        Everything learnt before is forgotten then, structured replies and extended headers included. Raises UsageError for a
-        client without `start_tls`.
+        Everything learnt before is forgotten then, structured replies and extended headers included. A handshake of TLS that
+        fails ends the connection. Raises UsageError where TLS was forbidden (`tls=False`), or this Python has none.
         """
         self._legal("opt_starttls")
-        if self._start_tls is None:
-            raise UsageError(
-                errno.EINVAL, "opt_starttls: the client was made without start_tls, which says how to encrypt a stream"
-            )
+        self._encryption.check_possible()
         return self._ask("opt_starttls", negotiation.starttls, timeout)
 
     def opt_structured_reply(self, *, timeout: float | None = None) -> bool:

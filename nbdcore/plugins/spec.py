@@ -46,11 +46,14 @@ class Transport(ABC):
         schemes: the URI schemes without TLS that it answers to, such as ("nbd+vsock",). Their `nbds` twins follow by themselves.
         parameters: the query parameters that its URIs may have, in lower case, such as ("socket",). Those about TLS need not be
             named; a URI with any other is refused before `parse` sees it.
+        runs_programs: connecting starts a program of this machine. A client then obeys a URI only where its caller has allowed
+            this transport by its name, since URIs may come from anywhere.
     """
 
     name: ClassVar[str]
     schemes: ClassVar[tuple[str, ...]]
     parameters: ClassVar[tuple[str, ...]] = ()
+    runs_programs: ClassVar[bool] = False
 
     @abstractmethod
     def address(self, **parts: Any) -> Address:
@@ -72,6 +75,10 @@ class Transport(ABC):
         it, a transport needs it only where a kernel has a limit of its own. Raises TransportError, with the operating system's
         error as its cause and its errno.
         """
+
+    def server_name(self, address: Any) -> str | None:  # noqa: ARG002 (for those that know one)
+        """Return the host name or address that the server's certificate must be for (TLS); None where none is known."""
+        return None
 
     def listening_address(self, **parts: Any) -> Address:
         """Return the address to listen at that these parts name: as `address` does, where other defaults do not make more sense.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import nbdcore
-from nbdcore import Client, Phase, UsageError
+from nbdcore import TLS, Client, Phase, TLSPolicy, UsageError
 from nbdcore.protocol.constants import Chunk, CommandType
 from nbdcore.streams.sockets import connected_pair
 from nbdcore.testing.scripted import EVERYTHING, Request, answer, chunk, data, goodbye, serve
@@ -203,6 +203,14 @@ def test_memory_is_let_go_of_when_the_call_has_ended():
         ({"exports": "disk"}, "unknown option exports"),
         ({"handshake_flags": 0}, "unknown option handshake_flags"),
         ({"start_tls": "yes"}, "start_tls is a function"),
+        ({"tls": "require"}, "tls says how to do TLS: a TLS value, True, False or None, not 'require'"),
+        ({"tls": TLSPolicy.REQUIRE}, "tls says how to do TLS"),
+        ({"tls_policy": True}, r"tls_policy is one of TLSPolicy\.DISABLE"),
+        ({"tls_policy": "require"}, r"tls_policy is one of TLSPolicy\.DISABLE"),
+        ({"tls": TLS(), "start_tls": id}, "tls and start_tls both say how to encrypt"),
+        ({"tls": False, "start_tls": id}, "tls=False forbids TLS"),
+        ({"tls": False, "tls_policy": TLSPolicy.ALLOW}, "tls=False forbids TLS"),
+        ({"allow_transports": "tcp"}, "allow_transports are a list of strings, not str"),
     ],
 )
 def test_a_wrong_option_is_refused(options, said):
@@ -246,7 +254,7 @@ def test_a_wrong_address_is_refused_and_leaves_the_client_newly_created(make):
 
 def test_a_socket_is_no_stream_and_the_message_says_what_makes_one():
     near, far = connected_pair()
-    with near, far, pytest.raises(UsageError, match=r"a Stream is needed, not socket: wrap it in nbdcore.*SocketStream"):
+    with near, far, pytest.raises(UsageError, match=r"a Stream is needed, not socket: connect_socket takes one"):
         Client(near)
     with pytest.raises(UsageError, match="a Stream is needed, not str"):
         Client("nbd://localhost")

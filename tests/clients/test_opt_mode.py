@@ -266,7 +266,7 @@ def test_a_handshake_goes_on_over_the_stream_that_start_tls_makes():
         goodbye,
     ]
     with ScriptedServer([ready_for_options, *options, secretly(*rest)]) as server:
-        client = Client(server.stream(), tls=TLSPolicy.REQUIRE, start_tls=start_tls, timeout=PATIENCE)
+        client = Client(server.stream(), tls_policy=TLSPolicy.REQUIRE, start_tls=start_tls, timeout=PATIENCE)
         assert client.tls
         assert wrapped == ["a scripted server"]
         assert client.pread(6, 0, timeout=PATIENCE) == b"secret"
@@ -321,7 +321,7 @@ def test_a_start_tls_that_fails_ends_the_connection(raised):
         raise raised
 
     with ScriptedServer([ready_for_options, expect_option(Option.STARTTLS), option_reply(Option.STARTTLS), drain]) as server:
-        client = Client(opt_mode=False, tls=TLSPolicy.REQUIRE, start_tls=start_tls)
+        client = Client(opt_mode=False, tls_policy=TLSPolicy.REQUIRE, start_tls=start_tls)
         with pytest.raises(type(raised), match=r"expired|no handshake|a bug"):
             client.connect_stream(server.stream(), timeout=PATIENCE)
         assert client.phase is Phase.DEAD
@@ -330,21 +330,12 @@ def test_a_start_tls_that_fails_ends_the_connection(raised):
 def test_a_server_without_tls_is_refused_where_tls_is_required_and_learns_nothing():
     steps = [*refuse(Option.STARTTLS, OptionReply.ERR_UNSUP), expect_end]
     with ScriptedServer([ready_for_options, *steps]) as server, pytest.raises(TLSError, match="TLS is required"):
-        Client(server.stream(), export="secret", tls=TLSPolicy.REQUIRE, start_tls=Scrambled, timeout=PATIENCE)
+        Client(server.stream(), export="secret", tls_policy=TLSPolicy.REQUIRE, start_tls=Scrambled, timeout=PATIENCE)
 
 
-@pytest.mark.parametrize("policy", [True, "require", 2, None, TLSPolicy.REQUIRE, TLSPolicy.ALLOW])
-def test_tls_without_a_way_or_with_a_wrong_policy_is_a_usage_error(policy):
-    with pytest.raises(UsageError, match=r"tls|TLS"):
-        Client(tls=policy)
-    if not isinstance(policy, TLSPolicy):
-        with pytest.raises(UsageError, match=r"tls is one of TLSPolicy\.DISABLE"):
-            Client(tls=policy, start_tls=Scrambled)
-
-
-def test_opt_starttls_needs_a_way():
+def test_opt_starttls_is_refused_where_tls_is_forbidden():
     with ScriptedServer([ready_for_options, expect_option(Option.ABORT), expect_end]) as server:
-        client = opt_client(server)
-        with pytest.raises(UsageError, match="opt_starttls: the client was made without start_tls"):
+        client = opt_client(server, tls=False)
+        with pytest.raises(UsageError, match="the client was made with tls=False"):
             client.opt_starttls()
         client.close()

@@ -13,6 +13,7 @@ from nbdcore import Client, Disconnected, Phase, TransportError, UsageError
 from nbdcore.protocol.constants import CommandType, Option
 from nbdcore.protocol.state import LEGAL
 from nbdcore.streams.memory import memory_pair
+from nbdcore.streams.sockets import connected_pair
 from nbdcore.testing.scripted import (
     Negotiation,
     Request,
@@ -40,6 +41,16 @@ def connect_stream(client: Client) -> Any:
         far.close()
 
 
+def connect_socket(client: Client) -> Any:
+    """Offer a socket, which stays the caller's where the call is refused."""
+    near, far = connected_pair()
+    try:
+        return client.connect_socket(near, timeout=0.01)
+    finally:
+        near.close()
+        far.close()
+
+
 #: One way to make each call of the table; the addresses are those of nobody.
 MAKE: dict[str, Callable[[Client], Any]] = {
     "connect": lambda c: c.connect("nbd+unix:///?socket=/nonexistent"),
@@ -47,6 +58,10 @@ MAKE: dict[str, Callable[[Client], Any]] = {
     "connect_unix": lambda c: c.connect_unix("/nonexistent"),
     "connect_vsock": lambda c: c.connect_vsock(1, 1, timeout=SHORT),  # CID 1 is this machine itself
     "connect_transport": lambda c: c.connect_transport("unix", path="/nonexistent"),
+    "connect_ssh": lambda c: c.connect_ssh("host.invalid", timeout=0),
+    "connect_command": lambda c: c.connect_command(["/nonexistent"]),
+    "connect_socket_activation": lambda c: c.connect_socket_activation(["/nonexistent"], timeout=PATIENCE),
+    "connect_socket": connect_socket,
     "connect_stream": connect_stream,
     "opt_abort": lambda c: c.opt_abort(),
     "size": lambda c: c.size,

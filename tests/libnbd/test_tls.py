@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import nbdcore.libnbd as nbd
-from nbdcore.streams.tls.credentials import supports_psk
+from nbdcore.streams.tls.credentials import supports_tls_psk
 from tests.certificates import PSK_LINE, PSK_USER, CertificateAuthority
 from tests.interop.servers import nbdkit
 
@@ -122,7 +122,7 @@ def test_pre_shared_key(tmp_path, handles):
         handle = handles()
         handle.set_tls_psk_file(keys)
         handle.set_tls_username(PSK_USER)
-        if supports_psk():
+        if supports_tls_psk():
             handle.connect_uri(server.uri)
             assert handle.pread(512, 0) == bytes(512)
             handle.close()

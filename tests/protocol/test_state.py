@@ -10,7 +10,18 @@ from nbdcore.errors import Disconnected, UsageError
 from nbdcore.protocol.state import LEGAL, Phase, check
 
 CREATED, CONNECTING, NEGOTIATING, CONNECTED, CLOSED, DEAD = Phase
-CONNECTS = {"connect", "connect_tcp", "connect_unix", "connect_vsock", "connect_transport", "connect_stream"}
+CONNECTS = {
+    "connect",
+    "connect_tcp",
+    "connect_unix",
+    "connect_vsock",
+    "connect_transport",
+    "connect_ssh",
+    "connect_command",
+    "connect_socket_activation",
+    "connect_socket",
+    "connect_stream",
+}
 OPTIONS = {
     "opt_list",
     "opt_info",

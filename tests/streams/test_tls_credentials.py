@@ -14,7 +14,7 @@ import pytest
 from nbdcore.errors import TLSError, UsageError
 from nbdcore.streams.memory import memory_pair
 from nbdcore.streams.tls import contexts
-from nbdcore.streams.tls.credentials import TLS, ServerTLS, supports_psk, supports_tls
+from nbdcore.streams.tls.credentials import TLS, ServerTLS, supports_tls, supports_tls_psk
 from nbdcore.streams.tls.priorities import Priority, parse_priority
 from tests.certificates import PSK_LINE, CertificateAuthority
 from tests.streams.tls_pairs import PAIRS, connected, receive, send, shake_both, started
@@ -412,7 +412,7 @@ def test_encrypted_key_is_refused_without_asking_on_the_terminal(world):
 
 def test_this_python_has_tls():
     assert supports_tls()
-    assert supports_psk() == hasattr(ssl.SSLContext, "set_psk_client_callback")
+    assert supports_tls_psk() == hasattr(ssl.SSLContext, "set_psk_client_callback")
 
 
 def test_psk_without_support_is_refused_clearly(tmp_path, monkeypatch):
@@ -429,8 +429,8 @@ def test_python_without_ssl_is_said_so_clearly():
         "import sys, importlib.util\n"
         "find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *rest: None if name == '_ssl' else find(name, *rest)\n"
-        "from nbdcore.streams.tls.credentials import TLS, supports_psk, supports_tls\n"
-        "print(supports_tls(), supports_psk())\n"
+        "from nbdcore.streams.tls.credentials import TLS, supports_tls_psk, supports_tls\n"
+        "print(supports_tls(), supports_tls_psk())\n"
         "try: TLS().starter()\n"
         "except OSError as exc: print(exc)\n"
     )

@@ -16,7 +16,7 @@ from nbdcore.protocol.agreement import Settings, TLSPolicy
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.sockets import SocketStream
-from nbdcore.streams.tls.credentials import TLS, supports_psk
+from nbdcore.streams.tls.credentials import TLS, supports_tls_psk
 from nbdcore.streams.waiting import Deadline, wait
 from tests.certificates import PSK_LINE, PSK_USER, CertificateAuthority
 from tests.interop.servers import Server, nbdkit
@@ -119,7 +119,7 @@ def test_client_without_the_certificate_that_is_demanded(ca, folder, tmp_path, t
 
 class TestPreSharedKeys:
     # From Python 3.13 on.
-    __test__ = supports_psk()
+    __test__ = supports_tls_psk()
 
     @pytest.fixture
     def keys(self, tmp_path) -> Path:

@@ -12,13 +12,13 @@ import pytest
 from nbdcore.errors import Disconnected, TLSError, UsageError
 from nbdcore.streams.base import Stream
 from nbdcore.streams.memory import memory_pair
-from nbdcore.streams.tls.credentials import TLS, ServerTLS, supports_psk
+from nbdcore.streams.tls.credentials import TLS, ServerTLS, supports_tls_psk
 from nbdcore.testing.choppy import ChoppyStream
 from tests.certificates import PSK_KEY, PSK_LINE, PSK_USER, CertificateAuthority
 from tests.streams.tls_pairs import PAIRS, connected, receive, send, shake_both, started
 
 # From Python 3.13 on. What older ones answer is tested in test_tls_credentials.
-__test__ = supports_psk()
+__test__ = supports_tls_psk()
 
 VERSIONS = {"TLSv1.2": "NORMAL:-VERS-TLS1.3", "TLSv1.3": "NORMAL:-VERS-TLS1.2"}
 versions = pytest.mark.parametrize("priority", VERSIONS.values(), ids=VERSIONS)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     # Imports ssl, which a program pays for when it starts TLS.
     from nbdcore.streams.tls.stream import TLSStream
 
-__all__ = ["TLS", "ServerTLS", "supports_psk", "supports_tls"]
+__all__ = ["TLS", "ServerTLS", "supports_tls", "supports_tls_psk"]
 
 Path = str | os.PathLike[str]
 
@@ -31,7 +31,7 @@ def supports_tls() -> bool:
     return importlib.util.find_spec("_ssl") is not None
 
 
-def supports_psk() -> bool:
+def supports_tls_psk() -> bool:
     """Return whether this Python can do TLS with pre-shared keys: CPython 3.13 or later, and an OpenSSL that was built for it."""
     if not supports_tls():
         return False
@@ -151,7 +151,7 @@ def _check(credentials: TLS | ServerTLS) -> None:
 def _check_support(psk_file: Path | None) -> None:
     if not supports_tls():
         raise UsageError(errno.ENOTSUP, "this Python was built without the ssl module: it has no TLS")
-    if psk_file is not None and not supports_psk():
+    if psk_file is not None and not supports_tls_psk():
         raise UsageError(errno.ENOTSUP, "TLS with pre-shared keys needs Python 3.13 or later; use certificates")
 
 
