@@ -1,7 +1,8 @@
 """`nbdcore serve`: a file, a block device or memory as a disk for others, on any number of transports at once.
 
-Listens to this machine alone unless told otherwise: NBD has no passwords. What the user gives is turned into the server's own
-terms here; serving is `nbdcore.server`'s business. Standard output gets one block of lines when all is ready, nothing after it.
+Listens to this machine alone unless told otherwise: NBD has no passwords, and without TLS it keeps no secrets. What the user
+gives is turned into the server's own terms here; serving is `nbdcore.server`'s business. Standard output gets one block of lines
+when all is ready, nothing after it.
 """
 
 from __future__ import annotations
@@ -13,23 +14,19 @@ import logging
 import os
 import re
 import shlex
-import signal
-import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
 
 from nbdcore import DEFAULT_PORT, URI, UsageError, parse_uri
 from nbdcore.cli.output import escaped, say, warn
+from nbdcore.cli.signals import stopped_by_signals
 from nbdcore.cli.sizes import parsed, rounded
-from nbdcore.server import Backend, ExportSettings, FileDisk, MemoryDisk, Server
-from nbdcore.streams.base import Listener, Want
-from nbdcore.streams.sockets import connected_pair
-from nbdcore.streams.waiting import NEVER, wait
+from nbdcore.server import Backend, ExportSettings, FileDisk, MemoryDisk, Server, ServerTLS
+from nbdcore.streams.base import Listener
 
 __all__ = ["serve"]
 
@@ -92,6 +89,38 @@ def _is_number(text: str) -> bool:
     return re.fullmatch("[0-9]{1,10}", text) is not None
 
 
+@dataclass(frozen=True, slots=True)
+class Encryption:
+    """What the options say about TLS."""
+
+    tls: ServerTLS | None = None
+    required: bool = False
+
+    @property
+    def words(self) -> str:
+        """How a disk is served, for a sentence."""
+        if self.tls is None:
+            return ""
+        return ", encrypted" if self.required else ", encrypted for clients that ask for it"
+
+    @property
+    def admits_anybody(self) -> bool:
+        """Whether clients need nothing that only they have."""
+        return self.tls is None or not self.required or not (self.tls.verify_clients or self.tls.psk_file)
+
+
+def _encryption(certificates: str | None, psk: str | None, *, verify_clients: bool, tls: str | None) -> Encryption:
+    if certificates is not None and psk is not None:
+        raise click.UsageError("--tls-certificates and --tls-psk are two ways to encrypt: use one of them.")
+    if verify_clients and certificates is None:
+        raise click.UsageError("--tls-verify-clients is about certificates: give --tls-certificates DIR.")
+    if certificates is None and psk is None:
+        if tls is not None:
+            raise click.UsageError("--tls needs something to encrypt with: give --tls-certificates DIR or --tls-psk FILE.")
+        return Encryption()
+    return Encryption(ServerTLS(certificates=certificates, psk_file=psk, verify_clients=verify_clients), tls != "allow")
+
+
 @click.command(short_help="Serve a file or memory as a disk.")
 @click.argument("file", required=False)
 @click.option(
@@ -113,6 +142,20 @@ def _is_number(text: str) -> bool:
 @click.option("--export", default="", metavar="NAME", help="Name of the export; clients find it without a name too.")
 @click.option("--description", default="", metavar="TEXT", help="A line about the export, for lists.")
 @click.option(
+    "--tls-certificates", metavar="DIR", help="Encrypt, with the certificate in DIR: server-cert.pem and server-key.pem."
+)
+@click.option(
+    "--tls-verify-clients", is_flag=True, help="Turn clients away that have no certificate of a CA in DIR's ca-cert.pem."
+)
+@click.option(
+    "--tls-psk", metavar="FILE", help="Encrypt, with keys that only this server and its clients know: lines of USER:HEXKEY."
+)
+@click.option(
+    "--tls",
+    type=click.Choice(["require", "allow"]),
+    help="What clients without encryption get: nothing (require, the default with a DIR or FILE), or all the same (allow).",
+)
+@click.option(
     "--max-clients", type=click.IntRange(min=1), default=128, show_default=True, metavar="N", help="Refuse more at the same time."
 )
 def serve(  # noqa: PLR0913 (click hands each option over by its name)
@@ -126,6 +169,10 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
     read_only: bool,
     export: str,
     description: str,
+    tls_certificates: str | None,
+    tls_verify_clients: bool,
+    tls_psk: str | None,
+    tls: str | None,
     max_clients: int,
 ) -> None:
     """Serve FILE, or memory, as a disk over NBD, until Ctrl-C.
@@ -136,22 +183,27 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
     \b
     nbdcore serve disk.img --vsock 10809
     nbdcore serve --memory 1G --unix /run/disk.sock --tcp 0.0.0.0:10809
+    nbdcore serve disk.img --tcp 0.0.0.0:10809 --tls-certificates /etc/pki/nbd --tls-verify-clients
     """  # noqa: D301 (a real backspace is how click is told not to wrap)
     if (file is None) == (memory is None):
         raise click.UsageError("Name a FILE to serve, or give --memory SIZE; not both.")
+    encryption = _encryption(tls_certificates, tls_psk, verify_clients=tls_verify_clients, tls=tls)
     places = [*tcp, *unix, *vsock, *listen] or [Place("tcp", {"host": _LOOPBACK, "port": DEFAULT_PORT})]
     with contextlib.ExitStack() as stack:
         stack.enter_context(_log_on_stderr())
-        wait_for_signal = stack.enter_context(_stopped_by_signals())
+        wait_for_signal = stack.enter_context(stopped_by_signals())
         disk, what = _opened(file, memory or 0, read_only=read_only)
         if isinstance(disk, FileDisk):
             stack.callback(disk.close)
         settings = ExportSettings(disk, description=description, read_only=read_only)
-        server = Server({export: settings}, max_clients=max_clients)
+        server = Server({export: settings}, tls=encryption.tls, require_tls=encryption.required, max_clients=max_clients)
         stack.callback(server.stop)
         listeners = [place.listen(server) for place in places]
         server.start()
-        _announce(what, export, list(zip(places, listeners, strict=True)), read_only=read_only)
+        if encryption.admits_anybody:
+            _warn_of_strangers(listeners, read_only=read_only)
+        uris = [for_clients(parse_uri(server.uri(listener, export))) for listener in listeners]
+        _announce(f"{what}{', read-only' if read_only else ''}{encryption.words}", list(zip(places, uris, strict=True)))
         wait_for_signal()
 
 
@@ -167,18 +219,19 @@ def _opened(file: str | None, memory: int, *, read_only: bool) -> tuple[Backend,
     return disk, f"{escaped(file)}, {rounded(disk.size)}"
 
 
-def _announce(what: str, export: str, listeners: Sequence[tuple[Place, Listener]], *, read_only: bool) -> None:
+def _announce(what: str, places: Sequence[tuple[Place, tuple[str, str]]]) -> None:
     """Print where the disk is: a line for each place, its second word the URI. In one piece: a script sees all or nothing."""
-    lines = [f"Serving {what}{', read-only' if read_only else ''}."]
-    uris = []
-    for place, listener in listeners:
-        listening_at = parse_uri(listener.address.uri(export))
-        uri, note = for_clients(listening_at)
-        uris.append(uri)
-        lines.append(f"{place.transport}: {uri}{note}")
-        if listening_at.transport_scheme == "nbd" and not _is_loopback(listening_at.host or ""):
+    lines = [f"Serving {what}."]
+    lines += [f"{place.transport}: {uri}{note}" for place, (uri, note) in places]
+    _, (first, _) = places[0]
+    say("\n".join([*lines, f"Ready, until Ctrl-C. To look at it: nbdcore info {shlex.quote(first)}"]))
+
+
+def _warn_of_strangers(listeners: Sequence[Listener], *, read_only: bool) -> None:
+    for listener in listeners:
+        where = parse_uri(listener.address.uri())
+        if where.transport_scheme == "nbd" and not _is_loopback(where.host or ""):
             warn(f"warning: whoever can reach {listener.address} can {'read' if read_only else 'read and write'} this disk")
-    say("\n".join([*lines, f"Ready, until Ctrl-C. To look at it: nbdcore info {shlex.quote(uris[0])}"]))
 
 
 def for_clients(listening_at: URI) -> tuple[str, str]:
@@ -194,54 +247,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-# ---------------------------------------------------------------------------------------------- signals and the log
-
-
-class _Stop(BaseException):
-    """A signal asks the server to stop."""
-
-
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[Callable[[], None]]:
-    """Gives a function that waits for SIGINT or SIGTERM. The first ends this context in order, a second the process at once."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-
-    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (the interpreter's own signature)
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
-        raise _Stop
-
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        with _signalled() as signalled, contextlib.suppress(_Stop):
-            yield lambda: _sleep(signalled)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _signalled() -> Iterator[socket.socket]:
-    """Give a socket to which every signal that has a handler sends a byte.
-
-    Sleeping is not enough: a signal that another thread takes, or that comes just before the sleep, interrupts nothing, and its
-    handler would run when the sleep is over.
-    """
-    reader, writer = connected_pair()
-    with reader, writer:
-        writer.setblocking(False)
-        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        try:
-            yield reader
-        finally:
-            signal.set_wakeup_fd(before)
-
-
-def _sleep(signalled: socket.socket) -> None:
-    """Sleep until the handler of a signal raises."""
-    while True:
-        wait(signalled.fileno(), Want.READ, NEVER, "")
-        signalled.recv(64)
+# ---------------------------------------------------------------------------------------------- the log
 
 
 class _OneLine(logging.Handler):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,8 +14,11 @@ import pytest
 
 import nbdcore
 from nbdcore.cli.serve import for_clients
+from nbdcore.streams.tls.credentials import supports_tls_psk
+from tests.certificates import PSK_LINE, PSK_USER, CertificateAuthority
 from tests.cli.commands import DEADLINE, invoke, run, serving
 from tests.cli.test_command import STRANGERS
+from tests.interop.programs import run as run_program
 
 MEBIBYTE = 1 << 20
 
@@ -309,3 +313,123 @@ def test_reader_that_goes_away_after_the_first_line_does_not_stop_it(socket_path
         os.kill(server, signal.SIGTERM)
         _, status = os.waitpid(server, 0)
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+# Encrypted
+
+
+@pytest.fixture
+def pki(tmp_path):
+    """A folder of certificates, for a server and for clients."""
+    ca = CertificateAuthority()
+    return ca.write(tmp_path / "pki", server=ca.issue("server", "localhost", "127.0.0.1"), client=ca.issue("client"))
+
+
+def shown_by_nbdinfo(uri, *, folder=None, check=True):
+    parameter = f"{'&' if '?' in uri else '?'}tls-certificates={folder}" if folder else ""
+    return run_program("nbdinfo", "--json", uri + parameter, check=check)
+
+
+@pytest.mark.interop("nbdinfo")
+def test_encrypted_disk_has_uris_that_demand_tls(pki, socket_path):
+    with serving("--memory", "1M", "--tcp", "0", "--unix", socket_path, "--tls-certificates", pki, "--export", "disk") as server:
+        assert server.said[0] == "Serving 1M of memory, gone when the server stops, encrypted."
+        tcp, unix = server.uris
+        assert re.fullmatch(r"nbds://127\.0\.0\.1:[0-9]+/disk", tcp)
+        assert unix == f"nbds+unix:///disk?socket={socket_path}"
+        assert server.said[-1].endswith(f"nbdcore info {tcp}")
+        for uri in server.uris:
+            told = json.loads(shown_by_nbdinfo(uri, folder=pki).stdout)
+            assert (told["TLS"], told["exports"][0]["export-size"]) == (True, MEBIBYTE)
+            assert shown_by_nbdinfo(uri.replace("nbds", "nbd", 1), check=False).returncode == 1
+        assert server.stop() == (0, "", "")
+
+
+@pytest.mark.interop("nbdinfo")
+def test_clients_may_do_without_encryption_where_it_is_allowed(pki):
+    with serving("--memory", "1M", "--tcp", "0", "--tls-certificates", pki, "--tls", "allow") as server:
+        assert server.said[0].endswith(", encrypted for clients that ask for it.")
+        assert json.loads(shown_by_nbdinfo(server.uri, folder=pki).stdout)["TLS"] is True
+        assert json.loads(shown_by_nbdinfo(server.uri.replace("nbds", "nbd")).stdout)["TLS"] is False
+
+
+@pytest.mark.interop("nbdinfo")
+def test_client_without_the_certificate_demanded_is_one_line(pki, tmp_path):
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    (stranger / "ca-cert.pem").write_bytes((pki / "ca-cert.pem").read_bytes())
+    with serving("--memory", "1M", "--tcp", "0", "--tls-certificates", pki, "--tls-verify-clients") as server:
+        assert shown_by_nbdinfo(server.uri, folder=stranger, check=False).returncode == 1
+        assert shown_by_nbdinfo(server.uri, folder=pki).returncode == 0
+        [line] = server.stop()[2].splitlines()
+    assert re.match(r"nbdcore: the TLS handshake with TCP client 127\.0\.0\.1 port \d+ failed: ", line)
+    assert "showed no certificate" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [(("--tls-verify-clients",), False), (("--tls-verify-clients", "--tls", "allow"), True), ((), True)],
+)
+def test_warning_about_strangers_depends_on_what_clients_must_show(pki, options, warned):
+    with serving("--memory", "1M", "--tcp", "0.0.0.0:0", "--tls-certificates", pki, *options) as server:
+        assert ("whoever can reach TCP" in server.stop()[2]) is warned
+
+
+def test_uri_to_listen_at_may_demand_tls_that_there_is(pki):
+    with serving("--memory", "1M", "--listen", "nbds://127.0.0.1:0", "--tls-certificates", pki) as server:
+        assert server.uri.startswith("nbds://127.0.0.1:")
+    done = invoke("serve", "--memory", "1M", "--listen", "nbds://127.0.0.1:0", "--tls-certificates", pki, "--tls", "allow")
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert "demands TLS, which this server does not require" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--tls", "require"),
+        ("--tls", "allow"),
+        ("--tls-verify-clients",),
+        ("--tls-verify-clients", "--tls-psk", "keys.psk"),
+        ("--tls-certificates", "pki", "--tls-psk", "keys.psk"),
+        ("--tls-certificates", "pki", "--tls", "perhaps"),
+    ],
+)
+def test_options_of_encryption_that_contradict_each_other_are_status_2(options):
+    done = invoke("serve", "--memory", "1M", *options)
+    assert (done.exit_code, done.stdout) == (2, "")
+
+
+def test_certificates_that_cannot_be_used_are_one_line(tmp_path, pki):
+    (pki / "server-key.pem").write_text("no key")
+    for folder, words in ((tmp_path, "server-cert.pem"), (pki, "in PEM form")):
+        done = invoke("serve", "--memory", "1M", "--tcp", "0", "--tls-certificates", folder)
+        assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert words in done.stderr
+
+
+class TestPreSharedKeys:
+    # From Python 3.13 on.
+    __test__ = supports_tls_psk()
+
+    @pytest.mark.interop("nbdinfo")
+    def test_client_with_the_key_is_served_and_no_other(self, tmp_path):
+        keys, others = tmp_path / "keys.psk", tmp_path / "others.psk"
+        keys.write_text(PSK_LINE)
+        others.write_text(f"{PSK_USER}:ff00\n")
+        with serving("--memory", "1M", "--tcp", "0.0.0.0:0", "--tls-psk", keys) as server:
+            uri = server.uri.replace("://", f"://{PSK_USER}@")
+            assert json.loads(shown_by_nbdinfo(f"{uri}?tls-psk-file={keys}").stdout)["TLS"] is True
+            assert shown_by_nbdinfo(f"{uri}?tls-psk-file={others}", check=False).returncode == 1
+            [line] = server.stop()[2].splitlines()
+        assert "TLS" in line
+
+
+class TestWithoutPreSharedKeys:
+    # Before Python 3.13.
+    __test__ = not supports_tls_psk()
+
+    def test_they_are_one_line(self, tmp_path):
+        (tmp_path / "keys.psk").write_text(PSK_LINE)
+        done = invoke("serve", "--memory", "1M", "--tls-psk", tmp_path / "keys.psk")
+        assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert "Python 3.13" in done.stderr
