@@ -6,6 +6,7 @@ import contextlib
 import errno
 import math
 import os
+import select
 import signal
 import threading
 import time
@@ -22,7 +23,7 @@ SOON = 30.0
 BOTH = Want.READ | Want.WRITE
 
 
-@pytest.fixture(params=["poll", "select"])
+@pytest.fixture(params=["poll", "select"] if hasattr(select, "poll") else ["select"])
 def _system_call(request, monkeypatch):
     if request.param == "select":
         monkeypatch.setattr(waiting, "_ready", waiting._by_select)
