@@ -186,7 +186,7 @@ class Channel:
     def _wait(self, want: Want, *, between: bool = False) -> None:
         """Wait for the client; `between` messages a shutdown ends that, else its deadline does."""
         stream, shutdown = self._stream, self._shutdown
-        if want & Want.READ and stream.buffered():
+        if stream.buffered() and want & Want.READ:
             self._check_deadline()
             return
         want |= stream.wants()

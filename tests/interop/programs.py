@@ -20,7 +20,10 @@ QEMU_NBD_10 = "qemu-nbd-10"
 
 #: Name in a marker: what is looked for, in the path or as a file.
 PROGRAMS: Mapping[str, str] = {
-    **{name: name for name in ("nbdkit", "qemu-nbd", "qemu-img", "qemu-io", "nbd-server", "nbdinfo", "nbdcopy", "nbdsh", "fio")},
+    **{
+        name: name
+        for name in ("nbdkit", "qemu-nbd", "qemu-img", "qemu-io", "nbd-server", "nbdinfo", "nbdcopy", "nbdsh", "fio", "openssl")
+    },
     QEMU_NBD_10: str(REPOSITORY / ".cache/qemu10/qemu-nbd"),
 }
 
