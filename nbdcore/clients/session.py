@@ -25,6 +25,8 @@ StartTLS = Callable[[Stream], Stream]
 # Receives in one go before the owner is heard again: a server that always has more must not lock out a deadline. 64 KiB of
 # scratch at a time, these are a few megabytes.
 _RECEIVES = 64
+# What half-closing comes to where the server has hung up.
+_HUNG_UP = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 _OVER = (Phase.CLOSED, Phase.DEAD)
 # By the number that a Want is: this is asked for every small read, and operations on flags are slow.
 _WANTS = (Want.NOTHING, Want.READ, Want.WRITE, Want.READ | Want.WRITE)
@@ -90,12 +92,23 @@ class Session:
                     return
                 engine.sent(count)
             if engine.finished_sending and not self._half_closed:
-                self._half_closed = stream.finish_sending()
-                self._finishing = not self._half_closed
+                self._finish_sending()
             elif (owed := stream.wants()) is not _NOTHING and owed & Want.WRITE:
                 stream.send([])
         except OSError as exc:
             self._broken(exc)
+
+    def _finish_sending(self) -> None:
+        """Everything has been sent, and the goodbye was the last of it."""
+        try:
+            self._half_closed = self._stream.finish_sending()
+            self._finishing = not self._half_closed
+        except OSError as exc:
+            if exc.errno not in _HUNG_UP or isinstance(exc, TLSError):
+                raise
+            # The server has read the goodbye and was faster to hang up.
+            self.engine.received_eof()
+            self.close()
 
     def receive(self) -> None:
         """Receive what is there, let the engine take it in, and close the stream if that was the end."""
