@@ -159,7 +159,6 @@ class Channel:
             if self._shutdown.requested:
                 raise ConnectionOver("the server is being shut down")
             self._wait(stream.wants(), between=True)
-            self._check_deadline()
         self.secure = True
 
     def finish(self) -> None:

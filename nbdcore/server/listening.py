@@ -92,7 +92,9 @@ class Server:
         """Listen on a loaded transport at the address that its parts name: `listen("tcp", host="127.0.0.1", port=0)`.
 
         Parts left out have the transport's defaults for listening. Returns the listener; its `address` is the one in effect, and
-        `address.uri(export)` what clients connect to. Clients are accepted once the server is started; until then they queue.
+        `server.uri(listener, export)` what clients connect to. Clients are accepted once the server is started; until then they
+        queue.
+
         Raises TransportUnavailable for a transport that is not loaded, TransportError where listening fails, UsageError for a
         wrong address or a stopped server.
         """

@@ -109,6 +109,18 @@ def test_client_that_does_not_answer_the_goodbye_is_left(forced, context, client
     assert wait_for(lambda: not forced._clients)
 
 
+def test_bytes_behind_the_clients_goodbye_do_not_cost_it_the_servers(forced, context, client_of):
+    # A connection that is closed while there are bytes to be received is reset.
+    client = client_of(forced)
+    client.greet()
+    client.start_tls(context)
+    client.go()
+    client.send(client.pack(CommandType.DISC) + bytes(MEBIBYTE))
+    assert client.hung_up()
+    client.sock = client.sock.unwrap()
+    assert client.sock.recv(1) == b""
+
+
 def wait_for(condition) -> bool:
     end = time.monotonic() + PATIENCE
     while not condition():
@@ -576,6 +588,59 @@ def test_stream_that_is_as_awkward_as_it_may_be(serve, tls, versioned, most):
         assert client.read(7, len(data)).contents() == data
         client.send(client.pack(CommandType.DISC))
         assert client.hung_up()
+
+
+def test_refusal_leaves_before_the_connection_ends_however_slowly(serve, tls, context):
+    server = serve(MemoryDisk(MEBIBYTE), tls=tls, handshake_timeout=PATIENCE)
+    near, far = connected_pair()
+    server.serve_stream(ChoppyStream(SocketStream(far), most=2))
+    with contextlib.closing(RawClient(near)) as client:
+        client.greet()
+        client.start_tls(context)
+        client.agree()
+        client.go()
+        assert client.ask(CommandType.WRITE, 0, 1 << 31).error == ErrorNumber.EINVAL
+
+
+class ReadingAhead(SocketStream):
+    """Takes in all that there is, and hands out a little of it every other time: its descriptor is quiet, as TLS's may be."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock)
+        self.ahead = bytearray()
+        self.asked = 0
+
+    def recv_into(self, room):
+        piece = memoryview(bytearray(MEBIBYTE))
+        while count := super().recv_into(piece):
+            self.ahead += piece[:count]
+        self.asked += 1
+        if not self.ahead:
+            return count
+        if self.asked % 2:
+            return None
+        given = self.ahead[: min(len(room), 5)]
+        del self.ahead[: len(given)]
+        room[: len(given)] = given
+        return len(given)
+
+    def buffered(self):
+        return bool(self.ahead)
+
+
+def test_stream_that_has_more_than_its_descriptor_shows(serve, tls, context):
+    for encrypted in (False, True):
+        server = serve(MemoryDisk(MEBIBYTE), tls=tls, require_tls=encrypted)
+        near, far = connected_pair()
+        server.serve_stream(ReadingAhead(far))
+        with contextlib.closing(RawClient(near)) as client:
+            client.greet()
+            if encrypted:
+                client.start_tls(context)
+            client.agree()
+            client.go()
+            assert client.write(0, b"x" * 3000).error == 0
+            assert client.read(0, 3000).contents() == b"x" * 3000
 
 
 def test_memory_per_client_is_bounded_within_tls(serve, tls, context, client_of):
