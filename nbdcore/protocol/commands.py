@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import errno
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import index
 from typing import Any
 
@@ -43,6 +43,23 @@ class Strict(enum.IntFlag):
 
 ALL_STRICT = Strict(0x7F)
 
+# In plain ints what is looked at for every request: an operation on flags of the enum module costs as much as a whole request.
+_ALL_STRICT = int(ALL_STRICT)
+_COMMANDS, _FLAGS, _BOUNDS, _ZERO_SIZE = int(Strict.COMMANDS), int(Strict.FLAGS), int(Strict.BOUNDS), int(Strict.ZERO_SIZE)
+_ALIGN, _PAYLOAD, _AUTO_FLAG = int(Strict.ALIGN), int(Strict.PAYLOAD), int(Strict.AUTO_FLAG)
+_FUA, _NO_HOLE, _DF = int(CommandFlag.FUA), int(CommandFlag.NO_HOLE), int(CommandFlag.DF)
+_REQ_ONE, _FAST_ZERO, _PAYLOAD_LEN = int(CommandFlag.REQ_ONE), int(CommandFlag.FAST_ZERO), int(CommandFlag.PAYLOAD_LEN)
+_READ_ONLY, _SEND_FLUSH = int(TransmissionFlag.READ_ONLY), int(TransmissionFlag.SEND_FLUSH)
+_SEND_TRIM, _SEND_CACHE = int(TransmissionFlag.SEND_TRIM), int(TransmissionFlag.SEND_CACHE)
+_SEND_WRITE_ZEROES, _STATUS_PAYLOAD = int(TransmissionFlag.SEND_WRITE_ZEROES), int(TransmissionFlag.BLOCK_STATUS_PAYLOAD)
+#: A flag of a command, and the flag of the export that offers it.
+_OFFERED = (
+    (_FUA, int(TransmissionFlag.SEND_FUA)),
+    (_DF, int(TransmissionFlag.SEND_DF)),
+    (_FAST_ZERO, int(TransmissionFlag.SEND_FAST_ZERO)),
+)
+_READ, _WRITE, _BLOCK_STATUS = int(CommandType.READ), int(CommandType.WRITE), int(CommandType.BLOCK_STATUS)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -58,6 +75,8 @@ class Limits:
         structured: structured replies are on.
         contexts: metadata contexts are selected.
         strict: which checks are made.
+        plain_reads: end in bytes of what may be read without further checks by a request without flags; 0 where none may.
+        plain_writes: the same of what may be written.
     """
 
     size: int
@@ -69,6 +88,13 @@ class Limits:
     structured: bool = False
     contexts: bool = False
     strict: int = ALL_STRICT
+    plain_reads: int = field(init=False)
+    plain_writes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        reads = self.size if self.strict == _ALL_STRICT and self.minimum <= 1 else 0
+        object.__setattr__(self, "plain_reads", reads)
+        object.__setattr__(self, "plain_writes", 0 if self.flags & _READ_ONLY else reads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +153,10 @@ class Command:
 
     def __init__(self, kind: int, flags: int, offset: int, count: int) -> None:
         self.type = kind
-        self.flags = flags
+        self.flags = flags if flags.__class__ is int else int(index(flags))
         # Nothing but an int gets past here: what is no integer is a TypeError now, not an accident while packing.
-        self.offset = index(offset)
-        self.count = index(count)
+        self.offset = offset if offset.__class__ is int else index(offset)
+        self.count = count if count.__class__ is int else index(count)
         self.payload: memoryview | None = None
         self.target: memoryview | None = None
         self.data: bytes | None = None
@@ -186,23 +212,22 @@ _NAMES: dict[int, str] = {
 
 def read(limits: Limits, count: int, offset: int, *, target: memoryview | None = None, flags: int = 0) -> Command:
     """Build NBD_CMD_READ. `target`, if given, is writable and holds exactly `count` bytes; flags: DF."""
-    command = Command(CommandType.READ, flags, offset, count)
+    command = Command(_READ, flags, offset, count)
     offset, count = command.offset, command.count
-    if (
-        limits.strict != ALL_STRICT
-        or flags
-        or not (0 < count <= MAX_PAYLOAD and 0 <= offset <= limits.size - count)
-        or limits.minimum > 1
-    ):
-        _check(limits, command, CommandFlag.DF, past_end=errno.EINVAL)
+    if command.flags or not (0 < count <= MAX_PAYLOAD and 0 <= offset <= limits.plain_reads - count):
+        _check(limits, command, _DF, past_end=errno.EINVAL)
     command.target = target
     return command
 
 
 def write(limits: Limits, data: memoryview, offset: int, *, flags: int = 0) -> Command:
     """Build NBD_CMD_WRITE. `data` is a view of bytes that must not change until the command is done; flags: FUA."""
-    command = Command(CommandType.WRITE, _auto_payload_flag(limits, flags), offset, len(data))
-    _check(limits, command, CommandFlag.FUA | CommandFlag.PAYLOAD_LEN, past_end=errno.ENOSPC, writes=True, carries=True)
+    command = Command(_WRITE, flags, offset, len(data))
+    offset, count = command.offset, command.count
+    plain = not command.flags and 0 < count <= limits.payload and 0 <= offset <= limits.plain_writes - count
+    command.flags = _auto_payload_flag(limits, command.flags)
+    if not plain:
+        _check(limits, command, _FUA | _PAYLOAD_LEN, past_end=errno.ENOSPC, writes=True, carries=True)
     command.payload = data
     return command
 
@@ -210,42 +235,42 @@ def write(limits: Limits, data: memoryview, offset: int, *, flags: int = 0) -> C
 def flush(limits: Limits, *, flags: int = 0) -> Command:
     """Build NBD_CMD_FLUSH."""
     command = Command(CommandType.FLUSH, flags, 0, 0)
-    _check_flags(limits, command, CommandFlag(0))
-    _check_supported(limits, command, TransmissionFlag.SEND_FLUSH)
+    _check_flags(limits, command, 0)
+    _check_supported(limits, command, _SEND_FLUSH)
     return command
 
 
 def trim(limits: Limits, count: int, offset: int, *, flags: int = 0) -> Command:
     """Build NBD_CMD_TRIM; flags: FUA."""
     command = Command(CommandType.TRIM, flags, offset, count)
-    _check(limits, command, CommandFlag.FUA, needs=TransmissionFlag.SEND_TRIM, past_end=errno.ENOSPC, writes=True)
+    _check(limits, command, _FUA, needs=_SEND_TRIM, past_end=errno.ENOSPC, writes=True)
     return command
 
 
 def cache(limits: Limits, count: int, offset: int, *, flags: int = 0) -> Command:
     """Build NBD_CMD_CACHE."""
     command = Command(CommandType.CACHE, flags, offset, count)
-    _check(limits, command, CommandFlag(0), needs=TransmissionFlag.SEND_CACHE, past_end=errno.EINVAL)
+    _check(limits, command, 0, needs=_SEND_CACHE, past_end=errno.EINVAL)
     return command
 
 
 def zero(limits: Limits, count: int, offset: int, *, flags: int = 0) -> Command:
     """Build NBD_CMD_WRITE_ZEROES; flags: FUA, NO_HOLE, FAST_ZERO."""
     command = Command(CommandType.WRITE_ZEROES, flags, offset, count)
-    allowed = CommandFlag.FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO
-    _check(limits, command, allowed, needs=TransmissionFlag.SEND_WRITE_ZEROES, past_end=errno.ENOSPC, writes=True)
+    allowed = _FUA | _NO_HOLE | _FAST_ZERO
+    _check(limits, command, allowed, needs=_SEND_WRITE_ZEROES, past_end=errno.ENOSPC, writes=True)
     return command
 
 
 def block_status(limits: Limits, count: int, offset: int, *, context_ids: Sequence[int] | None = None, flags: int = 0) -> Command:
     """Build NBD_CMD_BLOCK_STATUS; `context_ids` limits the answer to some of the selected contexts; flags: REQ_ONE."""
-    allowed = CommandFlag.REQ_ONE
+    allowed = _REQ_ONE
     if context_ids is not None:
         flags = _auto_payload_flag(limits, flags)
-        allowed |= CommandFlag.PAYLOAD_LEN
+        allowed |= _PAYLOAD_LEN
     command = Command(CommandType.BLOCK_STATUS, flags, offset, count)
     _check(limits, command, allowed, past_end=errno.EINVAL, carries=context_ids is not None)
-    if context_ids is not None and flags & CommandFlag.PAYLOAD_LEN:  # without the flag the server takes it for the next request
+    if context_ids is not None and flags & _PAYLOAD_LEN:  # without the flag the server takes it for the next request
         command.payload = memoryview(wire.UINT64.pack(count) + b"".join(map(wire.UINT32.pack, context_ids)))
     return command
 
@@ -260,15 +285,15 @@ def disconnect() -> Command:
 
 def _auto_payload_flag(limits: Limits, flags: int) -> int:
     """Set PAYLOAD_LEN on a command with a payload exactly when extended headers are on, unless the caller sees to it."""
-    if not limits.strict & Strict.AUTO_FLAG:
+    if not limits.strict & _AUTO_FLAG:
         return flags
-    return flags | CommandFlag.PAYLOAD_LEN if limits.extended else flags & ~int(CommandFlag.PAYLOAD_LEN)
+    return flags | _PAYLOAD_LEN if limits.extended else flags & ~_PAYLOAD_LEN
 
 
 def _check(
     limits: Limits,
     command: Command,
-    allowed: CommandFlag,
+    allowed: int,
     *,
     past_end: int,
     needs: int = 0,
@@ -278,40 +303,36 @@ def _check(
     """Make every check of a command that has an offset and a count; `carries`: a payload is to follow its header."""
     _check_flags(limits, command, allowed)
     _check_supported(limits, command, needs)
-    if limits.strict & Strict.COMMANDS:
+    if limits.strict & _COMMANDS:
         _check_capabilities(limits, command, writes=writes, carries=carries)
     _check_range(limits, command, past_end)
     _check_length(limits, command)
 
 
-def _check_flags(limits: Limits, command: Command, allowed: CommandFlag) -> None:
-    # In plain ints: the complement of an IntFlag has only the bits that it has names for.
-    strange = command.flags & ~(int(allowed) if limits.strict & Strict.FLAGS else 0xFFFF)
+def _check_flags(limits: Limits, command: Command, allowed: int) -> None:
+    strange = command.flags & ~(allowed if limits.strict & _FLAGS else 0xFFFF)
     if strange:
         raise UsageError(errno.EINVAL, f"{command}: flags {strange:#x} do not belong to this command")
 
 
 def _check_supported(limits: Limits, command: Command, needs: int) -> None:
-    if limits.strict & Strict.COMMANDS and limits.flags & needs != needs:
+    if limits.strict & _COMMANDS and limits.flags & needs != needs:
         raise UsageError(errno.EINVAL, f"{command}: the server does not offer this command for the export")
 
 
 def _check_capabilities(limits: Limits, command: Command, *, writes: bool, carries: bool) -> None:
-    if writes and limits.flags & TransmissionFlag.READ_ONLY:
+    if writes and limits.flags & _READ_ONLY:
         raise UsageError(errno.EPERM, f"{command}: the export is read-only")
-    for flag, needs in (
-        (CommandFlag.FUA, TransmissionFlag.SEND_FUA),
-        (CommandFlag.DF, TransmissionFlag.SEND_DF),
-        (CommandFlag.FAST_ZERO, TransmissionFlag.SEND_FAST_ZERO),
-    ):
+    for flag, needs in _OFFERED:
         if command.flags & flag and not limits.flags & needs:
-            raise UsageError(errno.EINVAL, f"{command}: the server does not offer the flag {flag.name} for the export")
-    if command.type == CommandType.BLOCK_STATUS:
+            name = CommandFlag(flag).name
+            raise UsageError(errno.EINVAL, f"{command}: the server does not offer the flag {name} for the export")
+    if command.type == _BLOCK_STATUS:
         if not (limits.structured and limits.contexts):
             raise UsageError(errno.ENOTSUP, f"{command}: no metadata context is selected, or the server has none")
-        if carries and not (limits.extended and limits.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD):
+        if carries and not (limits.extended and limits.flags & _STATUS_PAYLOAD):
             raise UsageError(errno.ENOTSUP, f"{command}: the server cannot limit it to some of the contexts")
-    if bool(command.flags & CommandFlag.PAYLOAD_LEN) != (limits.extended and carries):
+    if bool(command.flags & _PAYLOAD_LEN) != (limits.extended and carries):
         raise UsageError(
             errno.EINVAL, f"{command}: the flag PAYLOAD_LEN goes with a payload under extended headers, and only there"
         )
@@ -321,20 +342,20 @@ def _check_range(limits: Limits, command: Command, past_end: int) -> None:
     offset, count = command.offset, command.count
     if count < 0 or offset < 0 or offset >= 1 << 64:
         raise UsageError(errno.EINVAL, f"{command}: offset and count must be numbers from 0 on that fit 64 bits")
-    if count == 0 and limits.strict & Strict.ZERO_SIZE:
+    if count == 0 and limits.strict & _ZERO_SIZE:
         raise UsageError(errno.EINVAL, f"{command}: a request for no bytes has no defined meaning")
-    if limits.strict & Strict.BOUNDS and (offset > limits.size or count > limits.size - offset):
+    if limits.strict & _BOUNDS and (offset > limits.size or count > limits.size - offset):
         raise UsageError(past_end, f"{command} reaches past the end of the export ({limits.size} bytes)")
-    if limits.strict & Strict.ALIGN and limits.minimum > 1 and (offset % limits.minimum or count % limits.minimum):
+    if limits.strict & _ALIGN and limits.minimum > 1 and (offset % limits.minimum or count % limits.minimum):
         raise UsageError(
             errno.EINVAL, f"{command}: the server wants multiples of {limits.minimum} bytes (its minimum block size)"
         )
 
 
 def _check_length(limits: Limits, command: Command) -> None:
-    if command.type in (CommandType.READ, CommandType.WRITE):
+    if command.type in (_READ, _WRITE):
         most = MAX_PAYLOAD
-        if command.type == CommandType.WRITE and limits.strict & Strict.PAYLOAD:
+        if command.type == _WRITE and limits.strict & _PAYLOAD:
             most = min(most, limits.payload)
     else:
         most = (1 << 64) - 1 if limits.extended else MAX_COMPACT_LENGTH
