@@ -54,16 +54,13 @@ class PolledClient(Knowledge):
 
     def __init__(self, settings: Settings, *, strict: int = ALL_STRICT, start_tls: StartTLS | None = None) -> None:
         super().__init__(Engine(settings, strict=strict))
+        #: the engine underneath, for what is agreed on and for building commands
+        self.engine = self._engine
         self._start_tls = start_tls
         self._connecting: Connecting | None = None
         self._awaited: tuple[int, Want] = (-1, Want.NOTHING)
         self._session: Session | None = None
         self._advancing = False
-
-    @property
-    def engine(self) -> Engine:
-        """The engine underneath, for what is agreed on and for building commands."""
-        return self._engine
 
     @property
     def traffic(self) -> Traffic:
@@ -203,12 +200,11 @@ class PolledClient(Knowledge):
 
     def submit(self, command: Command) -> int:
         """Queue a command and return its cookie; its outcome is in the command. A failure to send it is such an outcome too."""
-        engine = self._engine
+        engine = self.engine
         cookie = engine.submit(command)
         if not self._advancing:
-            under_way = len(engine.in_flight)
             payload = command.payload
-            if not under_way or engine.pending - under_way >= _BURST or (payload is not None and len(payload) >= _LARGE_PAYLOAD):
+            if engine.queued >= _BURST or not engine.in_flight or (payload is not None and len(payload) >= _LARGE_PAYLOAD):
                 self._send()
         return cookie
 

@@ -23,7 +23,8 @@ class AioCommandCalls(CommandBuilders):
     """Commands that are started."""
 
     def _queue(self, command: Command, completion: Callback | None) -> int:
-        command.tag = None if completion is None else arguments.callback(completion, "completion")
+        if completion is not None:
+            command.tag = arguments.callback(completion, "completion")
         command.completion = self._ledger.complete
         return self._connection.submit(command)
 
@@ -31,7 +32,7 @@ class AioCommandCalls(CommandBuilders):
     def aio_pread(self, buf: Any, offset: int, completion: Callback | None = None, flags: int = 0) -> int:
         """Start reading into an `nbd.Buffer` or any writable buffer."""
         target = arguments.target(buf, clear=self._wishes.pread_initialize)
-        return self._queue(self._read(target, len(target), arguments.unsigned_64(offset, "offset"), flags), completion)
+        return self._queue(self._read(target, len(target), offset, flags), completion)
 
     @call("1.0", CONNECTED)
     def aio_pread_structured(
@@ -40,7 +41,7 @@ class AioCommandCalls(CommandBuilders):
         """Start reading, and tell `chunk` each piece as it comes."""
         target = arguments.target(buf, clear=self._wishes.pread_initialize)
         callback = arguments.callback(chunk, "chunk")
-        command = self._read(target, len(target), arguments.unsigned_64(offset, "offset"), flags, CMD_FLAG_DF)
+        command = self._read(target, len(target), offset, flags, CMD_FLAG_DF)
         self._ledger.reports_chunks(command, callback)
         return self._queue(command, completion)
 
@@ -144,9 +145,10 @@ class AioCalls(CommandBuilders):
 
     def _under_way(self) -> int:
         client = self._client
-        if client is None or client.phase is not Phase.CONNECTED:
+        if client is None or client.engine.phase is not Phase.CONNECTED:
             return 0
-        return client.engine.pending + (self._disconnecting and client.engine.finished_sending)
+        pending = client.engine.pending
+        return pending + 1 if self._disconnecting and client.engine.finished_sending else pending
 
     # ------------------------------------------------------------------------------------------ loops
 

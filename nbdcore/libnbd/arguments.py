@@ -13,7 +13,7 @@ from operator import index
 from typing import Any
 
 from nbdcore.errors import UsageError
-from nbdcore.libnbd.buffer import Buffer, zeroes
+from nbdcore.libnbd.buffer import Buffer, flat, zeroes
 from nbdcore.protocol.constants import MAX_STRING
 
 _MOST_INT = (1 << 31) - 1
@@ -113,7 +113,7 @@ def completion(value: Any) -> Callable[..., Any] | None:
 
 def payload(value: Any) -> memoryview:
     """Return the bytes of a synchronous write: of any bytes-like object, but not of an `nbd.Buffer`."""
-    return flat(memoryview(value))
+    return flat(value)
 
 
 def source(value: Any) -> memoryview:
@@ -138,15 +138,6 @@ def target(value: Any, *, clear: bool) -> memoryview:
 
 def _view(value: Any) -> memoryview:
     try:
-        return flat(memoryview(value))
+        return flat(value)
     except TypeError as exc:
         raise TypeError("aio_buffer: expecting buffer or nbd.Buffer instance") from exc
-
-
-def flat(view: memoryview) -> memoryview:
-    """Return a view as one of bytes. Raises BufferError where its memory is not in one piece."""
-    if view.format == "B" and view.ndim == 1 and view.c_contiguous:
-        return view
-    if not view.c_contiguous:
-        raise BufferError("memoryview: underlying buffer is not C-contiguous")
-    return view.cast("B")

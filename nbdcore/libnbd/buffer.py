@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+from pickle import PickleBuffer
 from typing import Any
 
-__all__ = ["Buffer", "zeroes"]
+__all__ = ["Buffer", "flat", "zeroes"]
 
 # Reads of 64 KiB and less, which are many, find their zeroes here.
 _ZEROES = memoryview(bytes(1 << 16))
@@ -17,36 +18,31 @@ def zeroes(count: int) -> memoryview | bytes:
 
 
 class Buffer:
-    """A buffer of `length` bytes, zero until a command has read into it.
+    """A buffer of `len` bytes, zero until a command has read into it.
 
     It is no bytes-like object itself: `to_buffer` gives one that shares its memory, `to_bytearray` a copy.
     """
 
-    __slots__ = ("_memory", "_view")
-
-    def __init__(self, length: int) -> None:
-        if length < 0:
-            raise ValueError(f"the length of a buffer cannot be negative ({length})")
+    def __init__(self, len: int) -> None:  # noqa: A002 (libnbd's name)
+        if len < 0:
+            raise ValueError(f"the length of a buffer cannot be negative ({len})")
         try:
-            self._share(bytearray(length))
+            self._memory: Any = bytearray(len)
         except (MemoryError, OverflowError) as exc:
-            raise MemoryError(errno.ENOMEM, f"no memory for a buffer of {length} bytes") from exc
-
-    def _share(self, memory: Any) -> None:
-        self._memory = memory
-        view = memoryview(memory)
-        self._view = view if view.format == "B" and view.ndim == 1 else view.cast("B")
+            raise MemoryError(errno.ENOMEM, f"no memory for a buffer of {len} bytes") from exc
+        self._view = memoryview(self._memory)
+        self._fresh = True  # zero, for certain: nothing has been read into it, and nobody else has its memory
 
     @classmethod
-    def from_bytearray(cls, source: Any) -> Buffer:
+    def from_bytearray(cls, ba: Any) -> Buffer:
         """Return a buffer with a copy of a bytearray's contents, or of anything that `bytearray` makes one of."""
-        return cls.from_buffer(bytearray(source))
+        return cls.from_buffer(bytearray(ba))
 
     @classmethod
-    def from_buffer(cls, source: Any) -> Buffer:
+    def from_buffer(cls, buf: Any) -> Buffer:
         """Return a buffer that shares the memory of a bytes-like object. Raises TypeError for anything else."""
         buffer = cls.__new__(cls)
-        buffer._share(source)  # noqa: SLF001 (its own class's)
+        buffer._memory, buffer._view, buffer._fresh = buf, flat(buf), False  # noqa: SLF001 (its own class's)
         return buffer
 
     def to_bytearray(self) -> bytearray:
@@ -55,6 +51,7 @@ class Buffer:
 
     def to_buffer(self) -> Any:
         """Return the object whose memory this is, shared: the very object given to `from_buffer`, else a bytearray."""
+        self._fresh = False
         return self._memory
 
     def size(self) -> int:
@@ -87,8 +84,23 @@ class Buffer:
 
     def writable(self, *, clear: bool) -> memoryview:
         """Return the memory to read into. Raises BufferError where it is read-only, as that of bytes is."""
-        if self._view.readonly:
+        view = self._view
+        if self._fresh:
+            self._fresh = False
+            return view
+        if view.readonly:
             raise BufferError("Object is not writable.")
         if clear:
-            self._view[:] = zeroes(len(self._view))
-        return self._view
+            view[:] = zeroes(len(view))
+        return view
+
+
+def flat(source: Any) -> memoryview:
+    """Return a view of the bytes of a buffer. Raises TypeError for what is none, BufferError for memory in several pieces."""
+    view = memoryview(source)
+    if view.format == "B" and view.ndim == 1 and view.c_contiguous:
+        return view
+    if not view.c_contiguous:
+        raise BufferError("memoryview: underlying buffer is not C-contiguous")
+    # memoryview.cast refuses the formats of ctypes and of foreign byte orders.
+    return PickleBuffer(view).raw()

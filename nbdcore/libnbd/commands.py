@@ -36,8 +36,11 @@ class CommandBuilders(Core):
     """Commands made of callers' arguments; both forms of each call use them."""
 
     def _flags(self, value: int, accepted: int) -> int:
-        known = accepted if self._wishes.strict_mode & STRICT_FLAGS else _ALL_FLAGS
-        return value if value == 0 else arguments.flags(value, known)
+        if value.__class__ is int and not value:
+            return 0
+        return arguments.flags(value, accepted if self._wishes.strict_mode & STRICT_FLAGS else _ALL_FLAGS)
+
+    # Offsets and counts that are no 64-bit numbers are refused where commands are built.
 
     def _read(self, target: memoryview | None, count: int, offset: int, flags: int, accepted: int = 0) -> Command:
         limits = self._connection.engine.limits
@@ -45,14 +48,14 @@ class CommandBuilders(Core):
 
     def _write(self, data: memoryview, offset: int, flags: int) -> Command:
         wanted = self._flags(flags, CMD_FLAG_FUA | CMD_FLAG_PAYLOAD_LEN)
-        return commands.write(self._connection.engine.limits, data, arguments.unsigned_64(offset, "offset"), flags=wanted)
+        return commands.write(self._connection.engine.limits, data, offset, flags=wanted)
 
     def _ranged(self, build: Callable[..., Command], count: int, offset: int, flags: int, accepted: int) -> Command:
         """Build a command that has an offset and a count, and no data."""
         return build(
             self._connection.engine.limits,
-            arguments.unsigned_64(count, "count"),
-            arguments.unsigned_64(offset, "offset"),
+            count,
+            offset,
             flags=self._flags(flags, accepted),
         )
 
@@ -91,8 +94,8 @@ class CommandBuilders(Core):
             raise UsageError(errno.EINVAL, f"metadata contexts {missing!r} are not selected")
         command = commands.block_status(
             engine.limits,
-            arguments.unsigned_64(count, "count"),
-            arguments.unsigned_64(offset, "offset"),
+            count,
+            offset,
             context_ids=[numbers[name] for name in names],
             flags=self._flags(flags, CMD_FLAG_REQ_ONE | CMD_FLAG_PAYLOAD_LEN),
         )
@@ -115,7 +118,7 @@ class CommandCalls(CommandBuilders):
     @call("1.0", CONNECTED)
     def pread(self, count: int, offset: int, flags: int = 0) -> bytearray:
         """Read `count` bytes at `offset`."""
-        command = self._read(None, count, arguments.unsigned_64(offset, "offset"), flags)
+        command = self._read(None, count, offset, flags)
         data = bytearray(count)
         command.target = memoryview(data)
         self._run("nbd_pread", command)
@@ -126,7 +129,7 @@ class CommandCalls(CommandBuilders):
     def pread_structured(self, count: int, offset: int, chunk: Callback, flags: int = 0) -> bytearray:
         """Read `count` bytes at `offset`, and tell `chunk` each piece as it comes."""
         callback = arguments.callback(chunk, "chunk")
-        command = self._read(None, count, arguments.unsigned_64(offset, "offset"), flags, CMD_FLAG_DF)
+        command = self._read(None, count, offset, flags, CMD_FLAG_DF)
         self._ledger.reports_chunks(command, callback)
         data = bytearray(count)
         command.target = memoryview(data)

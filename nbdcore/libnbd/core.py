@@ -52,6 +52,7 @@ class Core:
         self._disconnecting = False
         self._name = f"nbd{next(_numbers)}"
         self._debug = os.environ.get("LIBNBD_DEBUG") == "1"
+        self._unusual = self._debug  # also set once the handle is closed: calls look at this first
         self._debug_callback: Callable[..., Any] | None = None
         self._private_data = 0
 
@@ -59,7 +60,7 @@ class Core:
 
     @property
     def _phase(self) -> Phase:
-        return Phase.CREATED if self._client is None else self._client.phase
+        return Phase.CREATED if self._client is None else self._client.engine.phase
 
     @property
     def _state_name(self) -> str:

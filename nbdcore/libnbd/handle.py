@@ -46,7 +46,7 @@ class DebugCalls(Core):
     @call("1.0")
     def set_debug(self, debug: bool) -> None:
         """Say whether debug messages are wanted."""
-        self._debug = bool(debug)
+        self._debug = self._unusual = bool(debug)
 
     @call("1.0")
     def get_debug(self) -> bool:
@@ -210,7 +210,7 @@ class NBD(
     def _finish(self) -> None:
         if self._closed:
             return
-        self._closed = True
+        self._closed = self._unusual = True
         for callback in self._close_callbacks:
             self._ledger.call(callback)
         if self._client is not None:

@@ -43,11 +43,12 @@ class Ledger:
 
     Attributes:
         finished: commands that are done and not retired, by cookie, in the order in which they were done.
+        interruption: what a callback was interrupted by (KeyboardInterrupt and its kind), else None.
     """
 
     def __init__(self) -> None:
         self.finished: dict[int, Command] = {}
-        self._interruption: BaseException | None = None
+        self.interruption: BaseException | None = None
 
     # ------------------------------------------------------------------------------------------ calling
 
@@ -59,29 +60,30 @@ class Ledger:
             sys.excepthook(type(exc), exc, exc.__traceback__ and exc.__traceback__.tb_next)
             return -1
         except BaseException as exc:  # noqa: BLE001 (KeyboardInterrupt and its kind: raised once the bytes at hand are dealt with)
-            self._interruption = self._interruption or exc
+            self.interruption = self.interruption or exc
             return -1
         return result if isinstance(result, int) else 0
 
     def interrupt(self) -> None:
         """Raise what a callback was interrupted by, if one was."""
-        if self._interruption is not None:
-            interruption, self._interruption = self._interruption, None
+        if self.interruption is not None:
+            interruption, self.interruption = self.interruption, None
             raise interruption
 
     # ------------------------------------------------------------------------------------------ the end of a command
 
     def complete(self, command: Command) -> None:
         """A command of an aio call is done: tell its completion callback (the tag), which may retire it."""
-        callback, command.tag = command.tag, None
-        command.on_chunk = command.on_extents = None
+        callback = command.tag
         if callback is not None:
             error = ErrorNumber(0 if command.error is None else command_number(command))
             result = self.call(callback, error)
             if result == 1:
                 return
+            command.tag = None
             if result == -1 and error.value:
                 command.error = _failed(command, error.value)
+        command.on_chunk = command.on_extents = None
         self.finished[command.cookie] = command
 
     # ------------------------------------------------------------------------------------------ in the middle of a command

@@ -233,6 +233,11 @@ class Engine:
         return isinstance(self.error, (Disconnected, ProtocolViolation)) and not self.ended_by_program
 
     @property
+    def queued(self) -> int:
+        """How many commands are queued: nothing of them has been packed, let alone sent."""
+        return len(self._queue)
+
+    @property
     def pending(self) -> int:
         """How many commands are queued or in flight."""
         return len(self._queue) + len(self.in_flight)
