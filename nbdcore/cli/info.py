@@ -17,7 +17,9 @@ from typing import Any, Self
 import click
 
 from nbdcore import (
+    TLS,
     Client,
+    ClientOptions,
     DeadlineExceeded,
     Disconnected,
     Export,
@@ -29,6 +31,7 @@ from nbdcore import (
 )
 from nbdcore.cli.output import Failure, described, escaped, say, warn
 from nbdcore.cli.sizes import exact, rounded
+from nbdcore.plugins.registry import registry
 
 __all__ = ["info"]
 
@@ -64,17 +67,35 @@ Facts = dict[str, Any]
     metavar="SECONDS",
     help="How long to wait for the connection, and for each answer.",
 )
-def info(uri: str, *, as_json: bool, only_size: bool, all_exports: bool, timeout: float) -> None:
+@click.option(
+    "--tls-certificates", metavar="DIR", help="Encrypt, trusting the CA in DIR: ca-cert.pem, and client-*.pem if there."
+)
+@click.option("--tls-psk", metavar="FILE", help="Encrypt, with a key of this file: lines of USER:HEXKEY.")
+@click.option("--tls-hostname", metavar="NAME", help="The name that the server's certificate must be for.")
+def info(
+    uri: str,
+    *,
+    as_json: bool,
+    only_size: bool,
+    all_exports: bool,
+    timeout: float,
+    tls_certificates: str | None,
+    tls_psk: str | None,
+    tls_hostname: str | None,
+) -> None:
     """Describe the export that URI names: its size, and what it can do.
 
     \b
     nbdcore info nbd://localhost/
     nbdcore info 'nbd+unix:///EXPORT?socket=PATH'
     nbdcore info nbd+vsock://2:10809/
+    nbdcore info nbds://disks.example/ --tls-certificates pki
     """  # noqa: D301 (a real backspace is how click is told not to wrap)
     if only_size and all_exports:
         raise click.UsageError("--size is about one export, --list about all: use one of them.")
-    with _Inquiry(uri, timeout) as inquiry:
+    encrypted = any(word is not None for word in (tls_certificates, tls_psk, tls_hostname))
+    tls = TLS(certificates=tls_certificates, psk_file=tls_psk, hostname=tls_hostname) if encrypted else None
+    with _Inquiry(uri, timeout, tls) as inquiry:
         if all_exports:
             _describe_all(inquiry, as_json=as_json)
         else:
@@ -134,11 +155,21 @@ class _Inquiry:
         server: what is known of the server, under the JSON's keys; after the first question.
     """
 
-    def __init__(self, uri: str, timeout: float) -> None:
+    def __init__(self, uri: str, timeout: float, tls: TLS | None) -> None:
         self._uri = parse_uri(uri)
         self.chosen = self._uri.export
         self.server: Facts = {}
         self._timeout = timeout
+        # Whoever types a URI means what it says, files and programs included.
+        self._options = ClientOptions(
+            opt_mode=True,
+            export=self.chosen,
+            tls=tls,
+            allow_transports=[status.name for status in registry.statuses()],
+            allow_local_files=True,
+            allow_unverified=True,
+            allow_priority=True,
+        )
         self._client: Client | None = None
 
     def __enter__(self) -> Self:
@@ -180,7 +211,7 @@ class _Inquiry:
         if self._client is None or self._client.phase is not Phase.NEGOTIATING:
             if self._client is not None:
                 self._client.__exit__(None, None, None)
-            self._client = Client(opt_mode=True, export=self.chosen).connect(str(self._uri), timeout=self._timeout)
+            self._client = Client(**self._options).connect(str(self._uri), timeout=self._timeout)
             self.server = {
                 "protocol": self._client.protocol,
                 "TLS": self._client.tls,

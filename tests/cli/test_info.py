@@ -5,7 +5,8 @@ import struct
 
 import pytest
 
-from nbdcore.server import ExportSettings, MemoryDisk, Server
+from nbdcore.server import ExportSettings, MemoryDisk, Server, ServerTLS
+from tests.certificates import CertificateAuthority
 from tests.cli import scripted
 from tests.cli.commands import invoke
 from tests.cli.scripted import ACK, GO, INFO, INFORMATION, LIST, SERVER, UNKNOWN, UNSUPPORTED
@@ -25,7 +26,7 @@ def serve():
         servers.append(server)
         listener = server.listen("tcp", host="127.0.0.1", port=0)
         server.start()
-        return listener.address.uri()
+        return server.uri(listener)
 
     yield start
     for server in servers:
@@ -38,6 +39,31 @@ def failed(done, *words):
     assert line.startswith("nbdcore: ")
     assert all(word in line for word in words), line
     assert (done.stdout, done.exit_code) == ("", 1)
+
+
+# Encrypted
+
+
+@pytest.fixture
+def pki(tmp_path):
+    """A certificates folder for a server that is 127.0.0.1 to its clients."""
+    authority = CertificateAuthority()
+    return authority.write(tmp_path / "pki", server=authority.issue("server", "127.0.0.1"))
+
+
+def test_encrypted_server_is_asked_with_the_folder_of_its_ca(serve, pki):
+    uri = serve(MemoryDisk(MEBIBYTE), tls=ServerTLS(certificates=pki))
+    assert invoke("info", uri, "--tls-certificates", pki, "--size").stdout == f"{MEBIBYTE}\n"
+    assert invoke("info", f"{uri}?tls-certificates={pki}").stdout.startswith("protocol: newstyle-fixed with TLS, ")
+
+
+def test_server_whose_ca_is_not_trusted_is_an_error_of_one_line(serve, pki):
+    failed(invoke("info", serve(MemoryDisk(MEBIBYTE), tls=ServerTLS(certificates=pki))), "CA")
+
+
+def test_server_with_a_certificate_for_another_name_is_refused(serve, pki):
+    uri = serve(MemoryDisk(MEBIBYTE), tls=ServerTLS(certificates=pki))
+    failed(invoke("info", uri, "--tls-certificates", pki, "--tls-hostname", "other.example"), "other.example")
 
 
 # One export
