@@ -201,7 +201,7 @@ class ConnectCalls(OptionCalls):
             try:
                 self._attempt(way, sooner(deadline_after(timeout), until))
             except Error as exc:
-                if self._closed or not way.route.may_heal(exc, heard=engine.traffic.bytes_received > 0):
+                if not way.route.may_heal(exc, heard=engine.traffic.bytes_received > 0):
                     raise
                 # An attempt that was cut off because the time is up says less than the one before it.
                 last = last if last is not None and until.expired and isinstance(exc, DeadlineExceeded) else exc

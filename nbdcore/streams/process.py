@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Generator, Sequence
 from typing import IO
 
@@ -49,6 +50,8 @@ class Child:
         self.process = process
         self._ended_by = ended_by
         self._tail = bytearray()
+        # Held while the process is looked at, and reaped, and while it is signalled: a number is another's once it is reaped.
+        self._looking = threading.Lock()
         self._listener = _thread(self._listen, process.stderr)
         self._reaper: threading.Thread | None = None
 
@@ -64,10 +67,7 @@ class Child:
 
     def failure(self) -> Disconnected | None:
         """Return why the process failed, None where it is still running, or ended well. Waits a moment for what is on its way."""
-        try:
-            status = self.process.wait(_LAST_MOMENT)
-        except subprocess.TimeoutExpired:
-            return None
+        status = self._wait(_LAST_MOMENT)
         if not status:
             return None
         self._listener.join(_LAST_MOMENT)
@@ -76,28 +76,54 @@ class Child:
             0, f"the command {_shown(self.process.args)} {how}", server_text=self._tail.decode("utf-8", "surrogateescape").strip()
         )
 
-    def end(self) -> None:
-        """Have the process end, and reap it, without waiting for it. Its stream is closed already."""
-        if self._ended_by is not None:
-            self.process.send_signal(self._ended_by)
-        if self._reaper is None:
-            self._reaper = _thread(self._reap)
+    def signal(self, number: int) -> None:
+        """Send the process a signal; one that has ended gets none. Raises OSError where that is not allowed."""
+        with self._looking:
+            self.process.send_signal(number)
 
-    def _reap(self) -> None:
-        for measure in (self.process.terminate, self.process.kill):
-            try:
-                self.process.wait(_PATIENCE)
-            except subprocess.TimeoutExpired:
-                measure()
-            else:
-                break
-        self.process.wait()
-        self._listener.join(_LAST_MOMENT)
+    def end(self) -> None:
+        """Have the process end, and reap it, without waiting for it. Its stream is closed already. Never raises."""
+        if self._ended_by is not None:
+            self._hint(self._ended_by)
+        if self._reaper is None:
+            # A program that is ending itself may start no threads; its children are reaped by the system, then.
+            with contextlib.suppress(RuntimeError):
+                self._reaper = _thread(self._reap)
 
     def join(self) -> None:
         """Wait until the process has been reaped; `end` was called before."""
-        if self._reaper is not None:
+        if sys.is_finalizing():
+            # No other thread runs any more: the reaper neither.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_PATIENCE)
+        elif self._reaper is not None:
             self._reaper.join()
+
+    def _reap(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if self._wait(_PATIENCE) is not None:
+                break
+            self._hint(number)
+        while self._wait(_PATIENCE) is None:  # a process that was killed ends some time, if the kernel lets it
+            continue
+        self._listener.join(_LAST_MOMENT)
+
+    def _wait(self, seconds: float) -> int | None:
+        """Return the exit status, and reap the process; None where it still runs after `seconds`."""
+        until = time.monotonic() + seconds
+        pause = 0.001
+        while True:
+            with self._looking:
+                status = self.process.poll()
+            left = until - time.monotonic()
+            if status is not None or left <= 0:
+                return status
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, 0.05)  # soon seen, and little work while it takes long
+
+    def _hint(self, number: int) -> None:
+        with contextlib.suppress(PermissionError):  # it has become another user's, and ends when it will
+            self.signal(number)
 
 
 class ProcessStream(SocketStream):
@@ -118,10 +144,27 @@ class ProcessStream(SocketStream):
 
     def recv_into(self, room: memoryview) -> int | None:
         """Receive into `room`. Where the process has failed, raises Disconnected with its last words in place of a bare end."""
-        count = super().recv_into(room)
+        try:
+            count = super().recv_into(room)
+        except Disconnected as exc:
+            self._explain(exc)
+            raise
         if count == 0 and (failure := self.child.failure()) is not None:
             raise failure
         return count
+
+    def send(self, parts: Sequence[memoryview]) -> int | None:
+        """Send from the front of `parts`. Raises Disconnected as `recv_into` does."""
+        try:
+            return super().send(parts)
+        except Disconnected as exc:
+            self._explain(exc)
+            raise
+
+    def _explain(self, exc: Disconnected) -> None:
+        """Raise what the process has to say of a connection that broke; one that this program closed needs no words."""
+        if exc.errno != errno.ENOTCONN and (failure := self.child.failure()) is not None:
+            raise failure from exc
 
     def close(self) -> None:
         """Close the socket, and have the process end."""
@@ -164,7 +207,12 @@ def run_activated(arguments: Sequence[str], *, name: str = "unknown") -> Generat
             environment |= {"LISTEN_FDS": "1", "LISTEN_FDNAMES": name}
             line = ("/bin/sh", "-c", _ACTIVATE, "activate", *arguments)
             child = _start(line, listener, activated=environment)
-        sock = yield from connect_socket(socket.socket(socket.AF_UNIX), path, f"the command {_shown(arguments)}")
+        try:
+            sock = yield from connect_socket(socket.socket(socket.AF_UNIX), path, f"the command {_shown(arguments)}")
+        except TransportError as exc:
+            if (failure := child.failure()) is not None:
+                raise failure from exc
+            raise
         return ProcessStream(sock, child, path=path, tidy=lambda: shutil.rmtree(folder, ignore_errors=True))
     except BaseException:
         if child is not None:
