@@ -104,6 +104,15 @@ class Encryption:
         return ", encrypted" if self.required else ", encrypted for clients that ask for it"
 
     @property
+    def client_options(self) -> str:
+        """What `nbdcore info` is told on this machine, where it must encrypt."""
+        if self.tls is None or not self.required:
+            return ""
+        certificates, keys = self.tls.certificates, self.tls.psk_file
+        named = ("--tls-certificates", certificates) if certificates is not None else ("--tls-psk", keys)
+        return f" {named[0]} {shlex.quote(str(named[1]))}"
+
+    @property
     def admits_anybody(self) -> bool:
         """Whether clients need nothing that only they have."""
         return self.tls is None or not self.required or not (self.tls.verify_clients or self.tls.psk_file)
@@ -203,7 +212,8 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
         if encryption.admits_anybody:
             _warn_of_strangers(listeners, read_only=read_only)
         uris = [for_clients(parse_uri(server.uri(listener, export))) for listener in listeners]
-        _announce(f"{what}{', read-only' if read_only else ''}{encryption.words}", list(zip(places, uris, strict=True)))
+        what += f"{', read-only' if read_only else ''}{encryption.words}"
+        _announce(what, list(zip(places, uris, strict=True)), encryption.client_options)
         wait_for_signal()
 
 
@@ -219,12 +229,12 @@ def _opened(file: str | None, memory: int, *, read_only: bool) -> tuple[Backend,
     return disk, f"{escaped(file)}, {rounded(disk.size)}"
 
 
-def _announce(what: str, places: Sequence[tuple[Place, tuple[str, str]]]) -> None:
+def _announce(what: str, places: Sequence[tuple[Place, tuple[str, str]]], client_options: str) -> None:
     """Print where the disk is: a line for each place, its second word the URI. In one piece: a script sees all or nothing."""
     lines = [f"Serving {what}."]
     lines += [f"{place.transport}: {uri}{note}" for place, (uri, note) in places]
     _, (first, _) = places[0]
-    say("\n".join([*lines, f"Ready, until Ctrl-C. To look at it: nbdcore info {shlex.quote(first)}"]))
+    say("\n".join([*lines, f"Ready, until Ctrl-C. To look at it: nbdcore info {shlex.quote(first)}{client_options}"]))
 
 
 def _warn_of_strangers(listeners: Sequence[Listener], *, read_only: bool) -> None:

@@ -337,7 +337,7 @@ def test_encrypted_disk_has_uris_that_demand_tls(pki, socket_path):
         tcp, unix = server.uris
         assert re.fullmatch(r"nbds://127\.0\.0\.1:[0-9]+/disk", tcp)
         assert unix == f"nbds+unix:///disk?socket={socket_path}"
-        assert server.said[-1].endswith(f"nbdcore info {tcp}")
+        assert server.said[-1].endswith(f"nbdcore info {tcp} --tls-certificates {pki}")
         for uri in server.uris:
             told = json.loads(shown_by_nbdinfo(uri, folder=pki).stdout)
             assert (told["TLS"], told["exports"][0]["export-size"]) == (True, MEBIBYTE)
