@@ -160,7 +160,7 @@ class ProcessCalls(Core):
         if self._child is None:
             raise UsageError(errno.ESRCH, "no subprocess exists")
         try:
-            self._child.process.send_signal(number or signal.SIGTERM)
+            self._child.signal(number or signal.SIGTERM)
         except OSError as exc:
             raise UsageError(exc.errno or 0, "kill") from exc
 
