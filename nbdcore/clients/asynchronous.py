@@ -1,0 +1,253 @@
+"""The client for asyncio: every call is a coroutine, and many tasks share the one connection.
+
+A thin skin, like the blocking client: commands and their checks come from the protocol core and `requests`, the loop is
+`asynchronous_session`'s business, connecting `asynchronous_ways`'. What is left here is the shape of the calls.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, Self, Unpack, overload
+
+from nbdcore.clients import requests
+from nbdcore.clients.arguments import deadline_after, texts, whole_numbers
+from nbdcore.clients.asynchronous_pipeline import run_all
+from nbdcore.clients.asynchronous_ways import AsyncConnectCalls
+from nbdcore.clients.extents import CombinedExtent, Extent, ExtentWalk, extents_by_context
+from nbdcore.clients.requests import Request
+from nbdcore.clients.settings import ClientOptions
+from nbdcore.clients.splitting import data_limit
+from nbdcore.errors import Error, UsageError
+from nbdcore.protocol import commands
+from nbdcore.protocol.agreement import Export
+from nbdcore.protocol.commands import Command, Limits
+from nbdcore.protocol.constants import BASE_ALLOCATION, CommandFlag
+from nbdcore.protocol.state import Phase
+
+# Seconds that leaving an `async with` block waits for the server to hang up after the goodbye; what was written is not at stake.
+_GOODBYE = 5.0
+
+Buffer = bytes | bytearray | memoryview
+
+
+class AsyncClient(AsyncConnectCalls):
+    """A connection to one export of an NBD server, for asyncio. Its calls are those of `nbdcore.Client`, as coroutines.
+
+    Newly created it is not connected: await one of its `connect` methods once, or use the functions `nbdcore.aio.connect` and its
+    kind, which do both. As an asynchronous context manager it says goodbye and closes at the end. It belongs to the event loop
+    that it was connected in; several tasks may use it at once, and their commands are under way together.
+
+    Every call that waits takes a `timeout` in seconds (None: for ever) and raises DeadlineExceeded when it runs out. A command is
+    then abandoned, as it is when its task is cancelled: its buffer is not written to any more, whether the server carried it out
+    is unknown, and the connection stays usable. While connecting, and in opt mode, either ends the connection. Any command raises
+    UsageError for arguments that are wrong (nothing is sent), CommandError when the server refuses it (the connection lives),
+    Disconnected or ProtocolViolation when the connection ended. Offsets and counts are bytes.
+
+    Args:
+        options: as for `nbdcore.Client`.
+    """
+
+    def __init__(self, **options: Unpack[ClientOptions]) -> None:
+        super().__init__(options)
+
+    def __repr__(self) -> str:
+        return f"<nbdcore.aio.AsyncClient {self.phase.value}{self._where and ', '}{self._where}>"
+
+    # ------------------------------------------------------------------------------------------ ending
+
+    async def disconnect(self, *, timeout: float | None = None) -> None:
+        """Say goodbye (NBD_CMD_DISC, or NBD_OPT_ABORT in opt mode), wait until the server has hung up, and close.
+
+        It does not wait for commands of other tasks, and it does not flush. Does nothing on a connection that has ended.
+        """
+        deadline = deadline_after(timeout)
+        try:
+            if self._live is not None and self.phase is Phase.CONNECTED:
+                await self._session().take_leave(deadline)
+        finally:
+            self._close()
+
+    async def close(self) -> None:
+        """Close the connection now. Never raises and never waits; may be called twice. Waiting calls of other tasks end."""
+        self._close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._close()
+            return
+        try:
+            await self.disconnect(timeout=_GOODBYE)
+        except Error:
+            # The server did not take leave in time, or broke off: every call before this one has had its own outcome.
+            self._close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_live", None) is not None:
+            self._close()
+
+    # ------------------------------------------------------------------------------------------ reading and writing
+
+    async def pread(self, count: int, offset: int, *, df: bool = False, timeout: float | None = None) -> bytes:
+        """Read `count` bytes at `offset` (section NBD_CMD_READ).
+
+        A count larger than the server's maximum is split, unless `df` asks for an answer in one piece.
+        """
+        limits = self._connected("pread")
+        count, offset = whole_numbers("pread", count, offset)
+        if count <= data_limit(limits) or df:
+            command = commands.read(limits, count, offset, flags=CommandFlag.DF if df else 0)
+            await self._run(command, timeout)
+            return command.result()
+        data = requests.memory_for(limits, count, offset)
+        await self.pread_into(data, offset, timeout=timeout)
+        return bytes(data)
+
+    async def pread_into(
+        self, buffer: bytearray | memoryview | Any, offset: int, *, df: bool = False, timeout: float | None = None
+    ) -> int:
+        """Read into a writable, contiguous buffer, as much as it holds, without a copy. Returns the number of bytes.
+
+        After an error the buffer's contents are undefined; nothing is written to it once the call has ended, however it ended.
+        """
+        count, request = requests.read_into(self._connected("pread_into"), buffer, offset, df=df)
+        await self._run(request, timeout)
+        return count
+
+    async def pwrite(self, data: Buffer | Any, offset: int, *, fua: bool = False, timeout: float | None = None) -> None:
+        """Write any bytes-like object at `offset` (section NBD_CMD_WRITE). `fua`: return once it is on stable storage.
+
+        Data larger than the server's maximum are split. Do not change them before the call has ended.
+        """
+        await self._run(requests.write(self._connected("pwrite"), data, offset, fua=fua), timeout)
+
+    async def flush(self, *, timeout: float | None = None) -> None:
+        """Wait until every write that was answered before is on stable storage (section NBD_CMD_FLUSH)."""
+        await self._run(commands.flush(self._connected("flush")), timeout)
+
+    async def trim(self, count: int, offset: int, *, fua: bool = False, timeout: float | None = None) -> None:
+        """Tell the server that a range is no longer needed (section NBD_CMD_TRIM); what it reads as afterwards is undefined."""
+        await self._run(requests.trim(self._connected("trim"), count, offset, fua=fua), timeout)
+
+    async def zero(
+        self,
+        count: int,
+        offset: int,
+        *,
+        fua: bool = False,
+        no_hole: bool = False,
+        fast_zero: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        """Write zeroes without sending them (section NBD_CMD_WRITE_ZEROES).
+
+        `no_hole`: storage must stay allocated. `fast_zero`: fail with CommandError (ENOTSUP) where it would be no faster than
+        writing.
+        """
+        limits = self._connected("zero")
+        request = requests.zero(limits, count, offset, fua=fua, no_hole=no_hole, fast_zero=fast_zero)
+        await self._run(request, timeout)
+
+    async def cache(self, count: int, offset: int, *, timeout: float | None = None) -> None:
+        """Tell the server that a range will be needed soon (section NBD_CMD_CACHE)."""
+        await self._run(requests.cache(self._connected("cache"), count, offset), timeout)
+
+    # ------------------------------------------------------------------------------------------ block status
+
+    async def block_status(
+        self,
+        count: int,
+        offset: int,
+        *,
+        contexts: Iterable[str] | None = None,
+        req_one: bool = False,
+        timeout: float | None = None,
+    ) -> dict[str, list[Extent]]:
+        """Ask once what the metadata contexts say of a range (section NBD_CMD_BLOCK_STATUS). Returns extents by context.
+
+        The server may describe less than was asked, or, at its end, more; contexts need not cover the same range. `extents`
+        hides all that. `contexts` limits the answer to some of the selected ones; `req_one` to one extent a context. A count too
+        large for one request is cut down to what fits, as if the server had described less.
+        """
+        limits = self._connected("block_status")
+        wanted = None if contexts is None else requests.selected(self._engine.agreement, texts("contexts", contexts))
+        command = requests.block_status(limits, count, offset, wanted=wanted, req_one=req_one)
+        await self._run(command, timeout)
+        found = extents_by_context(command)
+        return found if wanted is None else {name: found[name] for name in wanted.values() if name in found}
+
+    @overload
+    def extents(
+        self, context: str = ..., /, *, offset: int = ..., count: int | None = ..., timeout: float | None = ...
+    ) -> AsyncIterator[Extent]: ...
+
+    @overload
+    def extents(
+        self, context: str, /, *more: str, offset: int = ..., count: int | None = ..., timeout: float | None = ...
+    ) -> AsyncIterator[CombinedExtent]: ...
+
+    def extents(
+        self,
+        context: str = BASE_ALLOCATION,
+        /,
+        *more: str,
+        offset: int = 0,
+        count: int | None = None,
+        timeout: float | None = None,
+    ) -> AsyncIterator[Extent | CombinedExtent]:
+        """Walk the extents of a range, by default of the whole export, with `async for`.
+
+        One by one, as the server describes them: asked for in as many requests as it takes, clipped to the range, neighbours of
+        equal status merged. With several contexts extents end wherever any of them changes, and have one status for each.
+        `timeout` is for each request.
+        """
+        limits = self._connected("extents")
+        walk = requests.walk(limits, self._engine.agreement, (context, *more), offset, count)
+        deadline_after(timeout)  # a wrong one shows now, not at the first step
+        return self._walk(walk, timeout)
+
+    async def _walk(self, walk: ExtentWalk, timeout: float | None) -> AsyncIterator[Extent | CombinedExtent]:
+        while walk.position < walk.end:
+            command = requests.next_of_walk(self._connected("extents"), walk)
+            await self._run(command, timeout)
+            for offset, length, flags in walk.feed(command):
+                yield Extent(offset, length, flags[0]) if len(flags) == 1 else CombinedExtent(offset, length, flags)
+
+    # ------------------------------------------------------------------------------------------ what else the server has
+
+    async def list_exports(self, *, timeout: float | None = None) -> list[Export]:
+        """Ask which exports the server has (section NBD_OPT_LIST).
+
+        In opt mode on this connection; otherwise on one more connection to the same server, opened for the question. Raises
+        UsageError where no other can be opened: before connecting, and after `connect_stream` and `connect_socket`.
+        """
+        if self.phase is Phase.NEGOTIATING:
+            return await self.opt_list(timeout=timeout)
+        if self._way is None and self.phase is Phase.CREATED:
+            raise UsageError(errno.ENOTCONN, "list_exports: the connection is newly created, so there is no server to ask")
+        if self._way is None:
+            raise UsageError(
+                errno.EINVAL,
+                "list_exports: the client was connected over a stream, and cannot open another; ask with a client in opt mode",
+            )
+        deadline = deadline_after(timeout)
+        async with AsyncClient(opt_mode=True) as other:
+            await other._go("connect", self._way, timeout=timeout, deadline=deadline)
+            return await other.opt_list(timeout=deadline.remaining())
+
+    # ------------------------------------------------------------------------------------------ running
+
+    def _connected(self, call: str) -> Limits:
+        if self._engine.phase is not Phase.CONNECTED:
+            self._legal(call)
+        return self._engine.limits
+
+    async def _run(self, request: Request, timeout: float | None) -> None:
+        """Run a request, in as many pieces as it takes."""
+        if isinstance(request, Command):
+            await self._session().run(request, None if timeout is None else deadline_after(timeout).remaining())
+        else:
+            await run_all(self._session(), request, deadline_after(timeout), depth=requests.PIECES_AT_A_TIME)

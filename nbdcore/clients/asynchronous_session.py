@@ -1,0 +1,248 @@
+"""One session in one event loop: the loop says when bytes can be moved, and whoever waits for an outcome is woken by it.
+
+The descriptor is watched for reading as long as the session receives, and for writing only while something is unsent. What is
+queued in one turn of the loop is sent at its end, all together: so the requests of many tasks go out in one system call. Each
+command wakes the future of its own caller; there is no thread, no task and no queue in between.
+
+All calls come from the loop's own thread. A caller that is cancelled, or whose time is up, abandons its command: the engine sees
+to it that its memory is not touched any more, and the connection goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import errno
+from collections.abc import Callable
+
+from nbdcore.clients.session import Session
+from nbdcore.errors import DeadlineExceeded, Disconnected, Error
+from nbdcore.protocol.commands import Command, disconnect
+from nbdcore.protocol.engine import Engine, Exchange
+from nbdcore.protocol.state import Phase
+from nbdcore.streams.base import Want
+from nbdcore.streams.waiting import Deadline
+
+_READ, _WRITE = int(Want.READ), int(Want.WRITE)
+
+
+class LoopSession:
+    """A session and the loop that it lives in.
+
+    Args:
+        session: whose handshake is about to begin. It belongs to this object.
+        loop: running.
+    """
+
+    def __init__(self, session: Session, loop: asyncio.AbstractEventLoop) -> None:
+        self.engine: Engine = session.engine
+        self.loop = loop
+        self._session = session
+        self._descriptor = session.fileno()
+        self._watched = 0  # what the loop watches the descriptor for: the bits of Want, as a plain int
+        self._sending = self._receiving = False  # a turn of the loop is due for it
+        self._leaving = False
+        self._ends: list[asyncio.Future[bool]] = []
+        # The loop's knowledge of the descriptor must end before its number is free for another.
+        session.waited_for = True
+
+    def __del__(self) -> None:
+        # Nobody is left, so the loop does not watch it any more, or is gone itself.
+        self._session.waited_for = False
+        self._session.close()
+
+    # ------------------------------------------------------------------------------------------ commands
+
+    def submit(self, command: Command) -> None:
+        """Queue a command; it is sent in the loop's next turn, together with all others of this one."""
+        self.engine.submit(command)
+        if not self._sending:
+            self._sending = True
+            self.loop.call_soon(self._send)
+
+    async def run(self, command: Command, timeout: float | None) -> None:
+        """Run one command and raise its error. At the deadline, or when the task is cancelled, it is abandoned."""
+        loop = self.loop
+        waiter = command.tag = loop.create_future()
+        command.completion = wake
+        self.submit(command)
+        alarm = None if timeout is None else loop.call_later(timeout, self.expire, command)
+        try:
+            await waiter
+        except BaseException as exc:
+            # Its own words only: the traceback would hold on to the caller's memory for as long as the late answer takes.
+            self.abandon(command, repr(exc))
+            raise
+        finally:
+            if alarm is not None:
+                alarm.cancel()
+        if (error := self.take_error(command)) is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback leads here
+
+    def abandon(self, command: Command, why: str) -> None:
+        """Give a command up without a word to whoever waits for it: its memory is not touched any more."""
+        command.completion = command.target = None
+        self.engine.abandon(command, DeadlineExceeded(f"given up by the program ({why})"))
+
+    def expire(self, command: Command) -> None:
+        """The time of a command is up: it fails, and whoever waits for it is told."""
+        self.engine.abandon(command, DeadlineExceeded(f"no answer from the server in time ({command})"))
+
+    def take_error(self, command: Command) -> Error | None:
+        """Return a finished command's error for its caller to raise: a copy of their own where others may raise or keep it."""
+        error = command.error
+        if error is None:
+            return None
+        command.target = None  # the error's traceback leads to the command, and must not hold on to the caller's memory
+        if error is self.engine.error or command.discard:
+            return _copy(error)
+        command.error = None
+        return error
+
+    # ------------------------------------------------------------------------------------------ conversations
+
+    async def exchange(self, start: Callable[[Engine], Exchange], deadline: Deadline, what: str) -> object:
+        """Run one conversation with the server and return its result. At the deadline, or when cancelled, the connection dies."""
+        self._refuse_if_over()
+        exchange = start(self.engine)
+        waiter: asyncio.Future[bool] = self.loop.create_future()
+        exchange.completion = lambda _: settle(waiter)
+        self._move(self._session.advance)
+        alarm = None
+        if not exchange.done:
+            remaining = deadline.remaining()
+            late = DeadlineExceeded(f"no answer from the server in time ({what})")
+            alarm = None if remaining is None else self.loop.call_later(remaining, self.close, late)
+            try:
+                await waiter
+            except BaseException as exc:
+                self.close(DeadlineExceeded(f"{what} was given up ({exc!r})"))
+                raise
+            finally:
+                if alarm is not None:
+                    alarm.cancel()
+        if exchange.error is not None:
+            raise _copy(exchange.error)
+        return exchange.result
+
+    # ------------------------------------------------------------------------------------------ the end
+
+    async def take_leave(self, deadline: Deadline) -> None:
+        """Say goodbye, unless another task has, and wait until the connection has ended."""
+        if self._session.over:
+            return
+        if not self._leaving:
+            self._leaving = True
+            self.submit(disconnect())
+        waiter: asyncio.Future[bool] = self.loop.create_future()
+        self._ends.append(waiter)
+        remaining = deadline.remaining()
+        alarm = None if remaining is None else self.loop.call_later(remaining, settle, waiter, False)
+        try:
+            if not await waiter:
+                raise DeadlineExceeded("no answer from the server in time (the server was to hang up)")
+        finally:
+            if alarm is not None:
+                alarm.cancel()
+
+    def close(self, error: Error | None = None) -> None:
+        """End the connection now. Callers that wait are woken, and get `error`, or that this program closed it."""
+        # A loop that was closed with callers waiting can wake nobody.
+        with contextlib.suppress(RuntimeError) if self.loop.is_closed() else contextlib.nullcontext():
+            if error is not None:
+                self._session.fail(error)
+            self._session.close()
+        self._look()
+
+    def _refuse_if_over(self) -> None:
+        if self._session.over:
+            error = self.engine.error
+            raise _copy(error) if error else Disconnected(errno.ENOTCONN, "the connection was closed by this program")
+
+    # ------------------------------------------------------------------------------------------ called by the loop
+
+    def _readable(self) -> None:
+        session, engine = self._session, self.engine
+        self._move(session.receive if engine.phase is Phase.CONNECTED else session.advance)
+        if not engine.in_flight:
+            engine.rest()
+
+    def _receive_more(self) -> None:
+        self._receiving = False
+        self._readable()
+
+    def _send(self) -> None:
+        self._sending = False
+        self._move(self._session.send)
+
+    def _move(self, move: Callable[[], None]) -> None:
+        """Move bytes for everybody, then look what there is to wait for."""
+        try:
+            move()
+        except BaseException as exc:
+            # A second Ctrl-C, say: nobody knows how many bytes have been moved.
+            error = Disconnected(errno.ECONNABORTED, f"the connection was given up in the middle of moving bytes ({exc!r})")
+            error.__cause__ = exc
+            self._session.fail(error)
+            raise
+        finally:
+            self._look()
+
+    def _look(self) -> None:
+        """Have the loop watch for what the session waits for now."""
+        session = self._session
+        if session.over:
+            self._leave_loop()
+            return
+        if session.buffered and not self._receiving:
+            self._receiving = True
+            self.loop.call_soon(self._receive_more)
+        wanted = int(session.interest())
+        if wanted != self._watched:
+            self._watch(wanted)
+
+    def _watch(self, wanted: int) -> None:
+        changed, loop, descriptor = wanted ^ self._watched, self.loop, self._descriptor
+        self._watched = wanted
+        if loop.is_closed():
+            return
+        if changed & wanted & _READ:
+            loop.add_reader(descriptor, self._readable)
+        elif changed & _READ:
+            loop.remove_reader(descriptor)
+        if changed & wanted & _WRITE:
+            loop.add_writer(descriptor, self._send)
+        elif changed & _WRITE:
+            loop.remove_writer(descriptor)
+
+    def _leave_loop(self) -> None:
+        if self._watched:
+            self._watch(0)
+        self._session.waited_for = False
+        self._session.close()
+        for waiter in self._ends:
+            settle(waiter)
+        self._ends.clear()
+
+
+def wake(command: Command) -> None:
+    """Wake the caller whose future is the command's tag. It may be cancelled already, and not have noticed yet."""
+    waiter = command.tag
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+def settle(waiter: asyncio.Future[bool], result: bool = True) -> None:
+    """Wake whoever waits for this future, unless that has happened. Results, not exceptions: nobody may be left to take one."""
+    if not waiter.done():
+        waiter.set_result(result)
+
+
+def _copy(error: Error) -> Error:
+    mine = copy.copy(error)
+    mine.__cause__ = error.__cause__
+    return mine
