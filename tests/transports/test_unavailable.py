@@ -64,6 +64,20 @@ print("fine")
     assert run(["AF_UNIX", "AF_VSOCK"], program) == ["fine"]
 
 
+def test_transports_that_run_programs_load_without_unix_sockets_and_say_what_they_lack():
+    program = """
+import errno
+import nbdcore
+print(nbdcore.supports("command"), nbdcore.supports("ssh"))
+for call in (lambda: nbdcore.connect_command(["x"]), lambda: nbdcore.connect_ssh("host.invalid")):
+    try:
+        call()
+    except nbdcore.TransportError as exc:
+        print(errno.errorcode[exc.errno])
+"""
+    assert run(["AF_UNIX"], program) == ["True True", "ENOTSUP", "ENOTSUP"]
+
+
 def test_streams_load_no_plugin_machinery():
     program = """
 import sys
