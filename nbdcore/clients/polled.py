@@ -204,7 +204,7 @@ class PolledClient(Knowledge):
         cookie = engine.submit(command)
         if not self._advancing:
             payload = command.payload
-            if engine.queued >= _BURST or not engine.in_flight or (payload is not None and len(payload) >= _LARGE_PAYLOAD):
+            if len(engine.queue) >= _BURST or not engine.in_flight or (payload is not None and len(payload) >= _LARGE_PAYLOAD):
                 self._send()
         return cookie
 

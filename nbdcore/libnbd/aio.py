@@ -18,6 +18,8 @@ from nbdcore.streams.base import Want
 
 Callback = Callable[..., Any]
 
+_CONNECTED = Phase.CONNECTED
+
 
 class AioCommandCalls(CommandBuilders):
     """Commands that are started."""
@@ -145,10 +147,11 @@ class AioCalls(CommandBuilders):
 
     def _under_way(self) -> int:
         client = self._client
-        if client is None or client.engine.phase is not Phase.CONNECTED:
+        if client is None or client.engine.phase is not _CONNECTED:
             return 0
-        pending = client.engine.pending
-        return pending + 1 if self._disconnecting and client.engine.finished_sending else pending
+        engine = client.engine
+        pending = len(engine.queue) + len(engine.in_flight)
+        return pending + 1 if self._disconnecting and engine.finished_sending else pending
 
     # ------------------------------------------------------------------------------------------ loops
 

@@ -21,11 +21,13 @@ from nbdcore.libnbd.errors import ClosedHandle, Error, failure, translated
 from nbdcore.protocol.state import Phase
 
 if TYPE_CHECKING:
+    from nbdcore.clients.polled import PolledClient
     from nbdcore.libnbd.ledger import Ledger
 
 __all__ = ["ANY", "CALLS", "ELSEWHERE", "Call", "call"]
 
-CREATED = frozenset({Phase.CREATED})
+_CREATED = Phase.CREATED
+CREATED = frozenset({_CREATED})
 NEGOTIATING = frozenset({Phase.NEGOTIATING})
 CONNECTED = frozenset({Phase.CONNECTED})
 SETTING_UP = CREATED | NEGOTIATING
@@ -95,6 +97,7 @@ class Handle(Protocol):
     _ledger: Ledger
     _debug: bool
     _unusual: bool
+    _client: PolledClient | None
 
     @property
     def _phase(self) -> Phase: ...
@@ -129,7 +132,8 @@ def _locked(row: Call, function: Callable[Concatenate[H, P], R]) -> Callable[Con
     @functools.wraps(function)
     def wrapper(self: H, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with self._lock:
-            if self._unusual or (limited and self._phase not in permitted):
+            client = self._client
+            if self._unusual or (limited and (_CREATED if client is None else client.engine.phase) not in permitted):
                 return _unusually(row, function, self, *args, **kwargs)
             try:
                 return function(self, *args, **kwargs)
@@ -150,7 +154,8 @@ def _unlocked(row: Call, function: Callable[Concatenate[H, P], R]) -> Callable[C
     def wrapper(self: H, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if self._closed:
             raise ClosedHandle
-        if limited and self._phase not in permitted:
+        client = self._client
+        if limited and (_CREATED if client is None else client.engine.phase) not in permitted:
             raise _wrong_state(row, function, self, args, kwargs)
         return function(self, *args, **kwargs)
 

@@ -56,13 +56,17 @@ class Ledger:
         """Call a program's callback. What it returns counts if it is an int, else 0; what it raises counts as -1."""
         try:
             result = callback(*arguments)
-        except Exception as exc:  # noqa: BLE001 (the program's own, which libnbd reports and goes on)
-            sys.excepthook(type(exc), exc, exc.__traceback__ and exc.__traceback__.tb_next)
-            return -1
-        except BaseException as exc:  # noqa: BLE001 (KeyboardInterrupt and its kind: raised once the bytes at hand are dealt with)
-            self.interruption = self.interruption or exc
-            return -1
+        except BaseException as exc:  # noqa: BLE001 (the program's own: see `_raised`)
+            return self._raised(exc)
         return result if isinstance(result, int) else 0
+
+    def _raised(self, exc: BaseException) -> int:
+        """A callback raised: report it and go on, as libnbd does, but for what is to interrupt the program."""
+        if isinstance(exc, Exception):
+            sys.excepthook(type(exc), exc, exc.__traceback__ and exc.__traceback__.tb_next)
+        else:  # KeyboardInterrupt and its kind: raised once the bytes at hand are dealt with
+            self.interruption = self.interruption or exc
+        return -1
 
     def interrupt(self) -> None:
         """Raise what a callback was interrupted by, if one was."""
@@ -76,13 +80,17 @@ class Ledger:
         """A command of an aio call is done: tell its completion callback (the tag), which may retire it."""
         callback = command.tag
         if callback is not None:
-            error = ErrorNumber(0 if command.error is None else command_number(command))
-            result = self.call(callback, error)
-            if result == 1:
-                return
             command.tag = None
-            if result == -1 and error.value:
-                command.error = _failed(command, error.value)
+            error = ErrorNumber(0 if command.error is None else command_number(command))
+            try:  # as `call` does: this is once a command
+                result = callback(error)
+            except BaseException as exc:  # noqa: BLE001 (the program's own: see `_raised`)
+                result = self._raised(exc)
+            if isinstance(result, int):
+                if result == 1:
+                    return
+                if result == -1 and error.value:
+                    command.error = _failed(command, error.value)
         command.on_chunk = command.on_extents = None
         self.finished[command.cookie] = command
 

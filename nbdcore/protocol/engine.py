@@ -33,6 +33,9 @@ from nbdcore.protocol.state import Phase
 
 #: A payload up to so many bytes is copied behind its header: one part more for the kernel costs more than 4 KiB copied.
 INLINE_PAYLOAD = 4096
+# Looked up once: to find a member costs about as much as a call, and these are asked for with every command.
+_CONNECTED = Phase.CONNECTED
+_READ, _DISC, _BLOCK_STATUS = int(CommandType.READ), int(CommandType.DISC), int(CommandType.BLOCK_STATUS)
 # Most commands packed at once: sendmsg takes 1024 parts, and a command has two at most.
 _BURST = 256
 
@@ -74,6 +77,8 @@ class Engine:
         traffic: what has gone over the wire.
         error: why the connection ended, else None.
         ended_by_program: it was this program that ended it.
+        queue: commands of which nothing has been packed, let alone sent.
+        in_flight: cookie -> command, for those that have been.
         wants_tls: the stream is to be swapped for an encrypted one; then call `tls_started`.
     """
 
@@ -86,6 +91,7 @@ class Engine:
         self.error: Error | None = None
         self.ended_by_program = False
         self.wants_tls = False
+        self.queue: deque[Command] = deque()
         self.in_flight: dict[int, Command] = {}
         options.info_request(settings.export, block_size=True, full=True)  # raises UsageError for what cannot be sent
         options.meta_context_request(settings.export, settings.contexts)
@@ -94,7 +100,6 @@ class Engine:
         self._reading = memoryview(b"")
         self._filled = 0
         self._replies: Replies | None = None
-        self._queue: deque[Command] = deque()
         self._parts: list[memoryview] = []
         self._begun: memoryview | None = None  # the part of which some bytes are sent, as it was
         self._last_cookie = 0
@@ -165,9 +170,9 @@ class Engine:
         self._reading, self._filled = memoryview(b""), 0
         if self._replies is not None:
             self._replies.close()
-        pending = [*self.in_flight.values(), *self._queue]
+        pending = [*self.in_flight.values(), *self.queue]
         self.in_flight.clear()
-        self._queue.clear()
+        self.queue.clear()
         self._replies = None
         for command in pending:
             if not command.done:
@@ -192,16 +197,15 @@ class Engine:
 
     def submit(self, command: Command) -> int:
         """Queue a command and return its cookie. Raises UsageError unless CONNECTED, and once a disconnect is queued."""
-        if self.phase is not Phase.CONNECTED:
-            raise self._out_of_phase(command, Phase.CONNECTED) from self.error
+        if self.phase is not _CONNECTED:
+            raise self._out_of_phase(command, _CONNECTED) from self.error
         if self._ending:
             raise UsageError(errno.EINVAL, f"{command}: the connection is being closed")
-        self._last_cookie += 1
-        command.cookie = self._last_cookie
-        if command.type == CommandType.DISC:
+        self._last_cookie = command.cookie = cookie = self._last_cookie + 1
+        if command.type == _DISC:
             self._ending = True
-        self._queue.append(command)
-        return command.cookie
+        self.queue.append(command)
+        return cookie
 
     def abandon(self, command: Command, error: Error) -> None:
         """The caller gives a command up: it completes with `error` now, and its memory is not touched any more.
@@ -210,8 +214,8 @@ class Engine:
         """
         if command.done:
             return
-        if command in self._queue:
-            self._queue.remove(command)
+        if command in self.queue:
+            self.queue.remove(command)
         else:
             command.discard = True
             if self._replies is not None:
@@ -224,7 +228,7 @@ class Engine:
 
     def abandon_unsent(self, error: Error) -> None:
         """Give up every command of which not a byte has been sent: it completes with `error`."""
-        for command in list(self._queue):
+        for command in list(self.queue):
             self.abandon(command, error)
 
     @property
@@ -233,14 +237,9 @@ class Engine:
         return isinstance(self.error, (Disconnected, ProtocolViolation)) and not self.ended_by_program
 
     @property
-    def queued(self) -> int:
-        """How many commands are queued: nothing of them has been packed, let alone sent."""
-        return len(self._queue)
-
-    @property
     def pending(self) -> int:
         """How many commands are queued or in flight."""
-        return len(self._queue) + len(self.in_flight)
+        return len(self.queue) + len(self.in_flight)
 
     @property
     def between_replies(self) -> bool:
@@ -250,20 +249,20 @@ class Engine:
     @property
     def finished_sending(self) -> bool:
         """Whether a disconnect was queued and everything has been sent: the sending side may be shut down."""
-        return self._ending and not self._queue and not self._parts
+        return self._ending and not self.queue and not self._parts
 
     # ------------------------------------------------------------------------------------------ bytes out
 
     def outgoing(self) -> list[memoryview]:
         """Return what is to be sent next; empty when there is nothing."""
-        if self._queue and not self._parts:
+        if self.queue and not self._parts:
             self._pack()
         return self._parts
 
     @property
     def has_outgoing(self) -> bool:
         """Whether `outgoing` would return something."""
-        return bool(self._parts or self._queue)
+        return bool(self._parts or self.queue)
 
     def sent(self, count: int) -> None:
         """The first `count` bytes of `outgoing()` have been sent."""
@@ -285,7 +284,7 @@ class Engine:
 
     def _pack(self) -> None:
         """Turn queued commands into bytes: headers and small payloads into one buffer, large payloads as they are."""
-        queue, parts, in_flight = self._queue, self._parts, self.in_flight
+        queue, parts, in_flight = self.queue, self._parts, self.in_flight
         extended = self.limits.extended
         pack = wire.EXTENDED_REQUEST.pack if extended else wire.REQUEST.pack
         magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
@@ -296,7 +295,7 @@ class Engine:
         for _ in range(burst):
             command = queue.popleft()
             payload = command.payload
-            filtered = payload is not None and command.type == CommandType.BLOCK_STATUS
+            filtered = payload is not None and command.type == _BLOCK_STATUS
             length = len(payload) if filtered and payload is not None else command.count
             gathered.append(pack(magic, command.flags, command.type, command.cookie, command.offset, length))
             if payload is not None:
@@ -305,12 +304,12 @@ class Engine:
                 else:
                     parts += (memoryview(b"".join(gathered)), payload)
                     gathered.clear()
-            if command.type == CommandType.DISC:
+            if command.type == _DISC:
                 command.done = True  # it has no reply
                 goodbye.append(command)
             else:
                 in_flight[command.cookie] = command
-                if command.type == CommandType.READ and command.count >= LARGE and self._replies is not None:
+                if command.type == _READ and command.count >= LARGE and self._replies is not None:
                     self._replies.large += 1
         if gathered:
             parts.append(memoryview(b"".join(gathered)))
@@ -365,7 +364,7 @@ class Engine:
 
     def received_eof(self) -> None:
         """The server has finished sending."""
-        waiting = len(self._queue) + sum(not command.done for command in self.in_flight.values())
+        waiting = len(self.queue) + sum(not command.done for command in self.in_flight.values())
         if self._replies is not None and self._replies.between_messages and self.finished_sending and not waiting:
             self.end("this program took leave of the server")
         elif self._replies is not None and self._replies.between_messages:
