@@ -2,11 +2,13 @@
 
 Programs are started from a list of arguments, never through a shell that would read them, with no descriptor of ours but their
 own. What they write to standard error goes where this program's goes, and its end is kept: it says best why a server died. A
-child is reaped when its stream is closed, by a thread, so that closing does not wait for a program that takes its time.
+child is reaped when its stream is closed, by a thread, so that closing does not wait for a program that takes its time. Streams
+still open when this program exits are closed, and their children waited for, while there are still threads to do it.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 import time
 from collections.abc import Callable, Generator, Sequence
 from typing import IO
@@ -141,6 +144,7 @@ class ProcessStream(SocketStream):
         self.child = child
         self.path = path
         self._tidy = tidy
+        _open_streams.add(self)
 
     def recv_into(self, room: memoryview) -> int | None:
         """Receive into `room`. Where the process has failed, raises Disconnected with its last words in place of a bare end."""
@@ -168,10 +172,31 @@ class ProcessStream(SocketStream):
 
     def close(self) -> None:
         """Close the socket, and have the process end."""
+        if self not in _open_streams:
+            return
+        _open_streams.discard(self)
         super().close()
         self.child.end()
         if self._tidy is not None:
             self._tidy()
+
+
+_open_streams: weakref.WeakSet[ProcessStream] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """End the children of this program, which exits. A thread started any later would never run, nor what waits for it end."""
+    streams = list(_open_streams)
+    for stream in streams:
+        stream.close()
+    for stream in streams:
+        stream.child.join()
+
+
+if hasattr(os, "register_at_fork"):
+    # The streams that a fork inherits, and their children, are its parent's.
+    os.register_at_fork(after_in_child=_open_streams.clear)
 
 
 def run_command(arguments: Sequence[str]) -> ProcessStream:

@@ -73,6 +73,7 @@ class SocketStream(Stream):
         sock.setblocking(False)
         self._sock = sock
         self._closed = False
+        self._process = os.getpid()
 
     def __str__(self) -> str:
         return self._peer
@@ -116,6 +117,8 @@ class SocketStream(Stream):
     def hang_up(self) -> None:
         """Shut the socket down in both directions."""
         self._closed = True
+        if self._process != os.getpid():
+            return  # the copy that a fork made: the connection is the parent's
         # It fails when the peer is gone.
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import ssl
 import threading
 from collections.abc import Iterator, Sequence
@@ -86,6 +87,7 @@ class TLSStream(Stream):
         self._heard = False  # the peer sent data
         self._failed = False
         self._closed = False
+        self._process = os.getpid()
         # OpenSSL's objects are for one thread at a time, and `close` may come from another.
         self._lock = threading.Lock()
         self._step()  # a client's first message is ready now, so that wants() says WRITE
@@ -190,8 +192,9 @@ class TLSStream(Stream):
 
     def _leave(self) -> None:
         left, self._closed = self._closed, True
-        # When another thread is at work right now, its call is about to fail: the peer then misses the goodbye, no more.
-        if left or not self._lock.acquire(blocking=False):
+        # When another thread is at work right now, its call is about to fail: the peer then misses the goodbye, no more. And in
+        # the copy that a fork made, the connection is the parent's.
+        if left or self._process != os.getpid() or not self._lock.acquire(blocking=False):
             return
         try:
             if self._established and not self._failed:
