@@ -38,4 +38,5 @@ def _nothing_left_open() -> Iterator[None]:
     gc.collect()
     left = leaks.settled(lambda: {number: what for number, what in leaks.open_descriptors().items() if number not in before})
     assert left == {}, "descriptors left open"
-    assert [thread.name for thread in set(threading.enumerate()) - threads] == [], "threads left running"
+    running = leaks.settled(lambda: [thread.name for thread in set(threading.enumerate()) - threads])
+    assert running == [], "threads left running"

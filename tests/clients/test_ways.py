@@ -137,13 +137,14 @@ def test_a_command_gets_no_descriptors_of_this_program(tmp_path):
 
 
 @pytest.mark.interop("nbdkit", "qemu-nbd")
-def test_a_server_takes_over_a_socket(tmp_path):
+def test_a_server_takes_over_a_socket(tmp_path, monkeypatch, short_folder):
+    monkeypatch.setattr(tempfile, "tempdir", str(short_folder))
     image = tmp_path / "disk"
     image.write_bytes(bytes(DISK))
     for argv in ([path_of("nbdkit"), "memory", str(DISK)], [path_of("qemu-nbd"), "--format=raw", image]):
         with nbdcore.connect_socket_activation(argv, timeout=PATIENCE) as disk:
             assert disk.size == DISK
-        assert list(Path(tempfile.gettempdir()).glob("nbdcore*")) == []
+        assert list(short_folder.iterdir()) == []
 
 
 TELLS = """
@@ -161,7 +162,8 @@ sys.exit(json.dumps(told))
 
 
 @pytest.mark.parametrize("name", [None, "disk-1.example"])
-def test_a_server_is_told_what_it_has_by_systemds_protocol(tmp_path, name, monkeypatch):
+def test_a_server_is_told_what_it_has_by_systemds_protocol(tmp_path, name, monkeypatch, short_folder):
+    monkeypatch.setattr(tempfile, "tempdir", str(short_folder))
     monkeypatch.setenv("LISTEN_FDNAMES", "another's")
     argv = program(tmp_path, TELLS)
     with pytest.raises(Disconnected) as caught:
@@ -174,7 +176,7 @@ def test_a_server_is_told_what_it_has_by_systemds_protocol(tmp_path, name, monke
         "folder": "0o700",
         "input": "/dev/null",
     }
-    assert list(Path(tempfile.gettempdir()).glob("nbdcore*")) == []
+    assert list(short_folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["", "a:b", "a\n", "ä", "x" * 256, 5])
@@ -185,10 +187,11 @@ def test_a_name_that_systemd_would_not_take_is_refused(name):
     assert client.phase is Phase.CREATED
 
 
-def test_a_server_that_is_not_there_is_an_error_and_leaves_nothing():
+def test_a_server_that_is_not_there_is_an_error_and_leaves_nothing(monkeypatch, short_folder):
+    monkeypatch.setattr(tempfile, "tempdir", str(short_folder))
     with pytest.raises(Disconnected, match=r"not found|No such file"):
         nbdcore.connect_socket_activation(["/nonexistent"], timeout=PATIENCE)
-    assert list(Path(tempfile.gettempdir()).glob("nbdcore*")) == []
+    assert list(short_folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("argv", [[], "nbdkit", b"nbdkit", None, 5, [""], ["a", 5], ["a", b"b"], ["a\0b"], ["a", None]])
