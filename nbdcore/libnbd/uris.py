@@ -92,7 +92,7 @@ def _with(uri: URI, wishes: Wishes) -> Wishes:
         changed.tls = constants.TLS_REQUIRE
     changed.tls_certificates = _or(uri.parameter("tls-certificates"), wishes.tls_certificates)
     changed.tls_psk_file = _or(uri.parameter("tls-psk-file"), wishes.tls_psk_file)
-    changed.tls_hostname = _or(uri.parameter("tls-hostname"), wishes.tls_hostname)
+    changed.tls_hostname = uri.parameter("tls-hostname") or wishes.tls_hostname  # an empty one would mean any name
     changed.tls_priority = _or(uri.parameter("tls-priority"), wishes.tls_priority)
     changed.tls_username = _or(uri.user, _or(uri.parameter("tls-username"), wishes.tls_username))
     changed.tls_verify_peer = _verifies(uri, wishes)
