@@ -7,11 +7,15 @@ A thin skin, like the blocking client: commands and their checks come from the p
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Iterable
-from typing import Any, Self, Unpack, overload
+from collections.abc import AsyncIterator, Callable, Generator, Iterable
+from functools import partial
+from operator import attrgetter
+from typing import Any, Self, TypeVar, Unpack, overload
 
+from nbdcore.clients import asynchronous_many as many
 from nbdcore.clients import requests
 from nbdcore.clients.arguments import deadline_after, texts, whole_numbers
+from nbdcore.clients.asynchronous_many import DEPTH, Many
 from nbdcore.clients.asynchronous_pipeline import run_all
 from nbdcore.clients.asynchronous_ways import AsyncConnectCalls
 from nbdcore.clients.extents import CombinedExtent, Extent, ExtentWalk, extents_by_context
@@ -28,7 +32,10 @@ from nbdcore.protocol.state import Phase
 # Seconds that leaving an `async with` block waits for the server to hang up after the goodbye; what was written is not at stake.
 _GOODBYE = 5.0
 
+_OFFSET = attrgetter("offset")
+
 Buffer = bytes | bytearray | memoryview
+Item = TypeVar("Item")
 
 
 class AsyncClient(AsyncConnectCalls):
@@ -155,6 +162,63 @@ class AsyncClient(AsyncConnectCalls):
         """Tell the server that a range will be needed soon (section NBD_CMD_CACHE)."""
         await self._run(requests.cache(self._connected("cache"), count, offset), timeout)
 
+    # ------------------------------------------------------------------------------------------ many at a time
+
+    def pread_many(
+        self, ranges: Iterable[tuple[int, int]], *, depth: int = DEPTH, timeout: float | None = None
+    ) -> Many[tuple[int, bytes]]:
+        """Read many ranges: `async for offset, data in disk.pread_many([(offset, count), ...])`, as they come in.
+
+        Less costly than a task for each. Up to `depth` requests are under way at a time, and no more than that are ahead of the
+        loop, which consumes `ranges` bit by bit. After an error the rest is waited for and yielded, then the error is raised.
+        Leaving the loop gives up what is under way. `timeout` is for each step.
+        """
+        fresh = many.reads(self._connected("pread"), ranges)
+        return self._many("pread_many", fresh, lambda done: (done.offset, done.result()), depth, timeout)
+
+    def pread_into_many(self, items: Iterable[tuple[int, Any]], *, depth: int = DEPTH, timeout: float | None = None) -> Many[int]:
+        """Read into many (offset, buffer) pairs; yields the offset of each buffer that has been filled. See `pread_many`."""
+        return self._many("pread_into_many", many.reads_into(self._connected("pread_into"), items), _OFFSET, depth, timeout)
+
+    def pwrite_many(
+        self,
+        items: Iterable[tuple[int, Buffer | Any]],
+        *,
+        fua: bool = False,
+        depth: int = DEPTH,
+        timeout: float | None = None,
+    ) -> Many[int]:
+        """Write many (offset, data) pairs; yields the offset of each that has been written. See `pread_many`."""
+        fresh = many.writes(self._connected("pwrite"), items, fua=fua)
+        return self._many("pwrite_many", fresh, _OFFSET, depth, timeout)
+
+    def zero_many(
+        self,
+        ranges: Iterable[tuple[int, int]],
+        *,
+        fua: bool = False,
+        no_hole: bool = False,
+        fast_zero: bool = False,
+        depth: int = DEPTH,
+        timeout: float | None = None,
+    ) -> Many[int]:
+        """Write zeroes to many (offset, count) ranges; yields the offset of each that is done. See `zero` and `pread_many`."""
+        limits = self._connected("zero")
+        build = partial(requests.zero, limits, fua=fua, no_hole=no_hole, fast_zero=fast_zero, call="zero_many")
+        return self._many("zero_many", many.ranges_of("zero_many", ranges, build), _OFFSET, depth, timeout)
+
+    def trim_many(
+        self,
+        ranges: Iterable[tuple[int, int]],
+        *,
+        fua: bool = False,
+        depth: int = DEPTH,
+        timeout: float | None = None,
+    ) -> Many[int]:
+        """Trim many (offset, count) ranges; yields the offset of each that is done. See `trim` and `pread_many`."""
+        build = partial(requests.trim, self._connected("trim"), fua=fua, call="trim_many")
+        return self._many("trim_many", many.ranges_of("trim_many", ranges, build), _OFFSET, depth, timeout)
+
     # ------------------------------------------------------------------------------------------ block status
 
     async def block_status(
@@ -244,6 +308,12 @@ class AsyncClient(AsyncConnectCalls):
         if self._engine.phase is not Phase.CONNECTED:
             self._legal(call)
         return self._engine.limits
+
+    def _many(
+        self, call: str, fresh: Generator[Command], pick: Callable[[Any], Item], depth: int, timeout: float | None
+    ) -> Many[Item]:
+        seconds = deadline_after(timeout).remaining()
+        return Many(self._session(), fresh, pick, depth=many.checked_depth(call, depth), seconds=seconds)
 
     async def _run(self, request: Request, timeout: float | None) -> None:
         """Run a request, in as many pieces as it takes."""

@@ -45,9 +45,12 @@ class Pipeline:
 
     def _finish(self, command: Command) -> None:
         self._under_way.discard(command)
-        self.finished.append(command)
+        self._done(command)
         if self._waiter is not None:
             settle(self._waiter)
+
+    def _done(self, command: Command) -> None:
+        self.finished.append(command)
 
     async def wait(self, seconds: float | None) -> None:
         """Wait until a command has finished. Raises DeadlineExceeded, and then, as when cancelled, all that are left go on."""
@@ -55,7 +58,7 @@ class Pipeline:
         waiter = self._waiter = loop.create_future()
         alarm = None if seconds is None else loop.call_later(seconds, settle, waiter, False)
         try:
-            if not await waiter and not self.finished:
+            if not await waiter and self._under_way:
                 oldest = min(self._under_way, key=lambda command: command.cookie)
                 raise DeadlineExceeded(f"no answer from the server in time ({oldest})")
         finally:

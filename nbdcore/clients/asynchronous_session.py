@@ -42,6 +42,9 @@ class LoopSession:
         self._descriptor = session.fileno()
         self._watched = 0  # what the loop watches the descriptor for: the bits of Want, as a plain int
         self._sending = self._receiving = False  # a turn of the loop is due for it
+        # libuv, under uvloop, tells of a connection that broke only once, and there may be bytes before the error: so everything
+        # is received each time. The stock loop tells as long as anything is left, which saves a system call.
+        self._tells_once = not isinstance(loop, asyncio.SelectorEventLoop)
         self._leaving = False
         self._ends: list[asyncio.Future[bool]] = []
         # The loop's knowledge of the descriptor must end before its number is free for another.
@@ -167,7 +170,11 @@ class LoopSession:
 
     def _readable(self) -> None:
         session, engine = self._session, self.engine
-        self._move(session.receive if engine.phase is Phase.CONNECTED else session.advance)
+        while True:
+            before = engine.traffic.bytes_received
+            self._move(session.receive if engine.phase is Phase.CONNECTED else session.advance)
+            if not self._tells_once or session.over or engine.traffic.bytes_received == before:
+                break
         if not engine.in_flight:
             engine.rest()
 
@@ -227,6 +234,18 @@ class LoopSession:
         for waiter in self._ends:
             settle(waiter)
         self._ends.clear()
+
+
+def call_in(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """Call now if this is the loop's thread, or the loop is no more; else as soon as the loop has a turn."""
+    try:
+        here = asyncio.get_running_loop() is loop
+    except RuntimeError:  # no loop runs here
+        here = False
+    if here or loop.is_closed():
+        call()
+    else:
+        loop.call_soon_threadsafe(call)
 
 
 def wake(command: Command) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from nbdcore.clients.arguments import deadline_after, text
 from nbdcore.clients.asynchronous_options import AsyncOptionCalls
-from nbdcore.clients.asynchronous_session import LoopSession
+from nbdcore.clients.asynchronous_session import LoopSession, call_in
 from nbdcore.clients.asynchronous_waiting import LoopWait, check_loop
 from nbdcore.clients.connecting import Route, Way, adopt, route_by_name, route_by_uri, sooner
 from nbdcore.clients.encryption import Encryption
@@ -307,24 +307,12 @@ class AsyncConnectCalls(AsyncOptionCalls):
         """End the connection now, from wherever this is called."""
         self._closed = True
         if self._live is not None:
-            end_in_its_loop(self._live)
+            call_in(self._live.loop, self._live.close)
             return
         self._engine.end()
         if self._waiting is not None:
             closed = "the connection was closed by this program while connecting"
             self._waiting.break_off(Disconnected(errno.ENOTCONN, closed))
-
-
-def end_in_its_loop(live: LoopSession) -> None:
-    """End a session now if this is its loop's thread, or the loop is no more; else as soon as the loop has a turn."""
-    try:
-        here = asyncio.get_running_loop() is live.loop
-    except RuntimeError:  # no loop runs here
-        here = False
-    if here or live.loop.is_closed():
-        live.close()
-    else:
-        live.loop.call_soon_threadsafe(live.close)
 
 
 async def _find_plugins() -> None:

@@ -9,8 +9,9 @@ import threading
 import pytest
 
 from nbdcore import Disconnected, Phase
+from nbdcore.aio import AsyncClient
 from nbdcore.protocol.constants import CommandType
-from nbdcore.testing.scripted import Connection, answer, data, drain, serve, wait_for
+from nbdcore.testing.scripted import Connection, ScriptedServer, answer, data, drain, serve, wait_for
 from tests.aio.talking import CALLS, DISK, DONE, PATIENCE, SHORT, held, late, talk, until
 
 LARGE = 200_000
@@ -247,9 +248,6 @@ def test_one_task_of_many_is_cancelled_and_the_others_get_their_own(run):
 
 @pytest.mark.parametrize("said", [b"", b"NBDMAGIC", b"NBDMAGICIHAVEOPT\0\3"])
 def test_a_cancelled_handshake_is_the_end_of_the_connection(run, said):
-    from nbdcore.aio import AsyncClient
-    from nbdcore.testing.scripted import ScriptedServer
-
     async def main():
         with ScriptedServer([said, drain]) as server:
             client = AsyncClient()
