@@ -89,7 +89,7 @@ class Child:
         if self._ended_by is not None:
             self._hint(self._ended_by)
         if self._reaper is None:
-            # A program that is ending itself may start no threads; its children are reaped by the system, then.
+            # A program that is ending may start no threads (CPython 3.12): `join` does it then, or the system.
             with contextlib.suppress(RuntimeError):
                 self._reaper = _thread(self._reap)
 
@@ -101,6 +101,8 @@ class Child:
                 self.process.wait(_PATIENCE)
         elif self._reaper is not None:
             self._reaper.join()
+        else:
+            self._reap()
 
     def _reap(self) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
