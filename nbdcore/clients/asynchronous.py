@@ -107,7 +107,7 @@ class AsyncClient(AsyncConnectCalls):
         count, offset = whole_numbers("pread", count, offset)
         if count <= data_limit(limits) or df:
             command = commands.read(limits, count, offset, flags=CommandFlag.DF if df else 0)
-            await self._run(command, timeout)
+            await self._session().run(command, timeout)
             return command.result()
         data = requests.memory_for(limits, count, offset)
         await self.pread_into(data, offset, timeout=timeout)
@@ -318,6 +318,6 @@ class AsyncClient(AsyncConnectCalls):
     async def _run(self, request: Request, timeout: float | None) -> None:
         """Run a request, in as many pieces as it takes."""
         if isinstance(request, Command):
-            await self._session().run(request, None if timeout is None else deadline_after(timeout).remaining())
+            await self._session().run(request, timeout)
         else:
             await run_all(self._session(), request, deadline_after(timeout), depth=requests.PIECES_AT_A_TIME)

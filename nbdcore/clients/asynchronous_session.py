@@ -16,6 +16,7 @@ import copy
 import errno
 from collections.abc import Callable
 
+from nbdcore.clients.arguments import deadline_after
 from nbdcore.clients.session import Session
 from nbdcore.errors import DeadlineExceeded, Disconnected, Error
 from nbdcore.protocol.commands import Command, disconnect
@@ -66,11 +67,11 @@ class LoopSession:
 
     async def run(self, command: Command, timeout: float | None) -> None:
         """Run one command and raise its error. At the deadline, or when the task is cancelled, it is abandoned."""
-        loop = self.loop
-        waiter = command.tag = loop.create_future()
+        seconds = None if timeout is None else deadline_after(timeout).remaining()
+        waiter = command.tag = self.loop.create_future()
         command.completion = wake
         self.submit(command)
-        alarm = None if timeout is None else loop.call_later(timeout, self.expire, command)
+        alarm = None if seconds is None else self.loop.call_later(seconds, self.expire, command)
         try:
             await waiter
         except BaseException as exc:
@@ -80,11 +81,8 @@ class LoopSession:
         finally:
             if alarm is not None:
                 alarm.cancel()
-        if (error := self.take_error(command)) is not None:
-            try:
-                raise error
-            finally:
-                del error  # its traceback leads here
+        if command.error is not None:
+            self.raise_error(command)
 
     def abandon(self, command: Command, why: str) -> None:
         """Give a command up without a word to whoever waits for it: its memory is not touched any more."""
@@ -105,6 +103,15 @@ class LoopSession:
             return _copy(error)
         command.error = None
         return error
+
+    def raise_error(self, command: Command) -> None:
+        """Raise the error of a finished command, if it has one."""
+        error = self.take_error(command)
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback leads here
 
     # ------------------------------------------------------------------------------------------ conversations
 

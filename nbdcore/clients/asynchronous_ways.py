@@ -299,7 +299,8 @@ class AsyncConnectCalls(AsyncOptionCalls):
         live = self._live
         if live is None:
             raise UsageError(errno.ENOTCONN, "not connected")
-        if asyncio.get_running_loop() is not live.loop:
+        # Before Python 3.12 asking which loop runs here costs a system call. That its own runs elsewhere, asyncio finds out.
+        if not live.loop.is_running():
             raise UsageError(errno.EINVAL, "the client belongs to the event loop that it was connected in, and this is another")
         return live
 
