@@ -19,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-import weakref
 import time
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from typing import IO
 
