@@ -1,4 +1,4 @@
-"""`python -m nbdcore.libnbd [-m] PROGRAM [ARGUMENTS]`: run a program whose `import nbd` is to find this module."""
+"""`python -m nbdcore.libnbd [-m | -c] PROGRAM [ARGUMENTS]`: run a program whose `import nbd` is to find this module."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from pathlib import Path
 
 from nbdcore.libnbd.alias import install
 
+_USAGE = "usage: python -m nbdcore.libnbd [-m | -c] PROGRAM [ARGUMENTS]"
+
 
 def main() -> None:
-    """Run the program that the command line names, as python itself would."""
-    arguments = sys.argv[1:]
-    as_module = arguments[:1] == ["-m"]
-    if as_module:
-        del arguments[0]
+    """Run the program that the command line names, as python itself would: a file, a module (-m), or the text itself (-c)."""
+    how, *arguments = sys.argv[1:] if sys.argv[1:2] in (["-m"], ["-c"]) else ["", *sys.argv[1:]]
     if not arguments:
-        sys.exit("usage: python -m nbdcore.libnbd [-m] PROGRAM [ARGUMENTS]")
+        sys.exit(_USAGE)
     install()
-    sys.argv = arguments
-    if as_module:
-        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    program, *others = arguments
+    sys.argv = ["-c" if how == "-c" else program, *others]
+    if how == "-m":
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    elif how == "-c":
+        exec(compile(program, "<string>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})  # noqa: S102 (the caller's own program)
     else:
-        sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
-        runpy.run_path(arguments[0], run_name="__main__")
+        sys.path.insert(0, str(Path(program).resolve().parent))
+        runpy.run_path(program, run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ __all__ = ["install"]
 def install() -> None:
     """Make every later `import nbd` of this process find `nbdcore.libnbd`. A module `nbd` that is imported already is replaced.
 
-    To run a program unchanged that does not call this: `python -m nbdcore.libnbd PROGRAM [ARGUMENTS]`, or `-m MODULE` likewise.
+    To run a program unchanged that does not call this: `python -m nbdcore.libnbd PROGRAM [ARGUMENTS]`, or `-m MODULE`
+    or `-c TEXT` in place of the program, as for python itself.
     """
     import nbdcore.libnbd
 

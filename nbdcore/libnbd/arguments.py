@@ -117,8 +117,12 @@ def payload(value: Any) -> memoryview:
 
 
 def source(value: Any) -> memoryview:
-    """Return the bytes of an asynchronous write: of an `nbd.Buffer`, or any buffer."""
-    return value.readable() if isinstance(value, Buffer) else _view(value)
+    """Return the bytes of an asynchronous write: of an `nbd.Buffer`, or any buffer; memory in several pieces is copied."""
+    if isinstance(value, Buffer):
+        return value.readable()
+    if isinstance(value, memoryview) and not value.c_contiguous:
+        return memoryview(value.tobytes())
+    return _view(value)
 
 
 def target(value: Any, *, clear: bool) -> memoryview:

@@ -30,7 +30,6 @@ class Buffer:
             self._memory: Any = bytearray(len)
         except (MemoryError, OverflowError) as exc:
             raise MemoryError(errno.ENOMEM, f"no memory for a buffer of {len} bytes") from exc
-        self._view = memoryview(self._memory)
         self._fresh = True  # zero, for certain: nothing has been read into it, and nobody else has its memory
 
     @classmethod
@@ -42,12 +41,13 @@ class Buffer:
     def from_buffer(cls, buf: Any) -> Buffer:
         """Return a buffer that shares the memory of a bytes-like object. Raises TypeError for anything else."""
         buffer = cls.__new__(cls)
-        buffer._memory, buffer._view, buffer._fresh = buf, flat(buf), False  # noqa: SLF001 (its own class's)
+        flat(buf)  # raises for what is no buffer; a view is held only while a command needs one, so that a bytearray can grow
+        buffer._memory, buffer._fresh = buf, False  # noqa: SLF001 (its own class's)
         return buffer
 
     def to_bytearray(self) -> bytearray:
         """Return a copy of the contents."""
-        return bytearray(self._view)
+        return bytearray(flat(self._memory))
 
     def to_buffer(self) -> Any:
         """Return the object whose memory this is, shared: the very object given to `from_buffer`, else a bytearray."""
@@ -56,17 +56,18 @@ class Buffer:
 
     def size(self) -> int:
         """Return the number of bytes."""
-        return len(self._view)
+        return flat(self._memory).nbytes
 
     def __len__(self) -> int:
-        return len(self._view)
+        return flat(self._memory).nbytes
 
     def is_zero(self, offset: int = 0, size: int = -1) -> bool:
         """Return whether `size` bytes at `offset` (-1: all from there) are zero.
 
         Raises IndexError for a range that is not within the buffer; no bytes at all are zero wherever they are.
         """
-        length = len(self._view)
+        view = flat(self._memory)
+        length = len(view)
         if size == 0:
             return True
         if not 0 <= offset <= length:
@@ -74,20 +75,20 @@ class Buffer:
         if size < -1 or size > length - offset:
             raise IndexError("size out of range")
         after = length if size == -1 else offset + size
-        return not any(self._view[offset:after])
+        return not any(view[offset:after])
 
     # ------------------------------------------------------------------------------------------ for commands
 
     def readable(self) -> memoryview:
         """Return the bytes to write."""
-        return self._view
+        return flat(self._memory)
 
     def writable(self, *, clear: bool) -> memoryview:
         """Return the memory to read into. Raises BufferError where it is read-only, as that of bytes is."""
-        view = self._view
         if self._fresh:
             self._fresh = False
-            return view
+            return memoryview(self._memory)
+        view = flat(self._memory)
         if view.readonly:
             raise BufferError("Object is not writable.")
         if clear:

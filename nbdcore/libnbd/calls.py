@@ -203,7 +203,11 @@ def _shown(function: Callable[..., Any], self: Any, args: tuple[Any, ...], kwarg
 
 def _short(value: object) -> str:
     """Return a value as debug text: numbers and names as they are, memory and callbacks by kind only."""
-    if value is None or isinstance(value, bool | int):
+    if value is None:
+        return "0"  # as C has it
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
         return str(value)
     return repr(value)[:100] if isinstance(value, str | list) else f"<{type(value).__name__}>"
 

@@ -18,12 +18,14 @@ from nbdcore.libnbd.constants import (
     CMD_FLAG_REQ_ONE,
     SHUTDOWN_ABANDON_PENDING,
     SHUTDOWN_MASK,
+    STRICT_COMMANDS,
     STRICT_FLAGS,
 )
 from nbdcore.libnbd.core import Core
 from nbdcore.libnbd.errors import command_failure
 from nbdcore.protocol import commands
 from nbdcore.protocol.commands import Command
+from nbdcore.protocol.constants import TransmissionFlag
 from nbdcore.protocol.state import Phase
 
 Callback = Callable[..., Any]
@@ -88,6 +90,8 @@ class CommandBuilders(Core):
         engine = self._connection.engine
         if not engine.limits.extended:
             raise UsageError(errno.ENOTSUP, "block status can be filtered under extended headers only")
+        if self._wishes.strict_mode & STRICT_COMMANDS and not engine.limits.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD:
+            raise UsageError(errno.EINVAL, "the server does not offer to filter block status")
         numbers = {name: number for number, name in reversed(engine.agreement.contexts.items())}
         missing = [name for name in names if name not in numbers]
         if missing:

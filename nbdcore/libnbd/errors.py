@@ -40,7 +40,7 @@ class Error(Exception):
         errnum: number of the `errno` module, 0 where none is known.
     """
 
-    def __init__(self, string: str, errnum: int = 0) -> None:
+    def __init__(self, string: str = "", errnum: int = 0) -> None:
         super().__init__(string, errnum)
         self.string = string
         self.errnum = errnum

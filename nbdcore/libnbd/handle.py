@@ -193,6 +193,8 @@ class NBD(
     def __init__(self) -> None:
         super().__init__()
         self._close_callbacks: list[Callable[[], Any]] = []
+        if self._debug:
+            self._say("nbd_create", "opening handle")
 
     @call("1.26")
     def add_close_callback(self, close: Callable[[], Any]) -> None:
@@ -211,6 +213,8 @@ class NBD(
         if self._closed:
             return
         self._closed = self._unusual = True
+        if self._debug:
+            self._say("nbd_close", "closing handle")
         for callback in self._close_callbacks:
             self._ledger.call(callback)
         if self._client is not None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from nbdcore.clients.connecting import Route
 from nbdcore.errors import TransportUnavailable, UsageError, printable
-from nbdcore.libnbd import constants
+from nbdcore.libnbd import arguments, constants
 from nbdcore.libnbd.wishes import Wishes
 from nbdcore.plugins.registry import registry
 from nbdcore.uri import TLS_PARAMETERS, URI, parse_uri
@@ -87,7 +87,7 @@ def _with(uri: URI, wishes: Wishes) -> Wishes:
             )
     if uri.parameter("tls-priority") is not None and not wishes.uri_allow_tls_priority:
         raise UsageError(errno.EPERM, "tls-priority is not allowed, call nbd_set_uri_allow_tls_priority to enable this")
-    changed = replace(wishes, export_name=uri.export)
+    changed = replace(wishes, export_name=arguments.protocol_string(uri.export, "uri", "export name"))
     if uri.tls:
         changed.tls = constants.TLS_REQUIRE
     changed.tls_certificates = _or(uri.parameter("tls-certificates"), wishes.tls_certificates)

@@ -44,10 +44,10 @@ def test_handles_are_numbered_from_the_third_on():
 def test_plain_import_finds_the_module_only_when_told_to(tmp_path: Path):
     program = tmp_path / "program.py"
     program.write_text("import sys, nbd\nprint(nbd.NBD.__module__, sys.argv[1:])\n")
-    told = subprocess.run(
-        [sys.executable, "-m", "nbdcore.libnbd", program, "x"], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert told.stdout.split() == ["nbdcore.libnbd.handle", "['x']"]
+    for what in ([program], ["-c", program.read_text()], ["-m", "program"]):
+        line = [sys.executable, "-m", "nbdcore.libnbd", *what, "x"]
+        told = subprocess.run(line, capture_output=True, text=True, check=True, timeout=60, cwd=tmp_path)
+        assert told.stdout.split() == ["nbdcore.libnbd.handle", "['x']"]
     code = "import nbdcore.libnbd as n, sys; assert 'nbd' not in sys.modules; n.install(); import nbd; print(nbd.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == nbd.__version__

@@ -186,6 +186,89 @@ note(shared.to_bytearray(), shared.to_buffer() is memory)
 attempt("from_buffer", nbd.Buffer.from_buffer, 3)
 note(nbd.Buffer.from_bytearray(3).to_bytearray(), nbd.Buffer(3).to_bytearray(), nbd.Buffer(3).is_zero())
 """,
+    "memory of all kinds": """
+import array, ctypes, mmap
+h = connected()
+kinds = [
+    bytearray(64), array.array("I", range(16)), mmap.mmap(-1, 64), ctypes.create_string_buffer(64), (ctypes.c_uint32 * 16)(),
+    memoryview(bytearray(64)).cast("B", (8, 8)), memoryview(bytearray(96))[16:80], nbd.Buffer(64),
+    nbd.Buffer.from_buffer(bytearray(64)), nbd.Buffer.from_bytearray(64), nbd.Buffer.from_bytearray(ba=b"x" * 64),
+    nbd.Buffer.from_buffer(buf=memoryview(bytearray(64))), nbd.Buffer(len=64),
+    # and those that cannot be read into, or written from
+    bytes(64), memoryview(bytes(64)), memoryview(bytearray(128))[::2], nbd.Buffer.from_buffer(b"y" * 64),
+    "text", 64, None, [0] * 64,
+]
+for number, memory in enumerate(kinds):
+    for call, *more in ((h.pwrite, 0), (h.aio_pwrite, 64, lambda error: 1), (h.aio_pread, 4096, lambda error: 1)):
+        try:
+            result = call(memory, *more)
+            note(number, call.__name__, type(result).__name__)
+        except (TypeError, BufferError, ValueError) as exc:
+            note(number, call.__name__, type(exc).__name__)
+        finish(h)
+    note(h.pread(128, 0))
+# memory is the command's until the command is retired, and then the program's again
+memory = bytearray(512)
+grow = lambda: memory.extend(b"x")
+cookie = h.aio_pread(memory, 0)
+attempt("in flight", grow)
+finish(h)
+attempt("done", grow)
+attempt("completed", h.aio_command_completed, cookie)
+attempt("retired", grow)
+h.pwrite(memory, 0)
+attempt("written", grow)
+shared = nbd.Buffer.from_buffer(memory)
+attempt("shared", grow)
+note(len(shared), shared.size(), len(shared.to_bytearray()))
+kept = []
+result = h.pread_structured(64, 0, lambda subbuf, *more: kept.append(subbuf))
+note(bytes(kept[0]) == result, kept[0].readonly, kept[0].format, kept[0].ndim)
+attempt("weak", lambda: __import__("weakref").ref(shared)() is shared)
+for value in (0.0, "0", b"0", [], 1.5):
+    for call, *arguments in ((h.pread, 512, value), (h.pread, value, 0), (h.pread, 512, 0, value), (h.pwrite, b"x", 0, value),
+                             (h.zero, 512, value), (h.flush, value), (h.poll, value), (h.aio_command_completed, value),
+                             (h.aio_pread, nbd.Buffer(1), 0, value), (h.aio_pread, nbd.Buffer(1), 0, None, value),
+                             (h.set_strict_mode, value), (h.get_block_size, value), (h.set_private_data, value)):
+        attempt((call.__name__, str(value)), call, *arguments)
+""",
+    "event loop": """
+import selectors
+h = new()
+predicates = ("created", "connecting", "negotiating", "ready", "processing", "dead", "closed")
+state = lambda: note([name for name in predicates if getattr(h, "aio_is_" + name)()])
+state()
+h.aio_connect_uri(sys.argv[1])
+selector = selectors.DefaultSelector()
+def step():
+    direction, fd = h.aio_get_direction(), h.aio_get_fd()
+    events = (selectors.EVENT_READ if direction & nbd.AIO_DIRECTION_READ else 0) | (
+        selectors.EVENT_WRITE if direction & nbd.AIO_DIRECTION_WRITE else 0)
+    selector.register(fd, events)
+    for _, ready in selector.select(10):
+        if ready & selectors.EVENT_READ:
+            h.aio_notify_read()
+        else:
+            h.aio_notify_write()
+    selector.unregister(fd)
+while h.aio_is_connecting():
+    step()
+state()
+note(h.aio_get_direction())
+attempt("write", h.aio_notify_write)
+heard = []
+piece, end = lambda *a: heard.append((len(a[0]), *a[1:3])), lambda error: heard.append(error.value)
+cookie = h.aio_pread_structured(nbd.Buffer(512), 0, piece, end)
+while not h.aio_command_completed(cookie):
+    step()
+note(heard)
+h.aio_disconnect()
+while not h.aio_is_closed():
+    step()
+state()
+for name in ("get_fd", "get_direction", "notify_read", "notify_write", "peek_command_completed", "in_flight"):
+    attempt(name, getattr(h, "aio_" + name))
+""",
     "opt mode": """
 h = new("base:allocation")
 h.set_opt_mode(True)
@@ -301,6 +384,71 @@ def test_program_says_the_same_bytes_on_both_modules(name):
             run(DISK_PROGRAMS[name], f"nbd+unix:///?socket={path}", ours=ours)
         said.append(bytes(record))
     assert said[1].hex() == said[0].hex()
+
+
+def test_contexts_and_bitmaps_of_qemu_are_the_same_on_both_modules(tmp_path):
+    program = """
+h = new("base:allocation", "qemu:dirty-bitmap:changed", "base:allocation", "qemu:allocation-depth")
+h.set_debug_callback(lambda function, message: None)
+h.set_export_name("disk")
+h.connect_uri(sys.argv[1])
+note([h.get_meta_context(i) for i in range(h.get_nr_meta_contexts())], [h.get_block_size(i) for i in range(3)])
+offset, size, most = 0, h.get_size(), 2 ** 32 - 65536
+def extent(context, at, entries, error):
+    global offset
+    note(context, at, entries, error.value)
+    if context == nbd.CONTEXT_BASE_ALLOCATION:
+        offset += sum(entries[::2])
+while offset < size:
+    h.block_status(min(most, size - offset), offset, extent)
+note(offset == size)
+for count in (2 ** 32 - 1, 2 ** 32, 0):
+    attempt(count, h.block_status, count, 0, lambda *a: note(*a[:3]))
+attempt("past the end", h.block_status, most, 7 << 30, lambda *a: None)
+attempt("one", h.block_status, 1 << 31, 0, lambda *a: note(*a[:3]), nbd.CMD_FLAG_REQ_ONE)
+attempt("data, hole, data", h.pread_structured, 3 << 16, (1 << 30) - 65536, lambda *a: note(len(a[0]), *a[1:3]))
+for count in (32 << 20, 64 << 20, (64 << 20) + 1):
+    attempt(count, lambda: len(h.pread(count, 0)))
+h.shutdown()
+
+h = new()
+h.set_opt_mode(True)
+h.set_full_info(True)
+h.connect_uri(sys.argv[1])
+report = lambda *a: note("told", *a)
+attempt("list", h.opt_list, report)
+attempt("all", h.opt_list_meta_context, report)
+for query in ("qemu:", "qemu:dirty-bitmap:", "base:", "no:such"):
+    h.clear_meta_contexts()
+    h.add_meta_context(query)
+    attempt(query, h.opt_list_meta_context, report)
+for name in ("disk", "nope"):
+    h.set_export_name(name)
+    for call in (h.opt_info, h.get_size, h.get_canonical_export_name, h.get_export_description):
+        attempt(call.__name__, call)
+    attempt("can_meta_context", h.can_meta_context, "no:such")
+attempt("opt_go", h.opt_go)
+h.set_export_name("disk")
+h.clear_meta_contexts()
+h.add_meta_context("qemu:dirty-bitmap:changed")
+attempt("opt_go", h.opt_go)
+for name in ("base:allocation", "qemu:dirty-bitmap:changed", "qemu:dirty-bitmap:nope"):
+    attempt(name, h.can_meta_context, name)
+attempt("changed", h.block_status, 2 << 30, 0, lambda *a: note(*a[:3]))
+"""
+    image = tmp_path / "image"
+    for line in (
+        ["qemu-img", "create", "-q", "-f", "qcow2", image, "8G"],
+        ["qemu-io", "-c", "write -P 1 0 1M", "-c", "write -P 2 5G 64k", image],
+        ["qemu-img", "bitmap", "--add", image, "changed"],
+        ["qemu-io", "-c", "write -P 3 1G 128k", "-c", "write -P 4 7G 64k", image],
+    ):
+        subprocess.run(line, check=True, stdout=subprocess.DEVNULL, timeout=60)
+    seen = []
+    for ours in (False, True):
+        with qemu_nbd(image, "-D", "a disk", "-A", format="qcow2", export="disk", bitmap="changed") as server:
+            seen.append(run(program, server.uri, ours=ours))
+    assert seen[1] == seen[0]
 
 
 @pytest.mark.parametrize("error", ["EPERM", "EIO", "ENOMEM", "EINVAL", "ENOSPC", "ESHUTDOWN"])
