@@ -11,7 +11,7 @@ PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
 where_possible = $(1) || { status=$$?; [ $$status -eq 3 ] && [ "$$CI" != true ] || exit $$status; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-vsock lint docs servers vm-parts clean
+.PHONY: help demo test test-quick test-pythons test-here test-vsock lint docs servers vm-parts clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -21,9 +21,22 @@ demo: $(VENV)/ready ## start a server on every transport that works here, and ta
 
 test: lint servers vm-parts ## check everything, against real servers and in a virtual machine (root on Debian installs them)
 	$(PYTEST)
+	@$(MAKE) --no-print-directory test-pythons
 
 test-quick: $(VENV)/ready ## run the tests that need nothing but Python
 	$(PYTEST) -m "not interop and not vm and not packaging"
+
+# Each in a virtual environment of its own, made as the first one is. A bare Debian has one CPython, and nothing is done here.
+test-pythons: $(VENV)/ready servers ## run what depends on the Python under every further CPython from 3.11 on that is here
+	@set -e; found=$$(tests/setup/pythons $(BIN)/python); for python in $$found; do \
+		echo "with $$python:"; \
+		$(MAKE) --no-print-directory test-here PYTHON=$$python VENV=.cache/$${python##*/}; \
+	done
+
+# What does not depend on it is done once: tests/interop is about other programs, the virtual machine is about a kernel, and
+# packages are built by tools that nbdcore does not choose.
+test-here: $(VENV)/ready
+	$(PYTEST) --ignore=tests/interop -m "not vm and not packaging"
 
 test-vsock: $(VENV)/ready servers vm-parts ## run the tests over a real AF_VSOCK, in a throw-away virtual machine
 	$(BIN)/pytest -m vm
