@@ -7,13 +7,13 @@ from being read. A session does this for a stream; tests do it with bytes.
 Nothing here raises because of the peer. A broken protocol, like a broken transport, ends in `fail`: the phase becomes DEAD (or
 CLOSED, where the server hung up between two messages), the reason is kept in `error`, and every pending command and conversation
 completes exactly once with it. Completions run after the bytes at hand have been dealt with; they may submit, never receive.
+How a conversation is run is in `exchanges`, what a reply means in `replies`; here is what they have in common.
 """
 
 from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -27,9 +27,12 @@ from nbdcore.protocol.constants import (
     REQUEST_MAGIC,
     CommandType,
 )
-from nbdcore.protocol.negotiation import HANDOVER, Conversation
+from nbdcore.protocol.exchanges import Exchange, Exchanges
+from nbdcore.protocol.negotiation import Conversation
 from nbdcore.protocol.replies import LARGE, Replies
 from nbdcore.protocol.state import Phase
+
+__all__ = ["INLINE_PAYLOAD", "Engine", "Exchange"]
 
 #: A payload up to so many bytes is copied behind its header: one part more for the kernel costs more than 4 KiB copied.
 INLINE_PAYLOAD = 4096
@@ -40,31 +43,7 @@ _READ, _DISC, _BLOCK_STATUS = int(CommandType.READ), int(CommandType.DISC), int(
 _BURST = 256
 
 
-class Exchange:
-    """A conversation under way, and its outcome.
-
-    Attributes:
-        enters: success leads to the transmission phase, unless the result is False.
-        fatal: a refusal by the server ends the connection.
-        result: what the conversation returned.
-        error: why it failed, else None.
-        done: whether the outcome is final.
-        completion: called once with the exchange when it is done.
-    """
-
-    __slots__ = ("completion", "conversation", "done", "enters", "error", "fatal", "result")
-
-    def __init__(self, conversation: Conversation[Any], *, enters: bool, fatal: bool) -> None:
-        self.conversation = conversation
-        self.enters = enters
-        self.fatal = fatal
-        self.result: Any = None
-        self.error: Error | None = None
-        self.done = False
-        self.completion: Callable[[Exchange], Any] | None = None
-
-
-class Engine:
+class Engine(Exchanges):
     """The state of one connection.
 
     Raises UsageError for an export name or metadata context that the protocol cannot carry.
@@ -79,10 +58,10 @@ class Engine:
         ended_by_program: it was this program that ended it.
         queue: commands of which nothing has been packed, let alone sent.
         in_flight: cookie -> command, for those that have been.
-        wants_tls: the stream is to be swapped for an encrypted one; then call `tls_started`.
     """
 
     def __init__(self, settings: Settings, *, strict: int = ALL_STRICT) -> None:
+        super().__init__()
         self.settings = settings
         self.phase = Phase.CREATED
         self.agreement = Agreement()
@@ -90,15 +69,11 @@ class Engine:
         self.traffic = Traffic()
         self.error: Error | None = None
         self.ended_by_program = False
-        self.wants_tls = False
         self.queue: deque[Command] = deque()
         self.in_flight: dict[int, Command] = {}
         options.info_request(settings.export, block_size=True, full=True)  # raises UsageError for what cannot be sent
         options.meta_context_request(settings.export, settings.contexts)
         self._strict = strict
-        self._exchange: Exchange | None = None
-        self._reading = memoryview(b"")
-        self._filled = 0
         self._replies: Replies | None = None
         self._parts: list[memoryview] = []
         self._begun: memoryview | None = None  # the part of which some bytes are sent, as it was
@@ -163,11 +138,9 @@ class Engine:
         if self.phase in (Phase.CLOSED, Phase.DEAD):
             return
         self.phase, self.error = phase, error
-        self.wants_tls = False
         if not isinstance(error, NegotiationError):
             self._parts.clear()
         self._begun = None
-        self._reading, self._filled = memoryview(b""), 0
         if self._replies is not None:
             self._replies.close()
         pending = [*self.in_flight.values(), *self.queue]
@@ -178,13 +151,8 @@ class Engine:
             if not command.done:
                 command.error = command.error or error
                 command.done = True
-        exchange, self._exchange = self._exchange, None
         try:
-            if exchange is not None:
-                exchange.conversation.close()
-                exchange.error, exchange.done = error, True
-                if exchange.completion is not None:
-                    exchange.completion(exchange)
+            self._break_off(error)
         finally:
             self._complete(pending)
 
@@ -332,15 +300,13 @@ class Engine:
         """Return where the next bytes must go. Empty when none may be received now: between options, and before TLS."""
         if self._replies is not None:
             return self._replies.room()
-        return self._reading[self._filled :]
+        return self._room_for_exchange()
 
     def received(self, count: int) -> None:
         """Take in `count` bytes that were put into `room()`, and run the completions that follow from them."""
         self.traffic.bytes_received += count
         if self._replies is None:
-            self._filled += count
-            if self._filled == len(self._reading):
-                self._advance(bytes(self._reading))
+            self._received_for_exchange(count)
             return
         replies, violation = self._replies, None
         try:
@@ -384,43 +350,6 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ conversations
 
-    def _begin(self, exchange: Exchange) -> Exchange:
-        self._step(exchange, None)
-        return exchange
-
-    def _advance(self, data: bytes) -> None:
-        """The bytes that the current conversation asked for are here."""
-        self._reading, self._filled = memoryview(b""), 0
-        if self._exchange is not None:
-            self._step(self._exchange, data)
-
-    def tls_started(self) -> None:
-        """The stream is encrypted now, as `wants_tls` asked."""
-        self.wants_tls = False
-        self._advance(b"")
-
-    def _step(self, exchange: Exchange, data: bytes | None) -> None:
-        """Let a conversation go on until it needs bytes again, or is over."""
-        send = exchange.conversation.send
-        try:
-            wanted = next(exchange.conversation) if data is None else send(data)
-            while isinstance(wanted, bytes):
-                self._say(wanted)
-                wanted = send(b"")
-        except StopIteration as stop:
-            self._settle(exchange, stop.value)
-        except UsageError:
-            # Wrong arguments show at a conversation's first step, before anything is sent: the caller's to handle.
-            raise
-        except Error as exc:
-            self._refused(exchange, exc)
-        else:
-            self._exchange = exchange
-            if wanted is HANDOVER:
-                self.wants_tls = True
-            elif isinstance(wanted, int):
-                self._reading, self._filled = memoryview(bytearray(wanted)), 0
-
     def _say(self, message: bytes) -> None:
         """Queue what a conversation says: an option, or the client's flags, which answer the greeting."""
         self._parts.append(memoryview(message))
@@ -429,28 +358,12 @@ class Engine:
         else:
             self.traffic.chunks_sent += 1
 
-    def _settle(self, exchange: Exchange, result: object) -> None:
+    def _settle(self, exchange: Exchange) -> None:
         """A conversation came to its end: the phase follows from what was agreed on."""
-        self._exchange = None
-        exchange.result, exchange.done = result, True
-        if exchange.enters and result is not False:
+        if exchange.error is None and exchange.enters and exchange.result is not False:
             self._enter_transmission()
         elif self.phase is Phase.CONNECTING:
             self.phase = Phase.NEGOTIATING
-        if exchange.completion is not None:
-            exchange.completion(exchange)
-
-    def _refused(self, exchange: Exchange, error: Error) -> None:
-        """A conversation failed. A refusal in opt mode is an answer like others; everything else ends the connection."""
-        self._exchange = exchange
-        if isinstance(error, NegotiationError) and not exchange.fatal:
-            self._exchange = None
-            self.phase = Phase.NEGOTIATING
-            exchange.error, exchange.done = error, True
-            if exchange.completion is not None:
-                exchange.completion(exchange)
-        else:
-            self.fail(error)
 
     def _enter_transmission(self) -> None:
         agreement, export = self.agreement, self.agreement.export
