@@ -68,16 +68,18 @@ class Child:
                     with contextlib.suppress(OSError, ValueError):
                         sys.stderr.write(words.decode("utf-8", "backslashreplace"))
 
-    def failure(self) -> Disconnected | None:
-        """Return why the process failed, None where it is still running, or ended well. Waits a moment for what is on its way."""
+    def failure(self, number: int = 0) -> Disconnected | None:
+        """Return why the process failed, None where it is still running, or ended well. Waits a moment for what is on its way.
+
+        `number` is the errno of what showed that it did.
+        """
         status = self._wait(_LAST_MOMENT)
         if not status:
             return None
         self._listener.join(_LAST_MOMENT)
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        return Disconnected(
-            0, f"the command {_shown(self.process.args)} {how}", server_text=self._tail.decode("utf-8", "surrogateescape").strip()
-        )
+        last_words = self._tail.decode("utf-8", "surrogateescape").strip()
+        return Disconnected(number, f"the command {_shown(self.process.args)} {how}", server_text=last_words)
 
     def signal(self, number: int) -> None:
         """Send the process a signal; one that has ended gets none. Raises OSError where that is not allowed."""
@@ -169,7 +171,7 @@ class ProcessStream(SocketStream):
 
     def _explain(self, exc: Disconnected) -> None:
         """Raise what the process has to say of a connection that broke; one that this program closed needs no words."""
-        if exc.errno != errno.ENOTCONN and (failure := self.child.failure()) is not None:
+        if exc.errno != errno.ENOTCONN and (failure := self.child.failure(exc.errno or 0)) is not None:
             raise failure from exc
 
     def close(self) -> None:
@@ -237,7 +239,7 @@ def run_activated(arguments: Sequence[str], *, name: str = "unknown") -> Generat
         try:
             sock = yield from connect_socket(socket.socket(socket.AF_UNIX), path, f"the command {_shown(arguments)}")
         except TransportError as exc:
-            if (failure := child.failure()) is not None:
+            if (failure := child.failure(exc.errno or 0)) is not None:
                 raise failure from exc
             raise
         return ProcessStream(sock, child, path=path, tidy=lambda: shutil.rmtree(folder, ignore_errors=True))

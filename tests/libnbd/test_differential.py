@@ -287,6 +287,34 @@ for call, *arguments in (
     attempt(call.__name__, call, *arguments)
 state()
 """,
+    "handshakes": """
+state = lambda h: note(h.connection_state().partition(":")[0])
+for setting, value in (
+    ("set_handshake_flags", 0), ("set_handshake_flags", 1), ("set_request_structured_replies", False),
+    ("set_request_block_size", False), ("set_full_info", True), ("set_tls", nbd.TLS_ALLOW), ("set_tls", nbd.TLS_REQUIRE),
+):
+    h = new("base:allocation")
+    getattr(h, setting)(value)
+    attempt((setting, value), h.connect_uri, sys.argv[1])
+    state(h)
+    for name in ("get_protocol", "get_handshake_flags", "get_structured_replies_negotiated", "can_df", "get_tls_negotiated"):
+        attempt(name, getattr(h, name))
+    attempt("size", h.get_block_size, nbd.SIZE_MINIMUM)
+    attempt("context", h.can_meta_context, "base:allocation")
+    attempt("status", h.block_status, 512, 0, lambda *a: note(*a[:3]))
+    attempt("structured", h.pread_structured, 512, 0, lambda *a: note(len(a[0]), *a[1:3]))
+    attempt("shutdown", h.shutdown)
+h = new()
+h.set_handshake_flags(0)
+h.set_opt_mode(True)
+h.connect_uri(sys.argv[1])
+report = lambda *a: 0
+for call, *arguments in ((h.opt_list, report), (h.opt_list_meta_context, report), (h.opt_info,), (h.opt_go,), (h.get_size,)):
+    attempt(call.__name__, call, *arguments)
+h = new()
+attempt("nbds", h.connect_uri, sys.argv[1].replace("nbd", "nbds", 1))
+note(h.get_tls())
+""",
     "left in opt mode": """
 h = new()
 h.set_opt_mode(True)
@@ -499,6 +527,22 @@ note(h.connection_state().partition(":")[0])
     (tmp_path / "one").write_bytes(bytes(512))
     with nbdkit("file", f"dir={tmp_path}") as server:
         assert run(program, server.uri, ours=True) == run(program, server.uri, ours=False)
+
+
+def test_server_that_is_killed_is_the_same_on_both_modules():
+    program = """
+h = new()
+h.connect_command(["nbdkit", "--exit-with-parent", "-s", "--filter=delay", "memory", "1M", "rdelay=60"])
+cookies = [h.aio_pread(nbd.Buffer(512), 0, lambda error: note("completion", error.value)) for _ in range(3)]
+h.kill_subprocess(9)
+attempt("poll", lambda: [h.poll(20_000) for _ in iter(h.aio_in_flight, 0)])
+note(h.aio_is_dead(), h.aio_is_closed(), h.aio_in_flight())
+for cookie in cookies:
+    attempt("completed", h.aio_command_completed, cookie)
+for call, *arguments in ((h.pread, 512, 0), (h.get_size,), (h.shutdown,), (h.poll, 0), (h.aio_peek_command_completed,)):
+    attempt(call.__name__, call, *arguments)
+"""
+    assert run(program, "", ours=True) == run(program, "", ours=False)
 
 
 @pytest.mark.parametrize("connect", ["connect_command", "connect_systemd_socket_activation"])
