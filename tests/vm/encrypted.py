@@ -11,6 +11,8 @@ import nbdcore
 READ = 512
 #: Seconds that connecting may take: the processor is emulated.
 PATIENCE = 30.0
+#: And a single attempt.
+ATTEMPT = 5.0
 
 
 def prepare() -> None:
@@ -25,7 +27,8 @@ def reads(cid: int, port: int, *, trusted: str, hostname: str | None = None) -> 
         ca = Path(folder, "ca-cert.pem")
         ca.write_text(trusted)
         tls = nbdcore.TLS(ca=ca, hostname=hostname)
-        with nbdcore.connect_vsock(cid, port, tls=tls, wait=PATIENCE) as disk:
+        # The vsock device may lose an attempt to reach nobody, which then gets no answer: such a one is made again.
+        with nbdcore.connect_vsock(cid, port, tls=tls, timeout=ATTEMPT, wait=PATIENCE) as disk:
             if not disk.tls:
                 raise AssertionError("the connection is not encrypted")
             return disk.pread(READ, 0, timeout=PATIENCE).hex()
