@@ -110,11 +110,11 @@ class Session:
             self.engine.received_eof()
             self.close()
 
-    def receive(self) -> None:
-        """Receive what is there, let the engine take it in, and close the stream if that was the end."""
+    def receive(self, times: int = _RECEIVES) -> None:
+        """Receive what is there, so many times at most, let the engine take it in, and close the stream if that was the end."""
         engine = self.engine
         try:
-            for _ in range(_RECEIVES):
+            for _ in range(times):
                 stream = self._stream
                 room = engine.room()
                 if not len(room):
