@@ -44,6 +44,7 @@ class AsyncClient(AsyncConnectCalls):
     Newly created it is not connected: await one of its `connect` methods once, or use the functions `nbdcore.aio.connect` and its
     kind, which do both. As an asynchronous context manager it says goodbye and closes at the end. It belongs to the event loop
     that it was connected in; several tasks may use it at once, and their commands are under way together.
+    One that nobody knows any more is closed.
 
     Every call that waits takes a `timeout` in seconds (None: for ever) and raises DeadlineExceeded when it runs out. A command is
     then abandoned, as it is when its task is cancelled: its buffer is not written to any more, whether the server carried it out
@@ -90,10 +91,6 @@ class AsyncClient(AsyncConnectCalls):
             await self.disconnect(timeout=_GOODBYE)
         except Error:
             # The server did not take leave in time, or broke off: every call before this one has had its own outcome.
-            self._close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_live", None) is not None:
             self._close()
 
     # ------------------------------------------------------------------------------------------ reading and writing

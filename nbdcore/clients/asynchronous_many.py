@@ -114,7 +114,7 @@ class Many(AsyncIterator[Item], Generic[Item]):
             self._stop()
             raise
         failed, pipeline.failed = pipeline.failed, None
-        self._fresh.close()
+        self._end_input()
         if failed is None:
             raise StopAsyncIteration
         try:
@@ -139,7 +139,16 @@ class Many(AsyncIterator[Item], Generic[Item]):
     def _stop(self) -> None:
         self._pipeline.abandon()
         self._pipeline.whole.clear()
+        self._end_input()
+
+    def _end_input(self) -> None:
+        # CPython 3.13.0 keeps what a generator held when it is closed, which may be a buffer of the caller's.
         self._fresh.close()
+        self._fresh = _nothing()
+
+
+def _nothing() -> Generator[Command]:
+    yield from ()
 
 
 def checked_depth(call: str, depth: Any) -> int:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 from itertools import islice
 
 from nbdcore.clients.asynchronous_session import LoopSession, settle
+from nbdcore.clients.requests import Pieces
 from nbdcore.errors import DeadlineExceeded, Error
 from nbdcore.protocol.commands import Command
 from nbdcore.streams.waiting import Deadline
@@ -73,7 +74,7 @@ class Pipeline:
             self._session.abandon(command, "the rest is not wanted any more")
 
 
-async def run_all(session: LoopSession, commands: Generator[Command], deadline: Deadline, *, depth: int) -> None:
+async def run_all(session: LoopSession, commands: Pieces, deadline: Deadline, *, depth: int) -> None:
     """Run commands with up to `depth` of them under way at a time, then raise the first error of any.
 
     After an error no more are begun, and those under way are waited for. At the deadline, or when cancelled, they are abandoned.

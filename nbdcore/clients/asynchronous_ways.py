@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -61,6 +62,7 @@ class AsyncConnectCalls(AsyncOptionCalls):
         self._way: Way | None = None
         self._where = ""
         self._closed = False
+        self._lost: weakref.finalize[..., Any] | None = None
 
     # ------------------------------------------------------------------------------------------ by a transport
 
@@ -279,16 +281,21 @@ class AsyncConnectCalls(AsyncOptionCalls):
 
     def _begin_anew(self) -> None:
         """An attempt has failed: forget what came of it."""
-        self._live = None
+        if self._lost is not None:
+            self._lost.detach()
+        self._live = self._lost = None
         self._engine = Engine(self._engine.settings)
         self._engine.connecting()
 
     async def _shake_hands(
         self, stream: Stream, start_tls: StartTLS | None, deadline: Deadline, loop: asyncio.AbstractEventLoop
     ) -> None:
-        self._live = LoopSession(Session(self._engine, stream, start_tls=start_tls), loop)
+        self._live = live = LoopSession(Session(self._engine, stream, start_tls=start_tls), loop)
+        # A client that nobody knows any more is closed by this, not by a __del__: in a cycle (asyncio makes them, of cancelled
+        # tasks) its socket could go before it, with a warning.
+        self._lost = weakref.finalize(self, call_in, loop, live.close)
         if self._engine.phase is not Phase.CONNECTING:  # closed by another task, while the stream was being opened
-            self._live.close()
+            live.close()
         await self._exchange(Engine.handshake, deadline, "the handshake")
 
     async def _exchange(self, start: Callable[[Engine], Exchange], deadline: Deadline, what: str) -> Any:

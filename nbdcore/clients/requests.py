@@ -6,7 +6,7 @@ The same for every front end: a call that is wrong raises UsageError here, befor
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from nbdcore.clients.arguments import bytes_view, texts, whole_number, whole_numbers
@@ -21,8 +21,32 @@ from nbdcore.protocol.constants import CommandFlag, TransmissionFlag
 #: Pieces of one split request that are under way at a time: enough to keep a server busy, few enough to bound its memory.
 PIECES_AT_A_TIME = 4
 
+
+class Pieces(Iterator[Command]):
+    """A request too large for one command, cut into ones that the server takes.
+
+    Args:
+        build: makes a command of a count and an offset.
+        count, offset: the range in bytes.
+        limit: the most bytes in one piece.
+    """
+
+    def __init__(self, build: Callable[[int, int], Command], count: int, offset: int, limit: int) -> None:
+        self._build: Callable[[int, int], Command] | None = build
+        self._ranges = pieces(count, offset, limit)
+
+    def __next__(self) -> Command:
+        if self._build is None:
+            raise StopIteration
+        return self._build(*next(self._ranges))
+
+    def close(self) -> None:
+        """Let go of the caller's memory: no more pieces are wanted, and an exception may keep this alive."""
+        self._build = None
+
+
 #: One command, or the pieces that a request too large for one comes in.
-Request = Command | Generator[Command]
+Request = Command | Pieces
 
 # ---------------------------------------------------------------------------------------------- data
 
@@ -135,11 +159,11 @@ def next_of_walk(limits: Limits, extents: ExtentWalk) -> Command:
 
 
 def _split(build: Callable[[int, int], Command], count: int, offset: int, limit: int) -> Request:
-    """Build one command, or, where that is too large, a generator of pieces after a check of the whole."""
+    """Build one command, or, where that is too large, pieces after a check of the whole."""
     if count <= limit:
         return build(count, offset)
     _check_whole(build, count, offset)
-    return (build(*piece) for piece in pieces(count, offset, limit))
+    return Pieces(build, count, offset, limit)
 
 
 def _check_whole(build: Callable[[int, int], Command], count: int, offset: int) -> None:
