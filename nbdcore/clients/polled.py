@@ -187,8 +187,8 @@ class PolledClient(Knowledge):
         waiting = ((fd, want),) if also < 0 else ((fd, want), (also, _READ))
         ready = wait_any(waiting, NEVER if timeout is None else Deadline.after(timeout))
         if any(found == fd for found, _ in ready):
-            # One receive brings a dozen small replies. Then the caller has the turn, and can submit more while the server is still
-            # busy with the rest: whoever took in all of them first would leave it idle meanwhile.
+            # One receive brings a dozen small replies. Then the caller has the turn, and can submit more while the server is
+            # still busy with the rest: whoever took in all of them first would leave it idle meanwhile.
             self.advance(receives=1)
         return bool(ready)
 
