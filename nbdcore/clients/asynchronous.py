@@ -12,12 +12,12 @@ from functools import partial
 from operator import attrgetter
 from typing import Any, Self, TypeVar, Unpack, overload
 
-from nbdcore.clients import asynchronous_many as many
-from nbdcore.clients import requests
+from nbdcore.clients import batches, requests
 from nbdcore.clients.arguments import deadline_after, texts, whole_numbers
-from nbdcore.clients.asynchronous_many import DEPTH, Many
+from nbdcore.clients.asynchronous_many import Many
 from nbdcore.clients.asynchronous_pipeline import run_all
 from nbdcore.clients.asynchronous_ways import AsyncConnectCalls
+from nbdcore.clients.batches import DEPTH
 from nbdcore.clients.extents import CombinedExtent, Extent, ExtentWalk, extents_by_context
 from nbdcore.clients.requests import Request
 from nbdcore.clients.settings import ClientOptions
@@ -170,12 +170,12 @@ class AsyncClient(AsyncConnectCalls):
         loop, which consumes `ranges` bit by bit. After an error the rest is waited for and yielded, then the error is raised.
         Leaving the loop gives up what is under way. `timeout` is for each step.
         """
-        fresh = many.reads(self._connected("pread"), ranges)
+        fresh = batches.reads(self._connected("pread"), ranges)
         return self._many("pread_many", fresh, lambda done: (done.offset, done.result()), depth, timeout)
 
     def pread_into_many(self, items: Iterable[tuple[int, Any]], *, depth: int = DEPTH, timeout: float | None = None) -> Many[int]:
         """Read into many (offset, buffer) pairs; yields the offset of each buffer that has been filled. See `pread_many`."""
-        return self._many("pread_into_many", many.reads_into(self._connected("pread_into"), items), _OFFSET, depth, timeout)
+        return self._many("pread_into_many", batches.reads_into(self._connected("pread_into"), items), _OFFSET, depth, timeout)
 
     def pwrite_many(
         self,
@@ -186,7 +186,7 @@ class AsyncClient(AsyncConnectCalls):
         timeout: float | None = None,
     ) -> Many[int]:
         """Write many (offset, data) pairs; yields the offset of each that has been written. See `pread_many`."""
-        fresh = many.writes(self._connected("pwrite"), items, fua=fua)
+        fresh = batches.writes(self._connected("pwrite"), items, fua=fua)
         return self._many("pwrite_many", fresh, _OFFSET, depth, timeout)
 
     def zero_many(
@@ -202,7 +202,7 @@ class AsyncClient(AsyncConnectCalls):
         """Write zeroes to many (offset, count) ranges; yields the offset of each that is done. See `zero` and `pread_many`."""
         limits = self._connected("zero")
         build = partial(requests.zero, limits, fua=fua, no_hole=no_hole, fast_zero=fast_zero, call="zero_many")
-        return self._many("zero_many", many.ranges_of("zero_many", ranges, build), _OFFSET, depth, timeout)
+        return self._many("zero_many", batches.ranges_of("zero_many", ranges, build), _OFFSET, depth, timeout)
 
     def trim_many(
         self,
@@ -214,7 +214,7 @@ class AsyncClient(AsyncConnectCalls):
     ) -> Many[int]:
         """Trim many (offset, count) ranges; yields the offset of each that is done. See `trim` and `pread_many`."""
         build = partial(requests.trim, self._connected("trim"), fua=fua, call="trim_many")
-        return self._many("trim_many", many.ranges_of("trim_many", ranges, build), _OFFSET, depth, timeout)
+        return self._many("trim_many", batches.ranges_of("trim_many", ranges, build), _OFFSET, depth, timeout)
 
     # ------------------------------------------------------------------------------------------ block status
 
@@ -310,7 +310,7 @@ class AsyncClient(AsyncConnectCalls):
         self, call: str, fresh: Generator[Command], pick: Callable[[Any], Item], depth: int, timeout: float | None
     ) -> Many[Item]:
         seconds = deadline_after(timeout).remaining()
-        return Many(self._session(), fresh, pick, depth=many.checked_depth(call, depth), seconds=seconds)
+        return Many(self._session(), fresh, pick, depth=batches.checked_depth(call, depth), seconds=seconds)
 
     async def _run(self, request: Request, timeout: float | None) -> None:
         """Run a request, in as many pieces as it takes."""

@@ -1,0 +1,108 @@
+"""The input of the `_many` calls, turned into commands bit by bit: the same for every front end.
+
+Nothing is consumed before a command is wanted, so an endless input is fine. A pair that is wrong raises UsageError at its turn. A
+request too large for the server comes out in pieces that know the whole they belong to, which is finished when all of them are.
+Pure; nothing is sent.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any
+
+from nbdcore.clients import requests
+from nbdcore.clients.arguments import whole_number, whole_numbers
+from nbdcore.clients.requests import Request
+from nbdcore.clients.splitting import data_limit
+from nbdcore.errors import UsageError
+from nbdcore.protocol import commands
+from nbdcore.protocol.commands import Command, Limits
+
+#: Requests under way at a time, where the caller does not say.
+DEPTH = 64
+
+
+class Whole:
+    """A request in pieces. For whoever looks at the outcome it is like a command."""
+
+    __slots__ = ("_memory", "left", "offset")
+
+    def __init__(self, offset: int, memory: bytearray) -> None:
+        self.offset = offset
+        self.left = 1  # pieces not finished; while not all have begun, one more
+        self._memory = memory
+
+    def result(self) -> bytes:
+        """Return the data read."""
+        return bytes(self._memory)
+
+
+def checked_depth(call: str, depth: Any) -> int:
+    """Return the depth as an integer. Raises UsageError unless it is 1 or more."""
+    depth = whole_number(call, "depth", depth)
+    if depth < 1:
+        raise UsageError(errno.EINVAL, f"{call}: depth is how many requests are under way at a time, 1 or more: not {depth}")
+    return int(depth)
+
+
+# ---------------------------------------------------------------------------------------------- input to commands
+
+
+def reads(limits: Limits, ranges: Iterable[tuple[int, int]]) -> Generator[Command]:
+    """Yield the commands that read (offset, count) ranges."""
+    most = data_limit(limits)
+    for offset, count in _pairs("pread_many", "offset and count", ranges):
+        count, offset = whole_numbers("pread_many", count, offset)  # noqa: PLW2901 (made plain)
+        if count <= most:
+            yield commands.read(limits, count, offset)
+        else:
+            memory = requests.memory_for(limits, count, offset)
+            _, request = requests.read_into(limits, memory, offset, df=False, call="pread_many")
+            yield from _commands_of(request, Whole(offset, memory))
+
+
+def reads_into(limits: Limits, items: Iterable[tuple[int, Any]]) -> Generator[Command]:
+    """Yield the commands that read into (offset, buffer) pairs."""
+    for offset, buffer in _pairs("pread_into_many", "offset and buffer", items):
+        _, request = requests.read_into(limits, buffer, offset, df=False, call="pread_into_many")
+        yield from _commands_of(request, Whole(offset, _NO_MEMORY))
+
+
+def writes(limits: Limits, items: Iterable[tuple[int, Any]], *, fua: bool) -> Generator[Command]:
+    """Yield the commands that write (offset, data) pairs."""
+    for offset, data in _pairs("pwrite_many", "offset and data", items):
+        yield from _commands_of(requests.write(limits, data, offset, fua=fua, call="pwrite_many"), Whole(offset, _NO_MEMORY))
+
+
+def ranges_of(call: str, ranges: Iterable[tuple[int, int]], build: Callable[[int, int], Request]) -> Generator[Command]:
+    """Yield the commands that `build` makes of the count and offset of (offset, count) ranges."""
+    for offset, count in _pairs(call, "offset and count", ranges):
+        yield from _commands_of(build(count, offset), Whole(offset, _NO_MEMORY))
+
+
+def _pairs(call: str, what: str, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    for item in items:
+        try:
+            first, second = item
+        except (TypeError, ValueError):
+            raise UsageError(errno.EINVAL, f"{call}: each item is a pair of {what}, not {item!r:.60}") from None
+        yield first, second
+
+
+def _commands_of(request: Request, whole: Whole) -> Generator[Command]:
+    """Yield the commands of a request; pieces know the whole that they belong to."""
+    if isinstance(request, Command):
+        yield request
+        return
+    piece = next(request)
+    for following in request:
+        whole.left += 1
+        piece.tag = whole
+        yield piece
+        piece = following
+    piece.tag = whole
+    yield piece
+
+
+_NO_MEMORY = bytearray()
