@@ -10,11 +10,13 @@ import errno
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, Unpack, overload
 
-from nbdcore.clients.arguments import bytes_view, deadline_after, texts, whole_number, whole_numbers
+from nbdcore.clients import requests
+from nbdcore.clients.arguments import deadline_after, texts, whole_numbers
 from nbdcore.clients.extents import CombinedExtent, Extent, ExtentWalk, extents_by_context
+from nbdcore.clients.requests import PIECES_AT_A_TIME, Request
 from nbdcore.clients.settings import ClientOptions
 from nbdcore.clients.sharing import SharedSession
-from nbdcore.clients.splitting import data_limit, length_limit, pieces
+from nbdcore.clients.splitting import data_limit
 from nbdcore.clients.ways import VSOCK_HOST, ConnectCalls
 from nbdcore.errors import DeadlineExceeded, Error, UsageError
 from nbdcore.protocol import commands
@@ -26,8 +28,6 @@ from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import Stream
 from nbdcore.streams.waiting import Deadline
 
-# Pieces of one split request that are under way at a time: enough to keep a server busy, few enough to bound its memory.
-_DEPTH = 4
 # Seconds that leaving a `with` block waits for the server to hang up after the goodbye; what was written is not at stake.
 _GOODBYE = 5.0
 
@@ -137,8 +137,7 @@ class Client(ConnectCalls):
             command = commands.read(limits, count, offset, flags=CommandFlag.DF if df else 0)
             self._run(command, timeout)
             return command.result()
-        _check_whole(lambda part, at: commands.read(limits, part, at), count, offset)
-        data = bytearray(count)
+        data = requests.memory_for(limits, count, offset)
         self.pread_into(data, offset, timeout=timeout)
         return bytes(data)
 
@@ -149,33 +148,16 @@ class Client(ConnectCalls):
 
         After an error the buffer's contents are undefined; nothing is written to it once the call has ended.
         """
-        limits = self._connected("pread_into")
-        offset = whole_number("pread_into", "offset", offset)
-        view = bytes_view("pread_into", buffer, writable=True)
-        flags = CommandFlag.DF if df else 0
-
-        def build(count: int, at: int) -> Command:
-            begin = at - offset
-            return commands.read(limits, count, at, target=view[begin : begin + count], flags=flags)
-
-        self._run_split(build, len(view), offset, len(view) if df else data_limit(limits), timeout)
-        return len(view)
+        count, request = requests.read_into(self._connected("pread_into"), buffer, offset, df=df)
+        self._run(request, timeout)
+        return count
 
     def pwrite(self, data: Buffer | Any, offset: int, *, fua: bool = False, timeout: float | None = None) -> None:
         """Write any bytes-like object at `offset` (section NBD_CMD_WRITE). `fua`: return once it is on stable storage.
 
         Data larger than the server's maximum are split. Do not change them from another thread before the call has ended.
         """
-        limits = self._connected("pwrite")
-        offset = whole_number("pwrite", "offset", offset)
-        view = bytes_view("pwrite", data, writable=False)
-        flags = CommandFlag.FUA if fua else 0
-
-        def build(count: int, at: int) -> Command:
-            begin = at - offset
-            return commands.write(limits, view[begin : begin + count], at, flags=flags)
-
-        self._run_split(build, len(view), offset, data_limit(limits), timeout)
+        self._run(requests.write(self._connected("pwrite"), data, offset, fua=fua), timeout)
 
     def flush(self, *, timeout: float | None = None) -> None:
         """Wait until every write that was answered before is on stable storage (section NBD_CMD_FLUSH)."""
@@ -183,11 +165,7 @@ class Client(ConnectCalls):
 
     def trim(self, count: int, offset: int, *, fua: bool = False, timeout: float | None = None) -> None:
         """Tell the server that a range is no longer needed (section NBD_CMD_TRIM); what it reads as afterwards is undefined."""
-        limits = self._connected("trim")
-        count, offset = whole_numbers("trim", count, offset)
-        flags = CommandFlag.FUA if fua else 0
-        limit = length_limit(limits, bounded=False)
-        self._run_split(lambda part, at: commands.trim(limits, part, at, flags=flags), count, offset, limit, timeout)
+        self._run(requests.trim(self._connected("trim"), count, offset, fua=fua), timeout)
 
     def zero(
         self,
@@ -205,18 +183,12 @@ class Client(ConnectCalls):
         writing.
         """
         limits = self._connected("zero")
-        count, offset = whole_numbers("zero", count, offset)
-        wanted = ((fua, CommandFlag.FUA), (no_hole, CommandFlag.NO_HOLE), (fast_zero, CommandFlag.FAST_ZERO))
-        flags = sum(int(flag) for asked, flag in wanted if asked)
-        limit = length_limit(limits, bounded=not fast_zero)
-        self._run_split(lambda part, at: commands.zero(limits, part, at, flags=flags), count, offset, limit, timeout)
+        request = requests.zero(limits, count, offset, fua=fua, no_hole=no_hole, fast_zero=fast_zero)
+        self._run(request, timeout)
 
     def cache(self, count: int, offset: int, *, timeout: float | None = None) -> None:
         """Tell the server that a range will be needed soon (section NBD_CMD_CACHE)."""
-        limits = self._connected("cache")
-        count, offset = whole_numbers("cache", count, offset)
-        limit = length_limit(limits, bounded=True)
-        self._run_split(lambda part, at: commands.cache(limits, part, at), count, offset, limit, timeout)
+        self._run(requests.cache(self._connected("cache"), count, offset), timeout)
 
     # ------------------------------------------------------------------------------------------ block status
 
@@ -236,16 +208,8 @@ class Client(ConnectCalls):
         large for one request is cut down to what fits, as if the server had described less.
         """
         limits = self._connected("block_status")
-        count, offset = whole_numbers("block_status", count, offset)
-        wanted = None if contexts is None else self._selected(texts("contexts", contexts))
-        if wanted is not None and not wanted:
-            raise UsageError(errno.EINVAL, "block_status: no metadata context is named; None stands for all that are selected")
-        filtered = wanted if wanted is not None and self.can_block_status_payload else None
-        count = min(count, length_limit(limits, bounded=False))
-        flags = CommandFlag.REQ_ONE if req_one else 0
-        command = commands.block_status(
-            limits, count, offset, context_ids=None if filtered is None else tuple(filtered), flags=flags
-        )
+        wanted = None if contexts is None else requests.selected(self._engine.agreement, texts("contexts", contexts))
+        command = requests.block_status(limits, count, offset, wanted=wanted, req_one=req_one)
         self._run(command, timeout)
         found = extents_by_context(command)
         return found if wanted is None else {name: found[name] for name in wanted.values() if name in found}
@@ -275,39 +239,16 @@ class Client(ConnectCalls):
         extents end wherever any of them changes, and have one status for each. `timeout` is for each request.
         """
         limits = self._connected("extents")
-        offset = whole_number("extents", "offset", offset)
-        count = limits.size - offset if count is None else whole_number("extents", "count", count)
-        if offset < 0 or count < 0 or offset + count > limits.size:
-            raise UsageError(
-                errno.EINVAL, f"extents: {count} bytes at offset {offset} are no part of the export ({limits.size} bytes)"
-            )
         deadline_after(timeout)  # a wrong one shows now, not at the first step
-        self._selected(texts("contexts", (context, *more)))
-        walk = ExtentWalk((context, *more), offset, count)
+        walk = requests.walk(limits, self._engine.agreement, (context, *more), offset, count)
         return self._walk(walk, timeout)
 
     def _walk(self, walk: ExtentWalk, timeout: float | None) -> Iterator[Extent | CombinedExtent]:
         while walk.position < walk.end:
-            limits = self._connected("extents")
-            count = min(walk.end - walk.position, length_limit(limits, bounded=False))
-            command = commands.block_status(limits, count, walk.position)
+            command = requests.next_of_walk(self._connected("extents"), walk)
             self._run(command, timeout)
             for offset, length, flags in walk.feed(command):
                 yield Extent(offset, length, flags[0]) if len(flags) == 1 else CombinedExtent(offset, length, flags)
-
-    def _selected(self, names: Iterable[str]) -> dict[int, str]:
-        """Return id -> name of these contexts. Raises UsageError for one that is not selected."""
-        selected = {name: number for number, name in reversed(self._engine.agreement.contexts.items())}
-        wanted = dict.fromkeys(names)
-        missing = [name for name in wanted if name not in selected]
-        if missing:
-            have = ", ".join(selected) or "none"
-            raise UsageError(
-                errno.ENOTSUP,
-                f"metadata context {', '.join(missing)} is not selected (selected: {have}); ask for it with contexts=, "
-                "and see whether the server has it",
-            )
-        return {selected[name]: name for name in wanted}
 
     # ------------------------------------------------------------------------------------------ what else the server has
 
@@ -338,19 +279,13 @@ class Client(ConnectCalls):
             self._legal(call)
         return self._engine.limits
 
-    def _run(self, command: Command, timeout: float | None) -> None:
-        self._session().run_command(command, deadline_after(timeout))
-
-    def _run_split(
-        self, build: Callable[[int, int], Command], count: int, offset: int, limit: int, timeout: float | None
-    ) -> None:
-        """Run a request in as many pieces as it takes; every piece is checked before the first is sent."""
-        if count <= limit:
-            self._run(build(count, offset), timeout)
-            return
-        _check_whole(build, count, offset)
+    def _run(self, request: Request, timeout: float | None) -> None:
+        """Run a request, in as many pieces as it takes."""
         deadline = deadline_after(timeout)
-        self._session().run_all((build(*piece) for piece in pieces(count, offset, limit)), deadline, depth=_DEPTH)
+        if isinstance(request, Command):
+            self._session().run_command(request, deadline)
+        else:
+            self._session().run_all(request, deadline, depth=PIECES_AT_A_TIME)
 
     def _session(self) -> SharedSession:
         if self._shared is None:
@@ -370,15 +305,6 @@ class Client(ConnectCalls):
         if exchange.error is not None:
             raise exchange.error
         return exchange.result
-
-
-def _check_whole(build: Callable[[int, int], Command], count: int, offset: int) -> None:
-    """Check a request as if it were one, so that what is wrong with it is known before the first piece is sent."""
-    try:
-        build(count, offset)
-    except UsageError as exc:
-        if exc.errno != errno.ERANGE:  # too long for one request: that is why it comes in pieces
-            raise
 
 
 # ---------------------------------------------------------------------------------------------- functions
