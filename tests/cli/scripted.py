@@ -21,7 +21,10 @@ Conversation = Callable[[socket.socket], None]
 
 @contextlib.contextmanager
 def listening(conversation: Conversation, *, clients: int = 64) -> Iterator[str]:
-    """Hold a conversation with each client, one after another, and no more than `clients`; gives the server's URI."""
+    """Hold a conversation with each client, one after another, and no more than `clients`; gives the server's URI.
+
+    Nobody listens any more when the last conversation begins, so that whoever comes later is refused, and not cut off.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(DEADLINE)
         thread = threading.Thread(target=_serve, args=(listener, conversation, clients), daemon=True)
@@ -36,15 +39,16 @@ def listening(conversation: Conversation, *, clients: int = 64) -> Iterator[str]
 
 
 def _serve(listener: socket.socket, conversation: Conversation, clients: int) -> None:
-    for _ in range(clients):
+    for left in reversed(range(clients)):
         try:
             client, _ = listener.accept()
         except OSError:
             return
+        if not left:
+            listener.close()
         with client, contextlib.suppress(OSError):
             client.settimeout(DEADLINE)
             conversation(client)
-    listener.close()
 
 
 def receive(client: socket.socket, count: int) -> bytes:
