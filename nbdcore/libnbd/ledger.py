@@ -63,7 +63,8 @@ class Ledger:
     def _raised(self, exc: BaseException) -> int:
         """A callback raised: report it and go on, as libnbd does, but for what is to interrupt the program."""
         if isinstance(exc, Exception):
-            sys.excepthook(type(exc), exc, exc.__traceback__ and exc.__traceback__.tb_next)
+            own = exc.with_traceback(exc.__traceback__ and exc.__traceback__.tb_next)  # the program's frames, without ours
+            sys.excepthook(type(own), own, own.__traceback__)
         else:  # KeyboardInterrupt and its kind: raised once the bytes at hand are dealt with
             self.interruption = self.interruption or exc
         return -1

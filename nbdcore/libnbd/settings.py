@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import getpass
+import os
 import socket
 from typing import Any
 
@@ -271,8 +272,9 @@ class ConnectionSettings(Core):
 
     @call("1.26")
     def get_keepalive(self) -> bool:
-        """Return whether idle TCP connections are to be probed."""
-        return self._wishes.keepalive
+        """Return whether an idle TCP connection is probed; before there is one, whether it is to be."""
+        live = self._of_socket(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        return self._wishes.keepalive if live is None else bool(live)
 
     @call("1.26", CREATED)
     def set_tcp_option(self, option: int, v: int) -> None:
@@ -281,11 +283,21 @@ class ConnectionSettings(Core):
 
     @call("1.26")
     def get_tcp_option(self, option: int) -> int:
-        """Return what `set_tcp_option` set. Raises Error (EINVAL) where it did not."""
-        try:
-            return self._wishes.tcp_options[_tcp_option(option)]
-        except KeyError:
-            raise UsageError(errno.EINVAL, "that option was not set") from None
+        """Return an option of the TCP connection; before there is one, what was set. Raises Error (EINVAL) where nothing was."""
+        number = _tcp_option(option)
+        live = self._of_socket(socket.IPPROTO_TCP, number)
+        value = self._wishes.tcp_options.get(number) if live is None else live
+        if value is None:
+            raise UsageError(errno.EINVAL, "that option was not set")
+        return value
+
+    def _of_socket(self, level: int, option: int) -> int | None:
+        """Return an option of the TCP connection's socket, None while there is none."""
+        fd = -1 if self._client is None or self._host is None else self._client.fileno()
+        if fd < 0:
+            return None
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            return sock.getsockopt(level, option)
 
     @call("1.16", CREATED)
     def set_socket_activation_name(self, socket_name: str) -> None:

@@ -125,6 +125,24 @@ def test_keepalive_reaches_the_socket(handles, server):
     assert (handle.get_keepalive(), handle.get_tcp_option(socket.TCP_KEEPIDLE)) == (True, 77)
 
 
+def test_keepalive_is_the_sockets_own_once_connected_and_the_wish_before(handles, server):
+    import socket
+
+    handle = handles()
+    assert handle.get_keepalive() is False
+    assert refusal(lambda: handle.get_tcp_option(socket.TCP_KEEPCNT)).errno == "EINVAL"
+    handle.set_tcp_option(socket.TCP_KEEPIDLE, 77)
+    assert handle.get_tcp_option(socket.TCP_KEEPIDLE) == 77
+    handle.connect_tcp("127.0.0.1", server)
+    with socket.socket(fileno=socket.dup(handle.aio_get_fd())) as sock:
+        assert handle.get_tcp_option(socket.TCP_KEEPCNT) == sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    assert handle.get_keepalive() is True
+    handle.shutdown()
+    assert handle.get_keepalive() is False
+    assert handle.get_tcp_option(socket.TCP_KEEPIDLE) == 77
+
+
 @pytest.mark.interop("nbdkit")
 @pytest.mark.parametrize("connect", ["connect_command", "connect_systemd_socket_activation"])
 def test_program_is_a_server_until_the_handle_is_closed(connect, handles):
