@@ -18,6 +18,7 @@ import nbdcore.libnbd as nbd
 from nbdcore.protocol.constants import Option
 from nbdcore.streams.sockets import SocketStream
 from nbdcore.testing.scripted import Connection, Negotiation, Step, expect_option, greeting, option_reply
+from tests.certificates import PSK_USER
 
 #: Seconds that any one wait may take. No test takes so long unless it fails.
 PATIENCE = 10.0
@@ -43,6 +44,7 @@ class Own:
         certificates: folder with the CA to trust.
         hostname: of the server's certificate.
         verify: False: any certificate will do.
+        psk_file: file of the pre-shared key of PSK_USER.
     """
 
     def __init__(
@@ -53,12 +55,14 @@ class Own:
         certificates: Path | None = None,
         hostname: str | None = None,
         verify: bool = True,
+        psk_file: Path | None = None,
     ) -> None:
         options: dict[str, Any] = {"opt_mode": opt_mode}
         if opt_mode:
             options |= {"structured_replies": False, "contexts": ()}
         if tls is not None:
-            how = nbdcore.TLS(certificates=certificates, hostname=hostname, verify=verify)
+            username = None if psk_file is None else PSK_USER
+            how = nbdcore.TLS(certificates=certificates, hostname=hostname, verify=verify, psk_file=psk_file, username=username)
             options |= {"tls": how, "tls_policy": _POLICIES[tls]}
         self.client = nbdcore.Client(**options)
 
@@ -116,6 +120,7 @@ class DropIn:
         certificates: Path | None = None,
         hostname: str | None = None,
         verify: bool = True,
+        psk_file: Path | None = None,
     ) -> None:
         self.handle = nbd.NBD()
         if opt_mode:
@@ -130,6 +135,9 @@ class DropIn:
             if hostname is not None:
                 self.handle.set_tls_hostname(hostname)
             self.handle.set_tls_verify_peer(verify)
+            if psk_file is not None:
+                self.handle.set_tls_psk_file(psk_file)
+                self.handle.set_tls_username(PSK_USER)
 
     def connect(self, sock: socket.socket) -> None:
         self.handle.connect_socket(sock.detach())
@@ -206,8 +214,17 @@ def paused(*steps: Step) -> list[Step]:
     return [greeting(), lambda connection: connection.receive(4), *steps]
 
 
-def encrypted(folder: Path, *steps: Step, ciphers: str | None = None, newest: ssl.TLSVersion | None = None) -> Step:
-    """Speak TLS as a server with this folder's certificate, by Python's own ssl, then play steps inside of it."""
+def encrypted(
+    folder: Path,
+    *steps: Step,
+    ciphers: str | None = None,
+    newest: ssl.TLSVersion | None = None,
+    names: list[str | None] | None = None,
+) -> Step:
+    """Speak TLS as a server with this folder's certificate, by Python's own ssl, then play steps inside of it.
+
+    `names` gets the name that the client says the server has.
+    """
 
     def play(connection: Connection) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -217,6 +234,8 @@ def encrypted(folder: Path, *steps: Step, ciphers: str | None = None, newest: ss
         if ciphers is not None:
             context.set_ciphers(ciphers)
         context.load_cert_chain(folder / "server-cert.pem", folder / "server-key.pem")
+        if names is not None:
+            context.sni_callback = lambda _sock, name, _context: names.append(name)
         connection._sock.settimeout(PATIENCE)
         connection._sock = context.wrap_socket(connection._sock, server_side=True)
         for step in steps:

@@ -30,7 +30,7 @@ from nbdcore.testing.scripted import (
     option_reply,
     unless_gone,
 )
-from tests.certificates import CertificateAuthority
+from tests.certificates import PSK_LINE, CertificateAuthority
 from tests.security.peers import (
     DISK,
     ERRORS,
@@ -227,6 +227,39 @@ def test_old_tls_and_anonymous_suites_are_refused_even_where_nothing_is_verified
         with ScriptedServer(script) as server, contextlib.closing(api(tls="require", verify=False)) as client:
             refused(lambda: client.connect(server.socket()))
             assert client.dead
+
+
+class TestPreSharedKeys:
+    # From Python 3.13 on.
+    __test__ = nbdcore.supports_tls_psk()
+
+    @each_api
+    @pytest.mark.parametrize("newest", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["TLS 1.2", "TLS 1.3"])
+    @pytest.mark.parametrize("verify", [True, False])
+    def test_server_that_declines_the_key_is_refused_though_the_system_trusts_its_certificate(
+        self, api, newest, verify, pki, tmp_path, monkeypatch
+    ):
+        monkeypatch.setenv("SSL_CERT_FILE", str(pki / "ca-cert.pem"))
+        keys = tmp_path / "keys.psk"
+        keys.write_text(PSK_LINE)
+        heard: list[int] = []
+        inside = encrypted(pki, lambda connection: heard.append(connection.receive_option()[0]), newest=newest)
+        script = [*TLS_ASKED, TLS_GRANTED, unless_gone(_failing(inside))]
+        assert check_refuses(api, script, tls="require", psk_file=keys, verify=verify) == [Option.STARTTLS]
+        assert heard == []
+
+
+@each_api
+@pytest.mark.parametrize(("way", "said"), [("tcp", ["localhost"]), ("unix", [None]), ("socket", [None])])
+def test_server_is_told_the_name_that_it_was_reached_by_and_none_where_there_is_none(api, way, said, pki, socket_path):
+    names: list[str | None] = []
+    step = encrypted(pki, _negotiation, drain, names=names)
+    with (
+        ScriptedServer([*TLS_ASKED, TLS_GRANTED, step]) as server,
+        contextlib.closing(api(tls="require", certificates=pki)) as client,
+    ):
+        _reach(client, server, way, socket_path)
+        assert names == said
 
 
 @each_api
