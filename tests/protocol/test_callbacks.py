@@ -118,7 +118,7 @@ def test_parts_of_block_status_are_told_in_place_of_being_kept(mode):
         client = connected(mode, contexts=CONTEXTS)
         command = commands.block_status(client.engine.limits, 4096, 0)
         client.told = told = []
-        command.on_extents = lambda _, context, lengths, flags: told.append((context, lengths, flags))
+        command.on_extents = lambda _, context, lengths, flags: told.append((context, list(lengths), list(flags)))
         client.submit(command)
         script = (
             status_chunk(mode, command, 2, [(512, 7)])
@@ -128,7 +128,7 @@ def test_parts_of_block_status_are_told_in_place_of_being_kept(mode):
         return client, script
 
     client = everywhere(build)
-    assert client.told == [("x:y", (512,), (7,)), ("base:allocation", (1024, 512), (0, 3))]
+    assert client.told == [("x:y", [512], [7]), ("base:allocation", [1024, 512], [0, 3])]
     assert client.commands[0].chunks == []
     assert client.commands[0].error is None
 

@@ -9,6 +9,7 @@ import itertools
 import os
 import struct
 import tracemalloc
+from array import array
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -129,7 +130,7 @@ def status_messages(draw, mode, command):
             extents.append((length, draw(st.integers(0, (1 << (64 if mode == "extended" else 32)) - 1))))
             room -= length
         messages.append(status_chunk(mode, command, number, extents))
-        expected.append(StatusChunk(NAMES[number], tuple(e[0] for e in extents), tuple(e[1] for e in extents)))
+        expected.append(StatusChunk(NAMES[number], array("Q", [e[0] for e in extents]), array("Q", [e[1] for e in extents])))
     return [*messages, none(mode, command)], expected
 
 
