@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from nbdcore.errors import UsageError, printable
+from nbdcore.errors import Error, UsageError, printable
 from nbdcore.plugins.spec import Connecting, Transport, hookimpl
 from nbdcore.streams.process import run_command
 from nbdcore.uri import URI
@@ -30,6 +30,18 @@ _LAST_PORT = 65535
 _HOST = r"[A-Za-z0-9_.:][A-Za-z0-9_.:%-]*"
 #: What login names are made of in practice, "user@domain" included.
 _USER = r"[A-Za-z0-9_.+][A-Za-z0-9_.+@-]*"
+
+#: Lines of ssh, and of the shell on the other machine, that time alone does not change. ssh's exit status is 255 for these as it
+#: is for a machine that is still starting; its words are the same in every locale.
+_FINAL = re.compile(
+    r"""
+      ^ (?: \S+ :\ )? Permission\ denied\ \(                                      # whom nobody lets in
+    | ^ Host\ key\ verification\ failed                                          # another machine, or one not known yet
+    | ^ ssh: \ Could\ not\ resolve\ hostname\ .*: (?! \ Temporary\ failure ) .   # a name that is not there
+    | \b nc: \ (?: command\ )? not\ found $                                      # nothing there to go on with
+    """,
+    re.VERBOSE | re.MULTILINE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +131,10 @@ class SSHTransport(Transport):
         """Start ssh. Whether it gets anywhere shows when the server is to greet: what ssh says then is in the error."""
         yield from ()
         return run_command(address.argv)
+
+    def may_heal(self, error: Error) -> bool:
+        """Tell whether it is worth logging in again: not where nobody lets this user in, or the name or the key is wrong."""
+        return not _FINAL.search(error.server_text.replace("\r", ""))  # ssh ends its lines as for a terminal
 
 
 def _check_text(what: str, value: object, pattern: str) -> None:

@@ -106,7 +106,7 @@ class Route:
         if isinstance(error, TransportError):
             # A program that cannot be started has an errno of the same kind.
             return not self.transport.runs_programs and (error.errno in _HEALING or _no_name_server(error))
-        return isinstance(error, Disconnected | DeadlineExceeded) and not heard
+        return isinstance(error, Disconnected | DeadlineExceeded) and not heard and self.transport.may_heal(error)
 
 
 @dataclass(frozen=True, slots=True)

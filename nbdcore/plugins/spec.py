@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pluggy
 
-from nbdcore.errors import TransportUnavailable, UsageError
+from nbdcore.errors import Error, TransportUnavailable, UsageError
 from nbdcore.streams.base import Address, Listener, Stream, Want
 
 if TYPE_CHECKING:
@@ -79,6 +79,13 @@ class Transport(ABC):
     def server_name(self, address: Any) -> str | None:  # noqa: ARG002 (for those that know one)
         """Return the host name or address that the server's certificate must be for (TLS); None where none is known."""
         return None
+
+    def may_heal(self, error: Error) -> bool:  # noqa: ARG002 (for those that can tell)
+        """Tell whether an attempt that ended like this, without a word of the server, may succeed a little later.
+
+        For transports whose own programs say that it is not: `error.server_text` is the end of what they wrote.
+        """
+        return True
 
     def listening_address(self, **parts: Any) -> Address:
         """Return the address to listen at that these parts name: as `address` does, where other defaults do not make more sense.

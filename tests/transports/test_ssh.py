@@ -21,6 +21,7 @@ import pytest
 import nbdcore
 import nbdcore_ssh
 from nbdcore import TLS, Client, DeadlineExceeded, Disconnected, Phase, TransportError, UsageError
+from nbdcore.clients.connecting import route_by_name
 from nbdcore.errors import printable
 from nbdcore.server import MemoryDisk, Server, ServerTLS
 from nbdcore.testing.transports import check_address
@@ -194,7 +195,7 @@ import json, os, select, shlex, socket, sys
 with open(os.environ["SSH_CALLS"], "a") as calls:
     print(json.dumps(sys.argv[1:]), file=calls)
 if "broken.example" in sys.argv:
-    sys.exit("ssh: Could not resolve hostname broken.example")
+    sys.exit("ssh: Could not resolve hostname broken.example: Name or service not known")
 program, *arguments = shlex.split(sys.argv[-1])
 assert program == "nc"
 if arguments[0] == "-U":
@@ -304,9 +305,47 @@ def test_a_server_behind_ssh_is_waited_for(ssh, socket_path):
             assert disk.size == DISK
         late.join(PATIENCE)
     assert len(ssh.calls()) > 1
-    with pytest.raises(DeadlineExceeded, match="Could not resolve") as caught:
-        nbdcore.connect_ssh("broken.example", wait=0.5)
+    with pytest.raises(DeadlineExceeded, match="nc: ") as caught:
+        nbdcore.connect_ssh("db.example", socket="/nonexistent", wait=0.5)
     assert isinstance(caught.value.__cause__, Disconnected)
+
+
+def test_a_login_that_fails_for_good_is_not_tried_again(ssh):
+    with pytest.raises(Disconnected, match="Could not resolve"):
+        nbdcore.connect_ssh("broken.example", wait=PATIENCE)
+    assert len(ssh.calls()) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "heals"),
+    [
+        ("bob@db.example: Permission denied (publickey,password).", False),
+        (
+            "Warning: Permanently added 'db' (ED25519) to the list of known hosts.\r\nbob@db: Permission denied (publickey).\r\n",
+            False,
+        ),
+        ("Permission denied (publickey).", False),
+        (
+            "No ED25519 host key is known for db and you have requested strict checking.\r\nHost key verification failed.\r\n",
+            False,
+        ),
+        ("ssh: Could not resolve hostname db: Name or service not known\r\n", False),
+        ("sh: 1: nc: not found", False),
+        ("bash: line 1: nc: command not found", False),
+        ("ssh: Could not resolve hostname db: Temporary failure in name resolution", True),
+        ("ssh: connect to host db port 22: Connection refused", True),
+        ("ssh: connect to host db port 22: Connection timed out", True),
+        ("ssh: connect to host db port 22: No route to host", True),
+        ("kex_exchange_identification: Connection closed by remote host", True),
+        ("Connection closed by 192.0.2.1 port 22", True),
+        ("nc: unix connect failed: No such file or directory", True),
+        ("localhost [127.0.0.1] 10809 (?) : Connection refused", True),
+        ("", True),
+    ],
+)
+def test_what_ssh_says_tells_a_login_that_fails_for_good_from_a_machine_that_is_not_up(said, heals):
+    route = route_by_name("ssh", {"host": "db"})
+    assert route.may_heal(Disconnected(0, "the command ssh ended with status 255", server_text=said), heard=False) is heals
 
 
 def test_without_the_program_ssh_it_is_a_transport_error(monkeypatch, tmp_path):
