@@ -52,6 +52,15 @@ test-here: $(VENV)/ready
 test-vsock: $(VENV)/ready servers vm-parts ## run the tests over a real AF_VSOCK, in a throw-away virtual machine
 	$(BIN)/pytest -m vm
 
+# Nothing here is a test: what comes out depends on the machine, and on what else it does. BENCH takes further options, such as
+# --only reads; `python -m tests.bench --help` has them all.
+.PHONY: bench bench-quick
+bench: $(VENV)/ready servers ## measure nbdcore beside fio, nbdcopy and libnbd's Python module (minutes; leave the machine alone)
+	@$(BIN)/python -m tests.bench $(BENCH)
+
+bench-quick: $(VENV)/ready servers ## the same in less than a minute, and less exact
+	@$(BIN)/python -m tests.bench --quick $(BENCH)
+
 lint: $(VENV)/ready-lint ## check style, formatting and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

@@ -1,0 +1,212 @@
+"""What is compared with what, on which server, and what is asked of us: the one place that has the bars.
+
+Every case has `ours`, or several programs of ours, and its peers. What a title says of sizes is filled in when they are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from tests.bench.programs import Fio, Nbdcopy, Program, Script
+from tests.bench.results import Bar
+
+#: Requests in flight, where there are many.
+DEPTH = 64
+
+_KIB = 1 << 10
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One comparison, or several that share their programs.
+
+    Attributes:
+        writes: whether it changes what is on the disk.
+        own_server: whether it says something only on a server of the benchmark's own.
+        extra: measured only when it is asked for by name.
+    """
+
+    name: str
+    title: str
+    unit: str
+    server: str
+    programs: Mapping[str, Program]
+    bars: tuple[Bar, ...]
+    writes: bool = False
+    own_server: bool = False
+    extra: bool = False
+
+
+def _many(work: str, label: str) -> Script:
+    return Script(f"nbdcore {label}", "nbdcore_blocking", work, {"depth": DEPTH})
+
+
+def _module(work: str, *, ours: bool = False) -> Script:
+    """Return a program written for libnbd's Python module, over that module or over ours."""
+    module = "nbdcore.libnbd" if ours else "nbd"
+    label = "nbdcore.libnbd" if ours else "libnbd's Python module"
+    return Script(label, "libnbd_module", work, {"module": module, "depth": DEPTH}, for_peer=not ours)
+
+
+def _aio(work: str) -> dict[str, Program]:
+    return {"ours": _module(work, ours=True), "libnbd": _module(work)}
+
+
+# Settings for copies of the disk. More in flight than nbdcopy's queue of 16 MiB needs a longer queue.
+_OURS_TO_TRY: tuple[Mapping[str, Any], ...] = tuple(
+    {"connections": connections, "request": request, "depth": depth}
+    for connections, request, depth in product((1, 2, 4), (256 * _KIB, _MIB, 2 * _MIB), (8, 64))
+)
+_NBDCOPY_TO_TRY: tuple[Mapping[str, Any], ...] = tuple(
+    {"connections": connections, "request-size": request, "requests": requests, "queue-size": 64 * request}
+    for connections, request, requests in product((1, 2, 4), (256 * _KIB, _MIB, 2 * _MIB), (8, 64))
+)
+_NBDCOPY_AS_IT_COMES = {"request-size": 256 * _KIB}
+
+
+def _copy(label: str, ours: tuple[Mapping[str, Any], ...], theirs: tuple[Mapping[str, Any], ...]) -> dict[str, Program]:
+    return {
+        "ours": Script(f"nbdcore {label}", "nbdcore_blocking", "copy", variants=ours),
+        "nbdcopy": Nbdcopy("nbdcopy to null:", variants=theirs),
+    }
+
+
+CASES = (
+    Case(
+        "reads",
+        "4 KiB random reads, 64 in flight, one connection",
+        "request",
+        "memory",
+        {"ours": _many("reads", "pread_many"), "fio": Fio("fio, nbd engine", "randread", DEPTH)},
+        (Bar("ours", "fio", "speed", at_least=1.5), Bar("ours", "fio", "CPU time", at_most=0.6)),
+    ),
+    Case(
+        "tasks",
+        "4 KiB random reads, 64 asyncio tasks",
+        "request",
+        "memory",
+        {
+            "ours": Script("nbdcore.aio pread", "nbdcore_asyncio", "tasks", {"depth": DEPTH}),
+            "libnbd": _module("reads"),
+            "fio": Fio("fio, nbd engine", "randread", DEPTH),
+        },
+        (Bar("ours", "libnbd", "speed", at_least=3), Bar("ours", "fio", "speed", at_least=0.9)),
+    ),
+    Case(
+        "one",
+        "4 KiB random reads, one at a time",
+        "request",
+        "memory",
+        {"ours": _many("one_by_one", "pread"), "libnbd": _module("one_by_one")},
+        (Bar("ours", "libnbd", "speed", at_least=1.2),),
+    ),
+    Case(
+        "threads",
+        "4 KiB random reads, 16 threads on one client",
+        "request",
+        "memory",
+        {"ours": _many("threads", "pread"), "libnbd": _module("threads")},
+        (Bar("ours", "libnbd", "speed", at_least=2),),
+    ),
+    Case(
+        "libnbd",
+        "libnbd's aio_pread with callbacks and poll, 4 KiB, 64 in flight",
+        "request",
+        "memory",
+        _aio("reads"),
+        (Bar("ours", "libnbd", "speed", at_least=1.5),),
+    ),
+    Case(
+        "libnbd-cookies",
+        "libnbd's aio_pread, retired by cookie, 4 KiB, 64 in flight",
+        "request",
+        "memory",
+        _aio("reads_by_cookies"),
+        (Bar("ours", "libnbd", "speed"),),
+        extra=True,
+    ),
+    Case(
+        "copy",
+        "read {disk}, 256 KiB to 2 MiB requests, best settings of each",
+        "MiB",
+        "memory",
+        _copy("pread_into_many", _OURS_TO_TRY, _NBDCOPY_TO_TRY),
+        (Bar("ours", "nbdcopy", "speed", at_least=1.1),),
+    ),
+    Case(
+        "writes",
+        "4 KiB random writes, 64 in flight, one connection",
+        "request",
+        "scratch",
+        {"ours": _many("writes", "pwrite_many"), "fio": Fio("fio, nbd engine", "randwrite", DEPTH)},
+        (Bar("ours", "fio", "speed", at_least=1.2),),
+        writes=True,
+    ),
+    Case(
+        "libnbd-writes",
+        "libnbd's aio_pwrite with callbacks and poll, 4 KiB, 64 in flight",
+        "request",
+        "scratch",
+        _aio("writes"),
+        (Bar("ours", "libnbd", "speed"),),
+        writes=True,
+        extra=True,
+    ),
+    Case(
+        "latency",
+        "read {disk}, 10 ms of latency, 256 KiB requests, 4 connections",
+        "MiB",
+        "slow",
+        _copy(
+            "Pool",
+            tuple({"connections": 4, "request": 256 * _KIB, "depth": depth} for depth in (64, 256)),
+            (_NBDCOPY_AS_IT_COMES,),
+        ),
+        (Bar("ours", "nbdcopy", "speed", at_least=1.0),),
+        own_server=True,
+    ),
+    Case(
+        "tls",
+        "read {disk} over TLS, best settings of each",
+        "MiB",
+        "encrypted",
+        _copy("pread_into_many", _OURS_TO_TRY, _NBDCOPY_TO_TRY),
+        (Bar("ours", "nbdcopy", "speed", at_least=0.9),),
+        own_server=True,
+    ),
+    Case(
+        "extents",
+        "all extents of a disk with {extents}",
+        "extent",
+        "alternating",
+        {
+            "columns": Script("nbdcore extents, columns", "nbdcore_blocking", "extents_columns"),
+            "objects": Script("nbdcore extents, objects", "nbdcore_blocking", "extents_objects"),
+            "lists": Script(
+                "libnbd's Python module, three lists", "libnbd_module", "extents_columns", {"module": "nbd"}, for_peer=True
+            ),
+            "tuples": Script(
+                "libnbd's Python module, tuples", "libnbd_module", "extents_tuples", {"module": "nbd"}, for_peer=True
+            ),
+        },
+        (
+            Bar("columns", "lists", "work per CPU second", at_least=1.2),
+            Bar("objects", "lists", "work per CPU second", at_least=0.5),
+            Bar("objects", "tuples", "work per CPU second"),
+        ),
+        own_server=True,
+    ),
+    Case(
+        "idle",
+        "{connections} idle connections under asyncio, each after one read",
+        "connection",
+        "many clients",
+        {"ours": Script("nbdcore.aio", "nbdcore_asyncio", "idle")},
+        (Bar("ours", None, "memory", at_most=50 * _KIB),),
+        own_server=True,
+    ),
+)

@@ -1,0 +1,138 @@
+"""nbdcore's blocking client at work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import measuring
+from measuring import SMALL, endless
+
+import nbdcore
+
+# Each thread that shares a client, as the table has it.
+_THREADS = 16
+
+
+def connect(settings: SimpleNamespace, connections: int = 1) -> Any:
+    options = {"allow_local_files": True, "timeout": 30}
+    return nbdcore.connect(settings.uri, **options, **({"connections": connections} if connections > 1 else {}))
+
+
+def reads(disk: Any, settings: SimpleNamespace) -> None:
+    ranges = [(offset, SMALL) for offset in measuring.offsets()]
+
+    def run(count: int, use: Callable[[int, bytes], None] | None = None) -> None:
+        for offset, data in disk.pread_many(endless(ranges, count), depth=settings.depth):
+            if use is not None:
+                use(offset, data)
+
+    if settings.verify:
+        run(len(ranges), measuring.compare)
+    measuring.steady(run, settings.seconds)
+
+
+def writes(disk: Any, settings: SimpleNamespace) -> None:
+    items = [(offset, measuring.to_be_written(offset)) for offset in measuring.offsets()]
+
+    def run(count: int) -> None:
+        for _ in disk.pwrite_many(endless(items, count), depth=settings.depth):
+            pass
+
+    if settings.verify:
+        run(len(items))
+        for offset, _ in items:
+            measuring.compare_written(offset, disk.pread(SMALL, offset))
+    measuring.steady(run, settings.seconds)
+
+
+def one_by_one(disk: Any, settings: SimpleNamespace) -> None:
+    offsets = measuring.offsets()
+
+    def run(count: int, use: Callable[[int, bytes], None] | None = None) -> None:
+        for offset in endless(offsets, count):
+            data = disk.pread(SMALL, offset)
+            if use is not None:
+                use(offset, data)
+
+    if settings.verify:
+        run(len(offsets), measuring.compare)
+    measuring.steady(run, settings.seconds)
+
+
+def threads(disk: Any, settings: SimpleNamespace) -> None:
+    offsets = measuring.offsets()
+    shares = [offsets[number::_THREADS] for number in range(_THREADS)]
+
+    def read(share: list[int], count: int, use: Callable[[int, bytes], None] | None) -> None:
+        for offset in endless(share, count):
+            data = disk.pread(SMALL, offset)
+            if use is not None:
+                use(offset, data)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+
+        def run(count: int, use: Callable[[int, bytes], None] | None = None) -> None:
+            list(pool.map(lambda share: read(share, count // _THREADS, use), shares))
+
+        if settings.verify:
+            run(len(offsets), measuring.compare)
+        measuring.steady(run, settings.seconds)
+
+
+def copy(settings: SimpleNamespace) -> None:
+    """Read the whole disk into a few buffers, from connecting to having closed."""
+    with connect(settings) as disk:  # what is imported at the first connection is no part of the copy
+        size = disk.size
+
+    def run(use: Callable[[int, memoryview], None] | None = None) -> None:
+        unused = [memoryview(bytearray(settings.request)) for _ in range(settings.depth)]
+        used: dict[int, memoryview] = {}
+
+        def items() -> Any:
+            for offset in range(0, size, settings.request):
+                used[offset] = buffer = unused.pop()[: size - offset]
+                yield offset, buffer
+
+        with connect(settings, settings.connections) as disk:
+            for offset in disk.pread_into_many(items(), depth=settings.depth):
+                buffer = used.pop(offset)
+                if use is not None:
+                    use(offset, buffer)
+                unused.append(buffer)
+
+    if settings.verify:
+        run(measuring.compare)
+    measuring.timed(run, size >> 20)
+
+
+def extents(settings: SimpleNamespace, *, columns: bool) -> None:
+    """Walk all extents of the disk, and keep them."""
+    with nbdcore.connect(settings.uri, contexts=["base:allocation"], timeout=30) as disk:
+        found: list[Any] = []
+
+        def run() -> None:
+            found.append(disk.extents(columns=True) if columns else list(disk.extents()))
+
+        measuring.timed(run, settings.extents)
+        offsets = found[0].offsets if columns else [extent.offset for extent in found[0]]
+        if len(offsets) != settings.extents or offsets[-1] != disk.size // settings.extents * (settings.extents - 1):
+            raise SystemExit(f"{len(offsets)} extents, the last at {offsets[-1]}")
+
+
+def main() -> None:
+    settings = measuring.settings()
+    on_one_connection = {"reads": reads, "writes": writes, "one_by_one": one_by_one, "threads": threads}
+    if settings.work == "copy":
+        copy(settings)
+    elif settings.work.startswith("extents"):
+        extents(settings, columns=settings.work == "extents_columns")
+    else:
+        with connect(settings) as disk:
+            on_one_connection[settings.work](disk, settings)
+
+
+if __name__ == "__main__":
+    main()
