@@ -215,7 +215,7 @@ class LoopSession:
         if session.buffered and not self._receiving:
             self._receiving = True
             self.loop.call_soon(self._receive_more)
-        wanted = int(session.interest())
+        wanted = session.wanted()
         if wanted != self._watched:
             self._watch(wanted)
 

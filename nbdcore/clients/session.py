@@ -28,9 +28,9 @@ _RECEIVES = 64
 # What half-closing comes to where the server has hung up.
 _HUNG_UP = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 _OVER = (Phase.CLOSED, Phase.DEAD)
-# By the number that a Want is: this is asked for every small read, and operations on flags are slow.
+_NOTHING, _READ, _WRITE = Want.NOTHING, int(Want.READ), int(Want.WRITE)
 _WANTS = (Want.NOTHING, Want.READ, Want.WRITE, Want.READ | Want.WRITE)
-_NOTHING = Want.NOTHING
+_CONNECTED = Phase.CONNECTED
 
 
 class Session:
@@ -48,8 +48,8 @@ class Session:
         self._start_tls = start_tls
         self._shake_hands: Callable[[], bool] | None = None  # TLS's handshake, while it lasts
         self._half_closed = self._finishing = False
-        #: somebody waits on the descriptor, so that its number must not be given to another yet
-        self.waited_for = False
+        #: what somebody waits for on the descriptor, as the bits of a Want: until nobody does, its number goes to no other
+        self.waited_for = 0
 
     def fileno(self) -> int:
         """Return the descriptor to wait on; -1 when the connection is over."""
@@ -62,13 +62,18 @@ class Session:
 
     def interest(self) -> Want:
         """Return what to wait for before `advance()` can do more."""
+        return _WANTS[self.wanted()]
+
+    def wanted(self) -> int:
+        """Return the same as the bits of a Want, in a plain int: operations on flags are slow."""
         engine = self.engine
         if engine.phase in _OVER:
-            return _NOTHING
-        reads = engine.phase is Phase.CONNECTED or len(engine.room()) > 0
-        want = _WANTS[reads | (engine.has_outgoing or self._finishing) << 1]
+            return 0
+        bits = _READ if engine.phase is _CONNECTED or len(engine.room()) else 0
+        if self._finishing or engine.has_outgoing:
+            bits |= _WRITE
         owed = self._stream.wants()
-        return want if owed is _NOTHING else want | owed
+        return bits if owed is _NOTHING else bits | int(owed)
 
     @property
     def buffered(self) -> bool:
@@ -79,6 +84,11 @@ class Session:
         """Send and receive what can be sent and received now."""
         self.send()
         self.receive()
+
+    def advance_eagerly(self) -> None:
+        """Send what can be sent now, and receive only until there is an outcome, for which the caller has something to do."""
+        self.send()
+        self.receive(eager=True)
 
     def send(self) -> None:
         """Send what is queued, as far as the stream takes it now."""
@@ -110,8 +120,11 @@ class Session:
             self.engine.received_eof()
             self.close()
 
-    def receive(self, times: int = _RECEIVES) -> None:
-        """Receive what is there, so many times at most, let the engine take it in, and close the stream if that was the end."""
+    def receive(self, times: int = _RECEIVES, *, eager: bool = False) -> None:
+        """Receive what is there, let the engine take it in, and close the stream if that was the end.
+
+        Receives so many times at most, or, where `eager`, until a command has its outcome.
+        """
         engine = self.engine
         try:
             for _ in range(times):
@@ -125,12 +138,12 @@ class Session:
                 if not count:
                     engine.received_eof()
                     break
-                engine.received(count)
+                completed = engine.received(count)
                 if engine.wants_tls:
                     self._secure()
                 if engine.has_outgoing:
                     self.send()
-                if count < len(room) and not stream.buffered():
+                if (eager and completed) or (count < len(room) and not stream.buffered()):
                     break
         except OSError as exc:
             self._broken(exc)

@@ -209,6 +209,10 @@ class Engine(Exchanges):
         """How many commands are queued or in flight."""
         return len(self.queue) + len(self.in_flight)
 
+    def knows(self, command: Command) -> bool:
+        """Whether the command was submitted here, and has not finished."""
+        return self.in_flight.get(command.cookie) is command or command in self.queue
+
     @property
     def between_replies(self) -> bool:
         """Whether no reply has been received in part only."""
@@ -302,12 +306,15 @@ class Engine(Exchanges):
             return self._replies.room()
         return self._room_for_exchange()
 
-    def received(self, count: int) -> None:
-        """Take in `count` bytes that were put into `room()`, and run the completions that follow from them."""
+    def received(self, count: int) -> int:
+        """Take in `count` bytes that were put into `room()`, and run the completions that follow from them.
+
+        Returns how many commands that finished.
+        """
         self.traffic.bytes_received += count
         if self._replies is None:
             self._received_for_exchange(count)
-            return
+            return 0
         replies, violation = self._replies, None
         try:
             completed = replies.received(count)
@@ -322,6 +329,7 @@ class Engine(Exchanges):
         if replies.raised is not None:
             raised, replies.raised = replies.raised, None
             raise raised
+        return len(completed)
 
     def rest(self) -> None:
         """Nothing more is to be received just now: hold no memory for it. What `room` returned is not to be used any more."""

@@ -292,7 +292,7 @@ def test_a_descriptor_is_not_freed_while_another_thread_waits_on_it():
 
         thread = threading.Thread(target=read, name="the one that waits")
         thread.start()
-        while not client._shared._polled:
+        while not client._shared._sessions[0].waited_for:
             time.sleep(0.001)
         client.close()
         thread.join(PATIENCE)
@@ -316,7 +316,7 @@ def test_a_stream_that_cannot_hang_up_is_closed():
     with ScriptedServer(script(wait_for(silent))) as server:
         client = Client(Plain(server.socket()), timeout=PATIENCE)
         with in_background(lambda: client.pread(8, 0)) as outcome:
-            while not client._shared._polled:
+            while not client._shared._sessions[0].waited_for:
                 time.sleep(0.001)
             client.close()
         assert isinstance(outcome[0], Disconnected)
