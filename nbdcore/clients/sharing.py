@@ -1,13 +1,10 @@
 """Several threads on one session, or on several to the same export: whoever has something to wait for waits for all.
 
 A caller queues its command under the lock and waits until it is done. At any time one of the waiting callers watches the
-descriptors, with the lock released, and then moves the bytes for everybody; the others sleep until their outcome is there, or
-until the watching is theirs to do. Sending is the exception: a caller whose bytes do not fit the send buffer waits for that as
-well, since nobody else may be doing so. So a call costs no thread and no second descriptor, and one caller alone pays nothing
-for the others.
-
-One receive may bring the outcomes of many callers. As long as some that were woken have not come by here again, the others
-leave it to them to send small amounts and to watch: so what a crowd of threads asks for goes out, and comes in, many at a time.
+descriptors, with the lock released, and then moves the bytes for everybody; the others sleep (`crowd`) until their outcome is
+there, or until the watching is theirs to do. Sending is the exception: a caller whose bytes do not fit the send buffer waits for
+that as well, since nobody else may be doing so. So a call costs no thread and no second descriptor, and one caller alone pays
+nothing for the others.
 
 A signal handler may raise in the main thread at any point (Ctrl-C does). While a call waits that harms nobody: its command is
 abandoned. So nothing here waits with the lock held, and the lock is taken by `with` alone, which an exception cannot get between.
@@ -22,10 +19,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from operator import attrgetter
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
+from nbdcore.clients.crowd import Crowd, Pending, Turn
 from nbdcore.clients.session import Session
-from nbdcore.errors import DeadlineExceeded, Disconnected, Error
+from nbdcore.errors import DeadlineExceeded, Disconnected, Error, UsageError
 from nbdcore.protocol.commands import Command, disconnect
 from nbdcore.protocol.engine import Engine
 from nbdcore.streams.base import Want
@@ -39,17 +37,6 @@ _SENT_TOGETHER = 4
 _PENDING = attrgetter("pending")
 # To look without waiting: what there is to do is here already.
 _AT_ONCE = Deadline.after(0)
-
-
-class Pending(Protocol):
-    """What can be waited for: a Command, an Exchange, or any of several commands."""
-
-    completion: Any
-    """Called when it is done."""
-
-    @property
-    def done(self) -> bool:
-        """Whether the outcome is final."""
 
 
 Waited = TypeVar("Waited", bound=Pending)
@@ -69,7 +56,7 @@ class SharedSession:
         self._sessions = sessions
         self._lock = threading.Lock()
         self._watch = Watch()
-        self._crowd = _Crowd()
+        self._crowd = Crowd()
         self._leaving = False
 
     @property
@@ -148,6 +135,7 @@ class SharedSession:
         # A copy: the original's traceback would hold on to the caller's memory for as long as the late answer takes.
         error = copy.copy(why) if isinstance(why, Error) else DeadlineExceeded(f"given up by the program ({why!r})")
         with self._lock:
+            self._submit_inbox()
             for command in commands:
                 self._engine_of(command).abandon(command, error)
 
@@ -176,9 +164,16 @@ class SharedSession:
 
         Raises DeadlineExceeded, and the connection's own error where none is left to submit commands to.
         """
-        turn = _Turn(pending, submit, any_of_several=any_of_several)
+        crowd = self._crowd
+        turn = Turn(pending, submit, any_of_several=any_of_several)
         expired = False
         try:
+            if crowd.awake and submit:
+                sleeper = crowd.leave_to_others(turn)
+                if crowd.awake and len(crowd.inbox) < _SENT_TOGETHER:
+                    sleeper.sleep(deadline)
+                    if crowd.needs_nobody(turn):
+                        return
             while True:
                 with self._lock:
                     if self._take(turn, expired=expired):
@@ -187,6 +182,8 @@ class SharedSession:
                     self._look(turn.watched, _AT_ONCE if turn.at_once else deadline)
                 else:
                     turn.sleeper.sleep(deadline)
+                    if crowd.needs_nobody(turn):
+                        return
                 expired = deadline.at is not None and deadline.expired
         except BaseException:
             with self._lock:
@@ -195,7 +192,7 @@ class SharedSession:
         if not pending.done:
             raise DeadlineExceeded(f"no answer from the server in time ({what})")
 
-    def _look(self, watched: list[tuple[Session, int]], deadline: Deadline) -> None:
+    def _look(self, watched: Sequence[tuple[Session, int]], deadline: Deadline) -> None:
         """Wait for what this caller watches, and leave it to the next look at the streams what happened there."""
         if len(watched) == 1 and watched[0][1] == _READ:
             self._watch.wait(watched[0][0].fileno(), deadline)
@@ -204,17 +201,18 @@ class SharedSession:
 
     # ------------------------------------------------------------------------------------------ with the lock held
 
-    def _take(self, turn: _Turn, *, expired: bool) -> bool:
+    def _take(self, turn: Turn, *, expired: bool) -> bool:
         """Take a turn: move bytes, then say what to wait for. Returns True when the caller's own wait is over."""
         try:
             if turn.watched:
                 watched = turn.watched
                 for session, wanted in watched:
                     session.waited_for &= ~wanted
-                turn.watched = []
-                self._receive(watched, eager=turn.any_of_several)
+                turn.watched = ()
+                for session, _ in watched:
+                    self._move(session, session.advance_eagerly if turn.any_of_several else session.advance)
             else:
-                self._get_up(turn)
+                self._crowd.get_up(turn)
                 if turn.submit:
                     self._submit(turn.submit)
                     turn.submit = ()
@@ -222,47 +220,31 @@ class SharedSession:
             if turn.pending.done or expired:
                 self._hand_over()
                 return True
-            if not self._crowd.awake:
-                turn.watched = self._unwatched()
-            if turn.watched:
-                for session, wanted in turn.watched:
-                    session.waited_for |= wanted
-                turn.at_once = any(session.buffered for session, _ in turn.watched)
-            else:
-                self._lie_down(turn)
+            self._settle(turn)
         except BaseException:
             self._leave(turn)
             raise
         return False
 
-    def _lie_down(self, turn: _Turn) -> None:
-        # An exception may come after any call: so the sleeper is the turn's before others know it.
-        turn.sleeper = sleeper = _Sleeper(self._crowd, turn.pending)
-        self._crowd.asleep[sleeper] = None
-        if turn.any_of_several:
-            self._crowd.groups[sleeper] = None
-        else:
-            turn.pending.completion = sleeper.wake
-
-    def _get_up(self, turn: _Turn) -> None:
-        """A caller is up, because it was woken or for a reason of its own."""
-        crowd, sleeper = self._crowd, turn.sleeper
-        if sleeper is None:
+    def _settle(self, turn: Turn) -> None:
+        """Have a caller watch what nobody watches, or sleep; while others are awake that may send more, watching is for them."""
+        turn.at_once = False
+        if not self._crowd.awake:
+            turn.watched = self._unwatched()
+        if not turn.watched:
+            self._crowd.lie_down(turn)
             return
-        if sleeper.woken:
-            crowd.awake -= 1
-            sleeper.woken = False
-        else:
-            crowd.asleep.pop(sleeper, None)
-            crowd.groups.pop(sleeper, None)
-        turn.sleeper = None
+        for session, wanted in turn.watched:
+            session.waited_for |= wanted
+            if session.buffered:
+                turn.at_once = True
 
-    def _leave(self, turn: _Turn) -> None:
+    def _leave(self, turn: Turn) -> None:
         """An exception ends a caller's wait."""
         for session, wanted in turn.watched:
             session.waited_for &= ~wanted
-        turn.watched = []
-        self._get_up(turn)
+        turn.watched = ()
+        self._crowd.get_up(turn)
         self._hand_over()
 
     def _refuse_if_over(self) -> None:
@@ -272,14 +254,27 @@ class SharedSession:
             raise self.own(error) if error else Disconnected(errno.ENOTCONN, "the connection was closed by this program")
 
     def _submit(self, commands: Iterable[Command]) -> None:
-        engines = self.engines
-        if len(engines) == 1:
+        """Queue commands, each where the fewest are under way."""
+        engines = (self.engine,) if len(self._sessions) == 1 else self.engines
+        try:
             for command in commands:
-                engines[0].submit(command)
-            return
-        self._refuse_if_over()
-        for command in commands:
-            min(engines, key=_PENDING).submit(command)
+                engine = engines[0] if len(engines) == 1 else min(engines, key=_PENDING)
+                engine.submit(command)
+        except (UsageError, ValueError):  # not connected any more; ValueError: no engine is left
+            self._refuse_if_over()
+            raise
+
+    def _submit_inbox(self) -> None:
+        """Queue what sleepers left. What cannot be queued is an outcome like others."""
+        inbox = self._crowd.inbox
+        while inbox:
+            command = inbox.popleft()
+            try:
+                self._submit((command,))
+            except Error as exc:
+                command.error, command.done = exc, True
+                if command.completion is not None:
+                    command.completion(command)
 
     def _engine_of(self, command: Command) -> Engine:
         for session in self._sessions[1:]:
@@ -289,13 +284,11 @@ class SharedSession:
 
     def _send(self) -> None:
         """Send what is queued, unless others are about to queue more and there is little of it."""
+        if self._crowd.inbox:
+            self._submit_inbox()
         for session in self._sessions:
             if not self._crowd.awake or len(session.engine.queue) >= _SENT_TOGETHER:
                 self._move(session, session.send)
-
-    def _receive(self, watched: list[tuple[Session, int]], *, eager: bool) -> None:
-        for session, _ in watched:
-            self._move(session, session.advance_eagerly if eager else session.advance)
 
     def _move(self, session: Session, move: Callable[[], None]) -> None:
         """Move bytes for everybody; whose outcome that brings is woken by its completion."""
@@ -336,81 +329,10 @@ class SharedSession:
                 session.close()  # what was kept open for those that watched
         crowd = self._crowd
         if crowd.asleep:
+            self._submit_inbox()
             self._wake_others()
             if crowd.asleep and not crowd.awake and self._unwatched():
                 next(iter(crowd.asleep)).wake()
-
-
-class _Crowd:
-    """The callers that sleep, or were woken and have not come by since. Looked at with the lock held.
-
-    Attributes:
-        asleep: in the order in which they fell asleep.
-        groups: those of them that wait for any of several commands.
-        awake: how many were woken and have not come by.
-    """
-
-    __slots__ = ("asleep", "awake", "groups")
-
-    def __init__(self) -> None:
-        self.asleep: dict[_Sleeper, None] = {}
-        self.groups: dict[_Sleeper, None] = {}
-        self.awake = 0
-
-
-class _Turn:
-    """One caller's wait.
-
-    Attributes:
-        pending: what it waits for.
-        submit: commands to submit first.
-        any_of_several: nothing calls the completion of `pending`.
-        watched: what it watches, with the lock released: sessions, and for what, as the bits of a Want.
-        at_once: there is something to receive already.
-        sleeper: what it sleeps in, when it does not watch.
-    """
-
-    __slots__ = ("any_of_several", "at_once", "pending", "sleeper", "submit", "watched")
-
-    def __init__(self, pending: Pending, submit: Sequence[Command], *, any_of_several: bool) -> None:
-        self.pending = pending
-        self.submit = submit
-        self.any_of_several = any_of_several
-        self.watched: list[tuple[Session, int]] = []
-        self.at_once = False
-        self.sleeper: _Sleeper | None = None
-
-
-class _Sleeper:
-    """A caller that sleeps: woken once, when its outcome is there or something is to be done.
-
-    Args:
-        crowd: to which it belongs until it is woken.
-        pending: what it waits for.
-    """
-
-    __slots__ = ("_alarm", "_crowd", "pending", "woken")
-
-    def __init__(self, crowd: _Crowd, pending: Pending) -> None:
-        self._alarm = threading.Lock()
-        self._alarm.acquire()
-        self._crowd = crowd
-        self.pending = pending
-        self.woken = False
-
-    def sleep(self, deadline: Deadline) -> None:
-        remaining = deadline.remaining()
-        self._alarm.acquire(timeout=-1 if remaining is None else min(remaining, threading.TIMEOUT_MAX))
-
-    def wake(self, _: object = None) -> None:
-        crowd = self._crowd
-        if self in crowd.asleep:
-            del crowd.asleep[self]
-            if crowd.groups:
-                crowd.groups.pop(self, None)
-            self.woken = True
-            crowd.awake += 1
-            self._alarm.release()
 
 
 class _End:
