@@ -157,13 +157,17 @@ class Replies(Receiver):
                 break
             magic, word, cookie = unpack_header(buffer, start)
             if magic == SIMPLE_REPLY_MAGIC and not extended:
-                self._start = start + 16
                 command = in_flight.get(cookie)
                 if command is None:
+                    self._start = start + 16
                     self._unknown_simple(cookie, word)
                 elif word or command.type == _READ:
+                    if available - 16 < command.count < LARGE and not word:
+                        break
+                    self._start = start + 16
                     self._simple_with_more(command, word)
                 else:
+                    self._start = start + 16
                     del in_flight[cookie]
                     command.done = True
                     complete(command)
@@ -212,8 +216,11 @@ class Replies(Receiver):
             self._expect(command, command.count, None, lambda: self._final(command))
             return
         begin, after = self._start, self._start + command.count
-        if after <= self._end and command.target is None and command.on_chunk is None and not command.discard:
-            command.data = bytes(self._view[begin:after])
+        if after <= self._end and command.on_chunk is None and not command.discard:
+            if command.target is None:
+                command.data = bytes(self._view[begin:after])
+            else:
+                command.target[:] = self._view[begin:after]
             command.received = command.count
             self._start = after
             self._final(command)
@@ -247,8 +254,9 @@ class Replies(Receiver):
                 errno.EPROTO, f"the server announces a chunk of {length} bytes; nothing that was asked for is so long"
             )
         command = self._in_flight.get(cookie)
-        # Data are placed by the offset at their front: wait for it, so that their place is known before they come.
-        if kind == Chunk.OFFSET_DATA and length >= 8 and available < header + 8:
+        # Data are placed by the offset at their front: wait for it, so that their place is known before they come. Small ones are
+        # waited for whole, so that the next receive brings the replies behind them as well.
+        if kind == Chunk.OFFSET_DATA and length >= 8 and available < header + (length if length < LARGE else 8):
             return False
         self._start = start + header
         self._chunk_done = bool(word >> 16 & REPLY_FLAG_DONE)

@@ -519,3 +519,17 @@ def test_incomplete_data_with_an_error_are_the_error_alone(mode):
         return data_chunk(mode, command, OFFSET, DATA[:10]) + error_chunk(mode, command, 5, done=True)
 
     check_failed(*answered(mode, answer), errno.EIO)
+
+
+@all_modes
+def test_rest_of_a_small_answer_is_received_together_with_the_answers_behind_it(mode):
+    client = connected(mode)
+    memory = [memoryview(bytearray(4096)) for _ in range(3)]
+    client.submit(*(commands.read(client.engine.limits, 4096, 0, target=target) for target in memory))
+    script = b"".join(success(mode, command, bytes([command.cookie]) * 4096) for command in client.commands)
+
+    client.hear(script[:2000])
+    assert len(client.engine.room()) >= len(script) - 2000
+
+    client.hear(script[2000:])
+    assert [bytes(target) for target in memory] == [bytes([cookie]) * 4096 for cookie in (1, 2, 3)]
