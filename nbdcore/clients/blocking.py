@@ -13,6 +13,7 @@ from typing import Any, Self, Unpack, overload
 from nbdcore.clients import requests
 from nbdcore.clients.arguments import deadline_after, texts, whole_numbers
 from nbdcore.clients.extents import CombinedExtent, Extent, ExtentWalk, extents_by_context
+from nbdcore.clients.many import ManyCalls
 from nbdcore.clients.requests import PIECES_AT_A_TIME, Request
 from nbdcore.clients.settings import ClientOptions
 from nbdcore.clients.sharing import SharedSession
@@ -34,7 +35,7 @@ _GOODBYE = 5.0
 Buffer = bytes | bytearray | memoryview
 
 
-class Client(ConnectCalls):
+class Client(ManyCalls, ConnectCalls):
     """A connection to one export of an NBD server.
 
     Newly created it is not connected: call one of its `connect` methods once, or use the functions `nbdcore.connect` and its
