@@ -11,12 +11,12 @@ shares a client among threads holds a lock of their own around each call.
 from __future__ import annotations
 
 import errno
-from collections.abc import Generator
-from typing import Any
+from typing import Any, Self, Unpack
 
-from nbdcore.clients.connecting import Route, route_by_name
-from nbdcore.clients.knowledge import Knowledge
+from nbdcore.clients.encryption import Encryption, Permissions
+from nbdcore.clients.polled_ways import Connecting, PolledConnectCalls
 from nbdcore.clients.session import Session, StartTLS
+from nbdcore.clients.settings import ClientOptions, checked_encryption, checked_permissions, checked_settings
 from nbdcore.errors import Disconnected, Error, TransportError, UsageError
 from nbdcore.protocol import commands
 from nbdcore.protocol.agreement import Settings, Traffic
@@ -29,9 +29,6 @@ from nbdcore.streams.waiting import NEVER, Deadline, wait_any
 
 __all__ = ["Connecting", "PolledClient"]
 
-#: A connection being opened, as transports do it: yields what to wait for, returns the stream.
-Connecting = Generator[tuple[int, Want], None, Stream]
-
 _READ = Want.READ
 # Commands queued while answers to others are awaited go out together, so many at most: one system call for all. With nothing
 # under way a command is sent at once, so that there is always an answer whose arrival sends the rest.
@@ -40,7 +37,7 @@ _BURST = 16
 _LARGE_PAYLOAD = 1 << 15
 
 
-class PolledClient(Knowledge):
+class PolledClient(PolledConnectCalls):
     """One connection, moved on by whoever watches its descriptor.
 
     Newly created it is not connected: call one of its `connect` methods, then let it advance until `phase` is CONNECTED, or
@@ -50,17 +47,34 @@ class PolledClient(Knowledge):
         settings: what to ask the server for. Raises UsageError for a name in them that cannot be sent.
         strict: which client-side checks to make.
         start_tls: makes an encrypted stream out of a plain one, for servers that agree to start TLS.
+        encryption: whether and how to encrypt, in place of `start_tls` and what the settings say of TLS.
+        permissions: what a URI may do.
     """
 
-    def __init__(self, settings: Settings, *, strict: int = ALL_STRICT, start_tls: StartTLS | None = None) -> None:
-        super().__init__(Engine(settings, strict=strict))
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        strict: int = ALL_STRICT,
+        start_tls: StartTLS | None = None,
+        encryption: Encryption | None = None,
+        permissions: Permissions | None = None,
+    ) -> None:
+        encryption = encryption or Encryption(policy=settings.tls, start_tls=start_tls)
+        super().__init__(Engine(settings, strict=strict), encryption, permissions or Permissions())
         #: the engine underneath, for what is agreed on and for building commands
         self.engine = self._engine
-        self._start_tls = start_tls
+        self._start_tls: StartTLS | None = None
         self._connecting: Connecting | None = None
         self._awaited: tuple[int, Want] = (-1, Want.NOTHING)
         self._session: Session | None = None
         self._advancing = False
+
+    @classmethod
+    def of(cls, **options: Unpack[ClientOptions]) -> Self:
+        """Return a client with the options of `nbdcore.Client`. Raises UsageError as that does."""
+        encryption, permissions = checked_encryption(options), checked_permissions(options)
+        return cls(checked_settings(options), encryption=encryption, permissions=permissions)
 
     @property
     def traffic(self) -> Traffic:
@@ -79,24 +93,14 @@ class PolledClient(Knowledge):
 
     # ------------------------------------------------------------------------------------------ connecting
 
-    def connect_transport(self, name: str, /, **address: Any) -> None:
-        """Start connecting over a transport by its name; the address parts are the transport's own."""
-        self._legal("connect_transport")
-        self.connect_route(route_by_name(name, address))
-
-    def connect_route(self, route: Route) -> None:
-        """Start connecting to a transport's address."""
-        self.connect_steps(route.transport.connect(route.address))
-
-    def connect_stream(self, stream: Stream) -> None:
-        """Start the handshake over a stream that is open already, and belongs to the client from here on."""
-        self._legal("connect_stream")
-        self._shake_hands(stream)
-
     def connect_steps(self, connecting: Connecting) -> None:
-        """Start connecting by any generator that does what a transport's `connect` does."""
+        """Start connecting by any generator that does what a transport's `connect` does. TLS is `start_tls` alone."""
         self._legal("connect_stream")
+        self._begin(connecting, self._encryption.start_tls)
+
+    def _begin(self, connecting: Connecting, start_tls: StartTLS | None) -> None:
         self._engine.connecting()
+        self._start_tls = start_tls
         self._connecting = connecting
         self._step(connecting)
 

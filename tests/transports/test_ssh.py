@@ -7,14 +7,9 @@ machine. No other machine is contacted.
 from __future__ import annotations
 
 import errno
-import json
-import os
 import shlex
-import sys
-import textwrap
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -28,6 +23,7 @@ from nbdcore.testing.transports import check_address
 from nbdcore.uri import parse_uri
 from tests import leaks
 from tests.certificates import CertificateAuthority
+from tests.transports.ssh_stand_in import StandIn
 
 (transport,) = nbdcore_ssh.nbdcore_transports()
 
@@ -190,63 +186,10 @@ def test_a_uri_starts_nothing_without_permission(ssh):
 # ---------------------------------------------------------------------------------------------- a way to a server
 
 
-RELAY = """
-import json, os, select, shlex, socket, sys
-with open(os.environ["SSH_CALLS"], "a") as calls:
-    print(json.dumps(sys.argv[1:]), file=calls)
-if "broken.example" in sys.argv:
-    sys.exit("ssh: Could not resolve hostname broken.example: Name or service not known")
-program, *arguments = shlex.split(sys.argv[-1])
-assert program == "nc"
-if arguments[0] == "-U":
-    server = socket.socket(socket.AF_UNIX)
-    where = arguments[1]
-else:
-    server = socket.socket()
-    where = ("127.0.0.1", int(arguments[1]))
-try:
-    server.connect(where)
-except OSError as exc:
-    sys.exit(f"nc: {exc}")
-ways = {
-    0: (lambda: os.read(0, 65536), server.send),
-    server.fileno(): (lambda: server.recv(65536), lambda data: os.write(1, data)),
-}
-while ways:
-    for number in select.select(list(ways), [], [])[0]:
-        receive, send = ways[number]
-        data = receive()
-        if not data and number:
-            sys.exit()
-        if not data:
-            del ways[number]
-            server.shutdown(socket.SHUT_WR)
-        while data:
-            data = data[send(data) :]
-"""
-
-
-class Stand:
-    """A stand-in for ssh."""
-
-    def __init__(self, folder: Path) -> None:
-        self._calls = folder / "calls"
-        program = folder / "ssh"
-        program.write_text(f"#!{sys.executable} -IS\n{textwrap.dedent(RELAY)}")
-        program.chmod(0o755)
-
-    def calls(self) -> list[list[str]]:
-        return [json.loads(line) for line in self._calls.read_text().splitlines()] if self._calls.exists() else []
-
-
 @pytest.fixture
-def ssh(tmp_path, monkeypatch, eventually: Callable[..., None]) -> Iterator[Stand]:
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("SSH_CALLS", str(folder / "calls"))
+def ssh(tmp_path, monkeypatch, eventually: Callable[..., None]) -> Iterator[StandIn]:
     before = leaks.children().keys()
-    yield Stand(folder)
+    yield StandIn(tmp_path / "bin", monkeypatch)
     eventually(lambda: leaks.children().keys() <= before, "ssh ended, and was reaped")
     eventually(lambda: not [it for it in threading.enumerate() if it.name == "nbdcore-command"], "its threads ended")
 

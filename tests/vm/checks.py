@@ -5,6 +5,7 @@ A check that fails raises; what the host must know, it returns. Every wait has a
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import socket
@@ -18,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import nbdcore
+from nbdcore import aio
+from nbdcore.clients.polled import PolledClient
 from nbdcore.plugins.registry import registry
+from nbdcore.protocol import commands
 from nbdcore.server import MemoryDisk, Server
 from nbdcore.streams.waiting import NEVER, drive
 
@@ -115,6 +119,36 @@ def client_talks_to_own_server() -> None:
         with nbdcore.connect(f"nbd+vsock://1:{port}", timeout=STEP) as client:
             extents = list(client.extents("base:allocation", timeout=STEP))
     check([(extent.offset, extent.length) for extent in extents if extent.hole], [ZEROED], "the disk's holes")
+
+
+def every_front_end_talks_to_own_server() -> None:
+    disk = MemoryDisk(SIZE)
+    disk.pwrite(original(), 0)
+    with Server(disk) as server:
+        port = _listen(server)
+        for connect in (_by_asyncio, _by_polling):
+            check(connect(port), original()[4096:8192], f"the disk's content {connect.__name__}")
+
+
+def _by_asyncio(port: int) -> bytes:
+    async def read() -> bytes:
+        async with aio.connect_vsock(HERE, port, timeout=STEP) as client:
+            return await client.pread(4096, 4096, timeout=STEP)
+
+    return asyncio.run(read())
+
+
+def _by_polling(port: int) -> bytes:
+    client = PolledClient.of()
+    client.connect_vsock(HERE, port)
+    while client.phase is nbdcore.Phase.CONNECTING:
+        client.poll(STEP)
+    command = commands.read(client.engine.limits, 4096, 4096)
+    client.submit(command)
+    while not command.done:
+        client.poll(STEP)
+    client.close()
+    return bytes(command.result())
 
 
 def client_talks_to_nbdkit() -> None:

@@ -107,6 +107,10 @@ def test_nbdcore_talks_to_nbdcore_within_the_guest(guest: Guest) -> None:
     guest.call(checks.client_talks_to_own_server)
 
 
+def test_every_front_end_talks_to_nbdcore_within_the_guest(guest: Guest) -> None:
+    guest.call(checks.every_front_end_talks_to_own_server)
+
+
 def test_nbdcore_talks_to_nbdkit_within_the_guest(guest: Guest) -> None:
     guest.call(checks.client_talks_to_nbdkit)
 
