@@ -1,0 +1,372 @@
+"""Many requests in one loop: in the order in which they finish, consumed lazily, bounded by depth, and left at any moment."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import nbdcore
+from nbdcore import Client, CommandError, DeadlineExceeded, Disconnected, Phase, UsageError
+from nbdcore.protocol.constants import Chunk, CommandType
+from nbdcore.server import BlockSizes, ExportSettings, MemoryDisk, Server
+from nbdcore.testing.choppy import ChoppyStream
+from nbdcore.testing.scripted import Connection, Request, ScriptedServer, answer, chunk, data, drain, error, serve
+from tests.clients.talking import DISK, PATIENCE, SHORT, in_background, script, talk
+
+SIZE = 1 << 20
+SMALL_PIECES = BlockSizes(minimum=1, preferred=4096, maximum=1 << 14)
+DONE = chunk(Chunk.NONE)
+
+#: Name -> what to pass for a place on the disk.
+CALLS: dict[str, Callable[[int, int], tuple[int, Any]]] = {
+    "pread_many": lambda offset, count: (offset, count),
+    "pread_into_many": lambda offset, count: (offset, bytearray(count)),
+    "pwrite_many": lambda offset, count: (offset, bytes(count)),
+    "zero_many": lambda offset, count: (offset, count),
+    "trim_many": lambda offset, count: (offset, count),
+}
+every_call = pytest.mark.parametrize("name", CALLS)
+
+
+def good(request: Request) -> bytes:
+    """Answer a read with its offset over and over, and all else with success."""
+    if request.kind == CommandType.READ:
+        return data(bytes([request.offset % 251]) * request.count)(request)
+    return DONE(request)
+
+
+def failing(*offsets: int):
+    return lambda request: (error(28, "no room") if request.offset in offsets else good)(request)
+
+
+def start(client: Client, name: str, offsets: Any, count: int = 16, **options: Any) -> Iterator[Any]:
+    return getattr(client, name)((CALLS[name](offset, count) for offset in offsets), **options)
+
+
+def offsets_of(name: str, results: list[Any]) -> list[int]:
+    return [result[0] for result in results] if name == "pread_many" else results
+
+
+def held(buffer: bytearray) -> bool:
+    """Return whether anybody has a view of the buffer."""
+    try:
+        buffer.append(0)
+    except BufferError:
+        return True
+    buffer.pop()
+    return False
+
+
+@every_call
+@pytest.mark.parametrize("depth", [1, 2, 64])
+def test_each_item_is_yielded_once(name, depth):
+    with talk(serve(good)) as (client, _):
+        results = list(start(client, name, range(0, 4000, 16), depth=depth))
+        assert sorted(offsets_of(name, results)) == [*range(0, 4000, 16)]
+        if name == "pread_many":
+            assert all(got == bytes([offset % 251]) * 16 for offset, got in results)
+
+
+@every_call
+def test_over_a_stream_that_is_as_awkward_as_allowed(name):
+    with ScriptedServer(script(serve(good)), patience=PATIENCE) as server:
+        client = Client(ChoppyStream(server.stream(), most=60), timeout=PATIENCE)
+        results = list(start(client, name, range(0, 400, 16), depth=7))
+        assert sorted(offsets_of(name, results)) == [*range(0, 400, 16)]
+        client.close()
+
+
+@pytest.mark.parametrize("items", [[], iter(()), ()])
+@every_call
+def test_nothing_to_do_is_done(name, items):
+    with talk(drain) as (client, _):
+        assert list(getattr(client, name)(items)) == []
+
+
+def test_results_come_in_the_order_in_which_they_finish():
+    def backwards(connection: Connection) -> None:
+        requests = [connection.receive_request() for _ in range(10)]
+        connection.send(b"".join(good(request) for request in reversed(requests)))
+
+    with talk(backwards, drain) as (client, _):
+        results = list(client.pread_many([(offset, 4) for offset in range(10)]))
+        assert [offset for offset, _ in results] == [*reversed(range(10))]
+
+
+@every_call
+def test_the_input_is_consumed_no_further_than_depth_ahead(name):
+    consumed = []
+
+    def offsets():
+        for offset in range(100):
+            consumed.append(offset)
+            yield offset
+
+    with talk(serve(good)) as (client, _):
+        done = 0
+        for _ in start(client, name, offsets(), depth=5):
+            done += 1
+            assert len(consumed) < done + 5
+        assert done == 100
+
+
+def test_an_endless_input_is_fine():
+    def ranges():
+        while True:
+            yield 0, 8
+
+    with talk(serve(good)) as (client, _):
+        reads = client.pread_many(ranges())
+        assert [next(reads) for _ in range(1000)] == [(0, bytes(8))] * 1000
+        reads.close()
+        client.flush(timeout=PATIENCE)
+
+
+def test_no_more_than_depth_are_under_way():
+    most = []
+
+    def many_at_a_time(connection: Connection) -> None:
+        for _ in range(5):
+            requests = [connection.receive_request() for _ in range(4)]
+            most.append(len(requests))
+            connection._sock.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                connection._sock.recv(1)
+            connection.send(b"".join(good(request) for request in requests))
+
+    with talk(many_at_a_time, drain) as (client, _):
+        assert len(list(client.pread_many(((offset, 4) for offset in range(20)), depth=4))) == 20
+    assert most == [4] * 5
+
+
+# ---------------------------------------------------------------------------------------------- against a real server
+
+
+@pytest.fixture
+def disk() -> Iterator[Client]:
+    """A disk that must be asked for 16 KiB at most."""
+    with Server(ExportSettings(MemoryDisk(SIZE), block_sizes=SMALL_PIECES)) as server:
+        address = server.listen("tcp", host="127.0.0.1", port=0).address
+        with nbdcore.connect(address.uri(), timeout=PATIENCE) as client:
+            yield client
+
+
+def test_what_is_written_is_read_though_each_item_comes_in_pieces(disk):
+    contents = bytes(range(256)) * (SIZE // 256)
+    pieces = [(offset, min(50_000, SIZE - offset)) for offset in range(0, SIZE, 50_000)]
+    items = [(offset, contents[offset : offset + count]) for offset, count in pieces]
+    assert sorted(disk.pwrite_many(items, fua=True)) == [offset for offset, _ in pieces]
+    assert dict(disk.pread_many(pieces)) == dict(items)
+    buffers = {offset: bytearray(count) for offset, count in pieces}
+    assert sorted(disk.pread_into_many(buffers.items(), depth=3)) == [*buffers]
+    assert buffers == dict(items)
+    holes = pieces[::2]
+    assert sorted(disk.zero_many(holes[:5], no_hole=True)) == [offset for offset, _ in holes[:5]]
+    assert len(list(disk.trim_many(holes[5:], fua=True))) == len(holes[5:])
+    for offset, got in disk.pread_many(pieces):
+        assert got == (bytes(len(got)) if (offset, len(got)) in holes else contents[offset : offset + len(got)])
+
+
+def test_several_loops_in_one_thread_share_the_connection(disk):
+    disk.pwrite(bytes(range(256)) * 256, 0)
+    walks = {step: disk.pread_many([(offset, step) for offset in range(0, 1 << 15, step)]) for step in (64, 100, 128)}
+    left = dict(walks)
+    while left:
+        for step, walk in list(left.items()):
+            try:
+                offset, got = next(walk)
+            except StopIteration:
+                del left[step]
+                continue
+            assert got == bytes((offset + n) % 256 for n in range(step))
+            assert disk.pread(4, 0) == bytes(range(4))
+
+
+def test_loops_and_single_calls_of_several_threads_share_the_connection(disk):
+    disk.pwrite(bytes(range(256)) * 256, 0)
+    outcomes: list[Any] = []
+
+    def walk(step: int) -> None:
+        good = all(
+            got == bytes((offset + n) % 256 for n in range(step))
+            for _ in range(5)
+            for offset, got in disk.pread_many(((offset, step) for offset in range(0, 1 << 15, step)), depth=8, timeout=PATIENCE)
+        )
+        outcomes.append(good)
+
+    def single(count: int) -> None:
+        outcomes.append(all(disk.pread(count, 256 * n, timeout=PATIENCE) == bytes(range(count)) for n in range(200)))
+
+    threads = [threading.Thread(target=walk, args=(step,)) for step in (256, 100, 512)]
+    threads += [threading.Thread(target=single, args=(count,)) for count in (1, 100, 256)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(4 * PATIENCE)
+        assert not thread.is_alive()
+    assert outcomes == [True] * 6
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+def collect(iterator: Iterator[Any], results: list[Any]) -> None:
+    """Keep what comes before an error, too."""
+    for result in iterator:
+        results.append(result)  # noqa: PERF402 (extend would lose them)
+
+
+@every_call
+def test_after_an_error_the_rest_is_yielded_and_no_more_is_begun(name):
+    with talk(serve(failing(32, 48))) as (client, connection):
+        results: list[Any] = []
+        with pytest.raises(CommandError, match="at offset 32 failed"):
+            collect(start(client, name, range(0, 1600, 16), depth=8), results)
+        assert {0, 16, 64, 80, 96, 112} <= set(offsets_of(name, results))
+        assert {32, 48}.isdisjoint(offsets_of(name, results))
+        assert len(connection.requests) < 32
+        assert client.phase is Phase.CONNECTED
+        client.flush()
+
+
+def test_an_error_in_one_piece_fails_its_item():
+    with talk(serve(failing(1 << 16)), block_size=(1, 4096, 1 << 16)) as (client, _):
+        results: list[Any] = []
+        with pytest.raises(CommandError, match=f"at offset {1 << 16} failed"):
+            collect(client.pread_many([(1 << 17, 8), (0, 1 << 17), (9, 8)]), results)
+        assert sorted(offsets_of("pread_many", results)) == [9, 1 << 17]
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        ((DISK, 1), "past the end"),
+        ((0, 0), "no bytes"),
+        ((0, "8"), "pread_many: count is an integer"),
+        ((0,), "pread_many: each item is a pair"),
+        (5, "pread_many: each item is a pair"),
+    ],
+)
+def test_a_wrong_item_is_told_when_those_before_it_are_done(item, said):
+    with talk(serve(good)) as (client, _):
+        results: list[Any] = []
+        with pytest.raises(UsageError, match=said):
+            collect(client.pread_many([(0, 8), (8, 8), item, (16, 8)]), results)
+        assert offsets_of("pread_many", results) == [0, 8]
+        client.flush()
+
+
+def test_an_exception_of_the_input_comes_through_when_those_before_it_are_done():
+    def ranges():
+        yield 0, 8
+        raise KeyError("mine")
+
+    with talk(serve(good)) as (client, _):
+        results: list[Any] = []
+        with pytest.raises(KeyError, match="mine"):
+            collect(client.pread_many(ranges()), results)
+        assert offsets_of("pread_many", results) == [0]
+
+
+@every_call
+def test_wrong_arguments_are_told_at_the_call(name):
+    client = Client()
+    with pytest.raises(UsageError, match="newly created"):
+        getattr(client, name)([])
+    with talk(drain) as (client, _):
+        for options in ({"depth": 0}, {"depth": -1}, {"depth": "5"}, {"depth": True}, {"timeout": -1}, {"timeout": "1"}):
+            with pytest.raises(UsageError, match=r"depth|timeout"):
+                getattr(client, name)([], **options)
+
+
+@every_call
+def test_a_server_that_dies_in_the_middle_ends_it(name):
+    with talk(answer(good), answer(good)) as (client, _):
+        results: list[Any] = []
+        with pytest.raises(Disconnected):
+            collect(start(client, name, range(0, 1600, 16), depth=8), results)
+        assert offsets_of(name, results) == [0, 16]
+        assert client.phase in (Phase.CLOSED, Phase.DEAD)
+
+
+@every_call
+def test_a_client_that_another_thread_closes_ends_it(name):
+    with talk(drain) as (client, _):
+        with in_background(lambda: list(start(client, name, range(0, 160, 16)))) as outcome:
+            while not client._engine.in_flight:
+                pass
+            client.close()
+        assert isinstance(outcome[0], Disconnected)
+
+
+# ---------------------------------------------------------------------------------------------- leaving
+
+
+def first_only(event: threading.Event):
+    """Answer the first of eight requests; the others when the event has happened."""
+
+    def step(connection: Connection) -> None:
+        requests = [connection.receive_request() for _ in range(8)]
+        connection.send(good(requests[0]))
+        assert event.wait(PATIENCE)
+        connection.send(b"".join(good(request) for request in requests[1:]))
+
+    return step
+
+
+@pytest.mark.parametrize("how", ["break", "exception", "close", "dropped", "deadline"])
+def test_leaving_early_touches_no_buffer_and_keeps_the_connection(how):
+    event = threading.Event()
+    buffers = [bytearray(1 << 16) for _ in range(8)]
+
+    def leave(client: Client) -> None:
+        reads = client.pread_into_many(enumerate(buffers), timeout=SHORT if how == "deadline" else None)
+        if how == "break":
+            for offset in reads:
+                assert offset == 0
+                break
+            return  # the iterator goes with the frame
+        assert next(reads) == 0
+        if how == "close":
+            reads.close()
+            assert list(reads) == []
+        elif how == "dropped":
+            del reads
+        elif how == "exception":
+            raise KeyError
+        else:
+            with pytest.raises(DeadlineExceeded, match="read of 65536 bytes at offset 1"):
+                next(reads)
+            assert list(reads) == []
+
+    with talk(first_only(event), answer(DONE, kind=CommandType.FLUSH), size=1 << 20) as (client, _):
+        if how == "exception":
+            with pytest.raises(KeyError):
+                leave(client)
+        else:
+            leave(client)
+        assert not any(map(held, buffers[1:]))
+        event.set()
+        client.flush(timeout=PATIENCE)
+        assert buffers[0] == bytes(1 << 16)
+        assert all(buffer == bytes(1 << 16) for buffer in buffers[1:])
+
+
+def test_the_memory_of_what_was_yielded_is_free():
+    with talk(serve(good)) as (client, _):
+        buffers = [bytearray(64) for _ in range(8)]
+        reads = client.pread_into_many((16 * n, buffer) for n, buffer in enumerate(buffers))
+        for _ in buffers:
+            next(reads)
+        assert not any(map(held, buffers))
+        assert list(reads) == []
+
+
+def test_data_are_free_once_their_offset_was_yielded():
+    with talk(serve(good)) as (client, _):
+        blocks = [bytearray(1 << 16) for _ in range(8)]
+        for number in client.pwrite_many(((number, block) for number, block in enumerate(blocks)), depth=4):
+            assert not held(blocks[number])
