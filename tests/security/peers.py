@@ -1,10 +1,13 @@
-"""Both public clients behind one face, so that one rule is held against each; and scripted servers that speak TLS.
+"""All public clients behind one face, so that one rule is held against each; and scripted servers that speak TLS.
 
-`Own` is nbdcore.Client, `DropIn` is nbdcore.libnbd's NBD. Errors stay each one's own; `number` and `words` read either.
+`Own` is nbdcore.Client, `Asynchronous` is nbdcore.aio's, `DropIn` is nbdcore.libnbd's NBD, which is a polled one. Errors stay
+each one's own; `number` reads any.
 """
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import socket
 import ssl
 from collections.abc import Callable, Iterable
@@ -15,6 +18,7 @@ import pytest
 
 import nbdcore
 import nbdcore.libnbd as nbd
+from nbdcore.aio import AsyncClient
 from nbdcore.protocol.constants import Option
 from nbdcore.streams.sockets import SocketStream
 from nbdcore.testing.scripted import Connection, Negotiation, Step, expect_option, greeting, option_reply
@@ -47,6 +51,8 @@ class Own:
         psk_file: file of the pre-shared key of PSK_USER.
     """
 
+    make: Callable[..., Any] = nbdcore.Client
+
     def __init__(
         self,
         *,
@@ -64,7 +70,7 @@ class Own:
             username = None if psk_file is None else PSK_USER
             how = nbdcore.TLS(certificates=certificates, hostname=hostname, verify=verify, psk_file=psk_file, username=username)
             options |= {"tls": how, "tls_policy": _POLICIES[tls]}
-        self.client = nbdcore.Client(**options)
+        self.client = self.make(**options)
 
     def connect(self, sock: socket.socket) -> None:
         self.client.connect_stream(SocketStream(sock), timeout=PATIENCE)
@@ -107,6 +113,31 @@ class Own:
 
     def close(self) -> None:
         self.client.close()
+
+
+class _Waited:
+    """An asyncio client whose calls are waited for: each runs the loop until it is done."""
+
+    def __init__(self, **options: Any) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._client = AsyncClient(**options)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._client, name)
+        if not inspect.iscoroutinefunction(value):
+            return value
+        return lambda *arguments, **named: self._loop.run_until_complete(value(*arguments, **named))
+
+    def close(self) -> None:
+        self._loop.run_until_complete(self._client.close())
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.close()
+
+
+class Asynchronous(Own):
+    """nbdcore's asyncio client."""
+
+    make = _Waited
 
 
 class DropIn:
@@ -188,7 +219,7 @@ class DropIn:
 
 
 Api = type[Own] | type[DropIn]
-each_api = pytest.mark.parametrize("api", [Own, DropIn])
+each_api = pytest.mark.parametrize("api", [Own, Asynchronous, DropIn])
 
 
 def refused(call: Callable[[], object]) -> Exception:
