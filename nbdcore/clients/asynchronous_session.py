@@ -1,8 +1,10 @@
 """One session in one event loop: the loop says when bytes can be moved, and whoever waits for an outcome is woken by it.
 
 The descriptor is watched for reading as long as the session receives, and for writing only while something is unsent. What is
-queued in one turn of the loop is sent at its end, all together: so the requests of many tasks go out in one system call. Each
-command wakes the future of its own caller; there is no thread, no task and no queue in between.
+queued in one turn of the loop is sent at its end, all together: so the requests of many tasks go out in one system call.
+
+What has been received is dealt with to the end first. Then the callers whose commands are done run, one after the other, in the
+same turn of the loop, and what they ask next is sent at its end: no thread, no other task and no further turn is in between.
 
 All calls come from the loop's own thread. A caller that is cancelled, or whose time is up, abandons its command: the engine sees
 to it that its memory is not touched any more, and the connection goes on.
@@ -14,9 +16,12 @@ import asyncio
 import contextlib
 import copy
 import errno
-from collections.abc import Callable
+import types
+from collections import deque
+from collections.abc import Callable, Generator
 
 from nbdcore.clients.arguments import deadline_after
+from nbdcore.clients.asynchronous_waiter import Waiter
 from nbdcore.clients.session import Session
 from nbdcore.errors import DeadlineExceeded, Disconnected, Error
 from nbdcore.protocol.commands import Command, disconnect
@@ -42,7 +47,9 @@ class LoopSession:
         self._session = session
         self._descriptor = session.fileno()
         self._watched = 0  # what the loop watches the descriptor for: the bits of Want, as a plain int
-        self._sending = self._receiving = False  # a turn of the loop is due for it
+        self._sending = self._receiving = self._waking = False  # due: in this turn of the loop, or in one of its own
+        self._finished: deque[Command] = deque()  # commands that are done, and their callers have not run yet
+        self._finish = self._finished.append
         # libuv, under uvloop, tells of a connection that broke only once, and there may be bytes before the error: so everything
         # is received each time. The stock loop tells as long as anything is left, which saves a system call.
         self._tells_once = not isinstance(loop, asyncio.SelectorEventLoop)
@@ -65,15 +72,16 @@ class LoopSession:
             self._sending = True
             self.loop.call_soon(self._send)
 
-    async def run(self, command: Command, timeout: float | None) -> None:
+    @types.coroutine
+    def run(self, command: Command, timeout: float | None) -> Generator[Waiter, None, None]:
         """Run one command and raise its error. At the deadline, or when the task is cancelled, it is abandoned."""
         seconds = None if timeout is None else deadline_after(timeout).remaining()
-        waiter = command.tag = self.loop.create_future()
-        command.completion = wake
+        waiter = command.tag = Waiter(self.loop)
+        command.completion = self._finish
         self.submit(command)
         alarm = None if seconds is None else self.loop.call_later(seconds, self.expire, command)
         try:
-            await waiter
+            yield waiter
         except BaseException as exc:
             # Its own words only: the traceback would hold on to the caller's memory for as long as the late answer takes.
             self.abandon(command, repr(exc))
@@ -92,6 +100,7 @@ class LoopSession:
     def expire(self, command: Command) -> None:
         """The time of a command is up: it fails, and whoever waits for it is told."""
         self.engine.abandon(command, DeadlineExceeded(f"no answer from the server in time ({command})"))
+        self._wake_soon()
 
     def take_error(self, command: Command) -> Error | None:
         """Return a finished command's error for its caller to raise: a copy of their own where others may raise or keep it."""
@@ -177,21 +186,48 @@ class LoopSession:
 
     def _readable(self) -> None:
         session, engine = self._session, self.engine
-        while True:
-            before = engine.traffic.bytes_received
-            self._move(session.receive if engine.phase is Phase.CONNECTED else session.advance)
-            if not self._tells_once or session.over or engine.traffic.bytes_received == before:
-                break
-        if not engine.in_flight:
+        self._sending = self._waking = True
+        try:
+            while True:
+                before = engine.traffic.bytes_received
+                self._move(session.receive if engine.phase is Phase.CONNECTED else session.advance)
+                if not self._tells_once or session.over or engine.traffic.bytes_received == before:
+                    break
             engine.rest()
+        finally:
+            self._turn_to_callers()
 
     def _receive_more(self) -> None:
         self._receiving = False
         self._readable()
 
+    def _turn_to_callers(self) -> None:
+        """Let the callers run whose commands are done, and send what they ask next."""
+        try:
+            self._wake()
+        finally:
+            self._sending = False
+            if self.engine.has_outgoing:
+                self._move(self._session.send)
+
     def _send(self) -> None:
         self._sending = False
         self._move(self._session.send)
+
+    def _wake(self) -> None:
+        """Let the callers run whose commands are done. No task runs yet, and nothing is in the middle of being received."""
+        finished = self._finished
+        try:
+            while finished:
+                finished.popleft().tag.wake()
+        finally:
+            self._waking = False
+            self._wake_soon()  # the rest, where one of them ended the program
+
+    def _wake_soon(self) -> None:
+        if self._finished and not self._waking and not self.loop.is_closed():
+            self._waking = True
+            self.loop.call_soon(self._wake)
 
     def _move(self, move: Callable[[], None]) -> None:
         """Move bytes for everybody, then look what there is to wait for."""
@@ -209,6 +245,8 @@ class LoopSession:
     def _look(self) -> None:
         """Have the loop watch for what the session waits for now."""
         session = self._session
+        if self._finished:
+            self._wake_soon()
         if session.over:
             self._leave_loop()
             return
@@ -253,13 +291,6 @@ def call_in(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
         call()
     else:
         loop.call_soon_threadsafe(call)
-
-
-def wake(command: Command) -> None:
-    """Wake the caller whose future is the command's tag. It may be cancelled already, and not have noticed yet."""
-    waiter = command.tag
-    if not waiter.done():
-        waiter.set_result(None)
 
 
 def settle(waiter: asyncio.Future[bool], result: bool = True) -> None:

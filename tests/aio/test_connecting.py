@@ -296,6 +296,6 @@ def test_a_tls_handshake_that_is_never_answered_ends_with_the_deadline(run, cert
         with ScriptedServer(steps) as server:
             port = server.listen_tcp()
             with pytest.raises(DeadlineExceeded):
-                await aio.connect_tcp("127.0.0.1", port, tls=TLS(certificates=certificates), timeout=SHORT)
+                await aio.connect_tcp("127.0.0.1", port, tls=TLS(certificates=certificates), timeout=10 * SHORT)
 
     run(main())
