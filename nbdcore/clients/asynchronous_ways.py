@@ -239,7 +239,7 @@ class AsyncConnectCalls(AsyncOptionCalls):
             else:
                 return
             if until.expired:
-                raise DeadlineExceeded(f"no server at {way.route.address} within {wait:g} s ({last.message})") from last
+                raise way.route.never_up(wait, last) from last
             self._begin_anew()
             remaining = until.remaining()
             pause = seconds if remaining is None else min(seconds, remaining)

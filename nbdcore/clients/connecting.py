@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbdcore.clients.encryption import Permissions
 from nbdcore.clients.session import StartTLS
-from nbdcore.errors import DeadlineExceeded, Disconnected, Error, TransportError, TransportUnavailable, UsageError
+from nbdcore.errors import DeadlineExceeded, Disconnected, Error, TransportError, TransportUnavailable, UsageError, printable
 from nbdcore.plugins.registry import registry
 from nbdcore.protocol.agreement import TLSPolicy
 from nbdcore.streams.base import Address, Stream, Want
@@ -107,6 +107,11 @@ class Route:
             # A program that cannot be started has an errno of the same kind.
             return not self.transport.runs_programs and (error.errno in _HEALING or _no_name_server(error))
         return isinstance(error, Disconnected | DeadlineExceeded) and not heard and self.transport.may_heal(error)
+
+    def never_up(self, wait: float, last: Error) -> DeadlineExceeded:
+        """Return what to raise when the server was waited for in vain, `wait` seconds long; `last` ended the last attempt."""
+        said = f": {printable(last.server_text)}" if last.server_text else ""
+        return DeadlineExceeded(f"no server at {self.address} within {wait:g} s ({last.message}{said})")
 
 
 @dataclass(frozen=True, slots=True)

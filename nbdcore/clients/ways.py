@@ -20,7 +20,7 @@ from nbdcore.clients.options import OptionCalls
 from nbdcore.clients.session import Session, StartTLS
 from nbdcore.clients.settings import ClientOptions, checked_encryption, checked_permissions, checked_settings
 from nbdcore.clients.sharing import SharedSession
-from nbdcore.errors import DeadlineExceeded, Error, TransportError, UsageError, printable
+from nbdcore.errors import DeadlineExceeded, Error, TransportError, UsageError
 from nbdcore.protocol.agreement import TLSPolicy
 from nbdcore.protocol.constants import DEFAULT_PORT
 from nbdcore.protocol.engine import Engine
@@ -208,8 +208,7 @@ class ConnectCalls(OptionCalls):
             else:
                 return
             if until.expired:
-                said = f": {printable(last.server_text)}" if last.server_text else ""
-                raise DeadlineExceeded(f"no server at {way.route.address} within {wait:g} s ({last.message}{said})") from last
+                raise way.route.never_up(wait, last) from last
             self._begin_anew()
             remaining = until.remaining()
             self._pause(seconds if remaining is None else min(seconds, remaining))

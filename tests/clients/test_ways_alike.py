@@ -274,6 +274,20 @@ def test_a_server_that_is_not_up_yet_is_waited_for(use, call, server, socket_pat
         use("connect_unix", f"{socket_path}-none", timing={"wait": 0.05})
 
 
+@pytest.mark.parametrize("use", [blocking, asynchronous], ids=lambda it: it.__name__)
+def test_a_server_that_never_comes_up_is_said_to_be_down_in_its_last_words(use, program):
+    with pytest.raises(DeadlineExceeded, match=r"no server at the command .* within 0\.3 s \(.*: no disk today\)") as caught:
+        use("connect_command", [sys.executable, "-I", "-c", "import sys; sys.exit('no disk today')"], timing={"wait": 0.3})
+    assert isinstance(caught.value.__cause__, Disconnected)
+
+
+@pytest.mark.parametrize("use", [blocking, asynchronous], ids=lambda it: it.__name__)
+def test_a_login_that_is_refused_is_not_waited_for(use, program):
+    with pytest.raises(Disconnected, match="Could not resolve"):
+        use("connect_ssh", "broken.example", timing={"wait": PATIENCE})
+    assert len(program.calls()) == 1
+
+
 def test_the_front_ends_differ_in_nothing_but_the_waiting():
     """A call of one is a call of all, with the same arguments. A loop of a stranger has clocks of its own."""
     calls = {name for name in dir(Client) if name.startswith("connect")}
