@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from nbdcore import TLS, Client, DeadlineExceeded, Disconnected, Phase, TLSError, TransportError, UsageError
+from nbdcore import TLS, Client, DeadlineExceeded, Disconnected, NegotiationError, Phase, TLSError, TransportError, UsageError
 from nbdcore.aio import AsyncClient
 from nbdcore.clients.polled import PolledClient
 from nbdcore.protocol import commands
@@ -279,6 +279,21 @@ def test_a_server_that_never_comes_up_is_said_to_be_down_in_its_last_words(use, 
     with pytest.raises(DeadlineExceeded, match=r"no server at the command .* within 0\.3 s \(.*: no disk today\)") as caught:
         use("connect_command", [sys.executable, "-I", "-c", "import sys; sys.exit('no disk today')"], timing={"wait": 0.3})
     assert isinstance(caught.value.__cause__, Disconnected)
+
+
+@pytest.mark.parametrize("use", [blocking, asynchronous], ids=lambda it: it.__name__)
+def test_what_no_waiting_heals_ends_it_at_once(use, path, tmp_path):
+    timing = {"wait": PATIENCE}
+    with pytest.raises(NegotiationError, match="none"):
+        use("connect_unix", path, timing=timing, export="none")
+    with pytest.raises(TLSError, match="TLS is required"):
+        use("connect_unix", path, timing=timing, export=EXPORT, tls=True)
+    ca = CertificateAuthority()
+    pki = ca.write(tmp_path / "pki", server=ca.issue("server", "127.0.0.1", days=(-3, -2)))
+    with Server(MemoryDisk(DISK), tls=ServerTLS(certificates=pki)) as encrypted:
+        port = encrypted.listen("tcp", host="127.0.0.1", port=0).address.port
+        with pytest.raises(TLSError, match="has expired"):
+            use("connect_tcp", "127.0.0.1", port, timing=timing, tls=TLS(ca=pki / "ca-cert.pem"))
 
 
 @pytest.mark.parametrize("use", [blocking, asynchronous], ids=lambda it: it.__name__)
