@@ -1,4 +1,4 @@
-"""Draws into the pages what has its one source in the code, when the site is built: legal calls, libnbd's, the help.
+"""Draws into the pages what has its one source elsewhere, when the site is built: legal calls, libnbd's, the help, measurements.
 
 A page says where with a line of its own, such as `<!-- drawn: legal calls -->`. mkdocs calls `on_page_markdown`; the functions
 behind it need nothing of mkdocs, so that the tests call them too.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +17,8 @@ import click
 from nbdcore.cli.app import program
 from nbdcore.libnbd.calls import ANY, CALLS, ELSEWHERE
 from nbdcore.protocol.state import LEGAL, Phase
+from tests.bench import chart, report
+from tests.bench.results import Result
 
 _PLACE = re.compile(r"^<!-- drawn: (.+) -->$", re.MULTILINE)
 # Characters in a line of help: what a code block on a page has room for.
@@ -54,7 +58,26 @@ def _help(command: click.Command, context: click.Context) -> str:
     return command.get_help(context).replace("\b", "")
 
 
-DRAWN: dict[str, Callable[[], str]] = {"legal calls": legal_calls, "libnbd calls": libnbd_calls, "commands": commands}
+@cache
+def _measured() -> Result:
+    """Return what `python -m tests.bench --publish` left."""
+    return Result.load(Path(__file__).with_name("assets") / "speed.json")
+
+
+def speed_chart() -> str:
+    """Return the picture of what was measured; a figure, so that Markdown leaves what is in it alone."""
+    return f"<figure>\n{chart.svg(_measured())}</figure>"
+
+
+DRAWN: dict[str, Callable[[], str]] = {
+    "legal calls": legal_calls,
+    "libnbd calls": libnbd_calls,
+    "commands": commands,
+    "speed: heading": lambda: report.heading(_measured()),
+    "speed: chart": speed_chart,
+    "speed: bars": lambda: report.markdown_bars(_measured()),
+    "speed: programs": lambda: report.markdown_taken(_measured()),
+}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -180,12 +180,13 @@ CASES = (
     ),
     Case(
         "extents",
-        "all extents of a disk with {extents}",
+        "all {extents} of a disk",
         "extent",
         "alternating",
         {
-            "columns": Script("nbdcore extents, columns", "nbdcore_blocking", "extents_columns"),
-            "objects": Script("nbdcore extents, objects", "nbdcore_blocking", "extents_objects"),
+            "columns": Script("nbdcore extents, columns", "nbdcore_blocking", "extents_columns", {"numpy": True}),
+            "plain": Script("nbdcore extents, columns without numpy", "nbdcore_blocking", "extents_columns", {"numpy": False}),
+            "objects": Script("nbdcore extents, objects", "nbdcore_blocking", "extents_objects", {"numpy": True}),
             "lists": Script(
                 "libnbd's Python module, three lists", "libnbd_module", "extents_columns", {"module": "nbd"}, for_peer=True
             ),
@@ -195,6 +196,7 @@ CASES = (
         },
         (
             Bar("columns", "lists", "work per CPU second", at_least=1.2),
+            Bar("plain", "lists", "work per CPU second"),
             Bar("objects", "lists", "work per CPU second", at_least=0.5),
             Bar("objects", "tuples", "work per CPU second"),
         ),

@@ -15,7 +15,7 @@ from xml.sax.saxutils import escape
 from tests.bench.results import TIMES, Line, Result, Spread, lines
 
 # Pixels.
-_WIDTH, _ROW, _TOP, _LEFT, _RIGHT = 960, 46, 64, 430, 70
+_WIDTH, _ROW, _TOP, _LEFT, _RIGHT = 1000, 46, 70, 470, 80
 _BAR = 18
 
 _COLOURS = {"met": "#2e7d5b", "missed": "#b4552d", "": "#5c6b7a"}
@@ -42,7 +42,7 @@ def svg(result: Result) -> str:
     body = "\n".join(_elements(drawn, height))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img" '
-        f'font-family="system-ui, sans-serif" font-size="13" fill="{_INK}">\n'
+        f'font-family="system-ui, Verdana, DejaVu Sans, sans-serif" font-size="13" fill="{_INK}">\n'
         f"<title>How many times better nbdcore is than its peers, by work</title>\n{body}\n</svg>\n"
     )
 
@@ -72,7 +72,8 @@ def _elements(drawn: list[_Drawn], height: int) -> Iterable[str]:
         yield from _row(one, _TOP + _ROW * number + _ROW // 2, scale)
     yield (
         f'<text x="20" y="{height - 12}" font-size="12">Bar: median of the rounds. Thin line: worst round to best. '
-        "Mark across: what was asked for. Logarithmic.</text>"
+        "Mark across: the bar to meet. "
+        "Green: met, red: missed, grey: none set.</text>"
     )
 
 

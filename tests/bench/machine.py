@@ -19,6 +19,7 @@ def describe(tools: Tools) -> dict[str, str]:
     """Return what there is to know, by name; what is not on this machine is left out."""
     asked = {
         "Python": [tools.python, "--version"],
+        "numpy": [tools.python, "-c", "import numpy; print(numpy.__version__)"],
         "Python of libnbd's module": [tools.peer_python, "--version"],
         "libnbd's Python module": [tools.peer_python, "-c", "import nbd; print(nbd.NBD().get_version())"],
         "nbdcopy": [tools.nbdcopy, "--version"],

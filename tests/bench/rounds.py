@@ -110,25 +110,23 @@ class _Measuring:
 
     def _choose(self, key: str, program: Program) -> None:
         """Find the settings with which the program is fastest."""
-        every = max(1, len(program.variants) // self._plan.variants)
+        every = len(program.variants) // self._plan.variants | 1  # odd, so that no setting with two values keeps one of them
         variants = program.variants[::every]
         self._chosen[key] = variants[0]
         if len(variants) == 1:
             self._found[key].settings = _words(variants[0])
             return
         _say(f"  {program.label}: trying {len(variants)} settings")
-        speeds = [self._speed(key, variant) for variant in variants]
-        best = sorted(range(len(variants)), key=lambda index: -speeds[index])[:_SECOND_CHANCES]
-        if self._found[key].failed:
-            return
+        speeds = {index: self._speed(key, variant) for index, variant in enumerate(variants)}
+        best = sorted(speeds, key=lambda index: -speeds[index])[:_SECOND_CHANCES]
         again = {index: speeds[index] + self._speed(key, variants[index]) for index in best}
         self._chosen[key] = variants[max(again, key=lambda index: again[index])]
+        if any(speeds.values()):
+            self._found[key].failed = ""  # some settings do not work, others do
         self._found[key].settings = _words(self._chosen[key])
         _say(f"  {program.label}: {self._found[key].settings}")
 
     def _speed(self, key: str, variant: Mapping[str, Any]) -> float:
-        if self._found[key].failed:
-            return 0
         sample = self._sample(key, variant, verify=False)
         return 0 if sample is None else sample.work / sample.seconds
 

@@ -159,7 +159,7 @@ def extents_columns(_: Any, handle: Any, settings: SimpleNamespace) -> None:
         offsets.extend(accumulate(lengths[:-1], initial=0))
 
     measuring.timed(run, settings.extents)
-    _check(handle, offsets, settings.extents)
+    measuring.check_extents(offsets, handle.get_size(), settings.extents)
 
 
 def extents_tuples(_: Any, handle: Any, settings: SimpleNamespace) -> None:
@@ -173,7 +173,7 @@ def extents_tuples(_: Any, handle: Any, settings: SimpleNamespace) -> None:
         return offset
 
     measuring.timed(lambda: _ask_all(handle, keep), settings.extents)
-    _check(handle, [offset for offset, _, _ in found], settings.extents)
+    measuring.check_extents([offset for offset, _, _ in found], handle.get_size(), settings.extents)
 
 
 def _ask_all(handle: Any, keep: Callable[[int, list[int]], int]) -> None:
@@ -187,11 +187,6 @@ def _ask_all(handle: Any, keep: Callable[[int, list[int]], int]) -> None:
 
     while position < end:
         handle.block_status(min(end - position, _LONGEST), position, described)
-
-
-def _check(handle: Any, offsets: list[int], count: int) -> None:
-    if len(offsets) != count or offsets[-1] != handle.get_size() // count * (count - 1):
-        raise SystemExit(f"{len(offsets)} extents, the last at {offsets[-1]}")
 
 
 WORKS = {

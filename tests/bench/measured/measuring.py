@@ -12,7 +12,7 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -78,6 +78,12 @@ def compare(offset: int, data: Any, expected: Callable[[int, int], bytes] = cont
 def compare_written(offset: int, data: Any) -> None:
     """End the program unless these are the data that it wrote."""
     compare(offset, data, lambda at, _: to_be_written(at))
+
+
+def check_extents(offsets: Sequence[int], size: int, count: int) -> None:
+    """End the program unless so many extents were found, all of one length."""
+    if len(offsets) != count or list(offsets) != list(range(0, size, size // count)):
+        raise SystemExit(f"wrong extents: {len(offsets)}, the last at {offsets[-1]}")
 
 
 # ---------------------------------------------------------------------------------------------- how long it takes
