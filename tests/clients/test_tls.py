@@ -368,6 +368,16 @@ class TestPreSharedKeys:
             tls = TLS(psk_file=keys, username=PSK_USER, priority=VERSIONS[version])
             use(nbdcore.connect(server.uri, tls=tls, timeout=PATIENCE), threads=2)
 
+    @over
+    @pytest.mark.parametrize("version", VERSIONS)
+    def test_the_right_key_of_qemu(self, keys, image, tcp, version):
+        credentials = f"tls-creds-psk,id=tls,endpoint=server,dir={keys.parent}"
+        with qemu_nbd(image, "--object", credentials, "--tls-creds=tls", tcp=tcp) as server:
+            tls = TLS(psk_file=keys, username=PSK_USER, priority=VERSIONS[version])
+            use(nbdcore.connect(server.uri, tls=tls, timeout=PATIENCE))
+            with pytest.raises(TLSError, match="or a pre-shared key"):
+                nbdcore.connect(server.uri, tls=True, timeout=PATIENCE)
+
     def test_the_user_of_a_uri(self, keys):
         with nbdkit(f"--tls-psk={keys}", "memory", str(SIZE), tls="require", tcp=True) as server:
             uri = server.uri.replace("://", f"://{PSK_USER}@") + f"?tls-type=psk&tls-psk-file={keys}"

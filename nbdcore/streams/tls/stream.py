@@ -384,8 +384,10 @@ class TLSStream(Stream):
             when = "right after" if self._established else "during"
             if self._psk:
                 why = "user name and pre-shared key are those it has"
+            elif self._peer == "server":
+                why = "it demands a client certificate or a pre-shared key"
             else:
-                why = f"it {'demands a client certificate' if self._peer == 'server' else 'trusts the certificate of this side'}"
+                why = "it trusts the certificate of this side"
             raise TLSError(
                 exc.errno, f"the {self._peer}, {self}, hung up {when} the TLS handshake; its log may say why: see whether {why}"
             ) from exc
