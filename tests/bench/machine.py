@@ -10,7 +10,7 @@ from pathlib import Path
 import nbdcore
 from tests.bench.programs import Tools
 from tests.bench.running import Failed, run
-from tests.interop.programs import path_of
+from tests.interop.programs import find
 
 _LIMIT = 20
 
@@ -24,7 +24,7 @@ def describe(tools: Tools) -> dict[str, str]:
         "libnbd's Python module": [tools.peer_python, "-c", "import nbd; print(nbd.NBD().get_version())"],
         "nbdcopy": [tools.nbdcopy, "--version"],
         "fio": [tools.fio, "--version"],
-        "nbdkit": [path_of("nbdkit"), "--version"],
+        "nbdkit": [find("nbdkit") or "nbdkit", "--version"],
     }
     known = {
         "processor": f"{_processor()}, {os.cpu_count()} cores",

@@ -6,6 +6,7 @@ The first table is about the bars, a line each; the second says what every progr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from statistics import median
 
 from tests.bench.results import TIMES, Bar, CaseResult, Line, Measured, Result, Spread, lines, spread
 
@@ -79,7 +80,7 @@ def _taken_row(case: CaseResult, program: Measured) -> tuple[str, ...]:
         return (case.title, program.label, "not measured", "", "", program.settings)
     speed = _spread(spread(program, "speed"), lambda value: f"{value:,.0f}")
     cpu = spread(program, "CPU time").median * 1e6
-    memory = max(sample.memory for sample in program.samples)
+    memory = median(sample.memory for sample in program.samples)  # the first round's has what comparing every byte took
     return (
         case.title,
         program.label,
