@@ -163,3 +163,21 @@ class TestPreSharedKeys:
         user = line.partition(":")[0]
         uri = served(MemoryDisk(SIZE), tls=ServerTLS(psk_file=keys)).replace("://", f"://{user}@")
         assert run("nbdinfo", with_parameter(uri, "tls-psk-file", others), check=False).returncode == 1
+
+    @pytest.mark.interop("qemu-img")
+    @versions
+    def test_qemu_img_with_the_key_copies_every_byte_and_with_another_none(self, served, tmp_path, priority):
+        right, wrong = tmp_path / "right", tmp_path / "wrong"
+        for folder, line in ((right, PSK_LINE), (wrong, f"{PSK_USER}:ff00\n")):
+            folder.mkdir()
+            (folder / "keys.psk").write_text(line)
+        disk = MemoryDisk(SIZE)
+        uri = served(disk, tls=ServerTLS(psk_file=right / "keys.psk", priority=priority))
+        image = qemu_image(uri).removesuffix(",tls-hostname=localhost")
+        data = random.Random(8).randbytes(SIZE)
+        (tmp_path / "source").write_bytes(data)
+        credentials = f"tls-creds-psk,id=tls,endpoint=client,username={PSK_USER},dir="
+        assert run("qemu-img", "info", "--object", f"{credentials}{wrong}", "--image-opts", image, check=False).returncode == 1
+        copied = ("-n", "-f", "raw", "--target-image-opts", tmp_path / "source", image)
+        run("qemu-img", "convert", "--object", f"{credentials}{right}", *copied)
+        assert disk.pread(SIZE, 0) == data
