@@ -16,6 +16,7 @@ from nbdcore.clients import batches, requests
 from nbdcore.clients.arguments import deadline_after, texts, whole_numbers
 from nbdcore.clients.asynchronous_many import Many
 from nbdcore.clients.asynchronous_pipeline import run_all
+from nbdcore.clients.asynchronous_session import LoopSession
 from nbdcore.clients.asynchronous_ways import AsyncConnectCalls
 from nbdcore.clients.batches import DEPTH
 from nbdcore.clients.extents import CombinedExtent, Extent, ExtentWalk, extents_by_context
@@ -33,6 +34,7 @@ from nbdcore.protocol.state import Phase
 _GOODBYE = 5.0
 
 _OFFSET = attrgetter("offset")
+_CONNECTED = Phase.CONNECTED  # looked up once: to find a member costs as much as a call
 
 Buffer = bytes | bytearray | memoryview
 Item = TypeVar("Item")
@@ -100,15 +102,17 @@ class AsyncClient(AsyncConnectCalls):
 
         A count larger than the server's maximum is split, unless `df` asks for an answer in one piece.
         """
-        limits = self._connected("pread")
+        live = self._ready("pread")
+        limits = live.engine.limits
         count, offset = whole_numbers("pread", count, offset)
         if count <= data_limit(limits) or df:
             command = commands.read(limits, count, offset, flags=CommandFlag.DF if df else 0)
-            await self._session().run(command, timeout)
-            return command.result()
-        data = requests.memory_for(limits, count, offset)
-        await self.pread_into(data, offset, timeout=timeout)
-        return bytes(data)
+            await live.run(command, timeout)
+            data = command.data
+            return command.result() if data is None else data
+        memory = requests.memory_for(limits, count, offset)
+        await self.pread_into(memory, offset, timeout=timeout)
+        return bytes(memory)
 
     async def pread_into(
         self, buffer: bytearray | memoryview | Any, offset: int, *, df: bool = False, timeout: float | None = None
@@ -301,8 +305,16 @@ class AsyncClient(AsyncConnectCalls):
 
     # ------------------------------------------------------------------------------------------ running
 
+    def _ready(self, call: str) -> LoopSession:
+        """Return the session of a connection that takes commands. Small reads ask for it: so all is looked at in one go."""
+        live = self._live
+        if live is None or live.engine.phase is not _CONNECTED or not live.loop.is_running():
+            self._legal(call)
+            return self._session()
+        return live
+
     def _connected(self, call: str) -> Limits:
-        if self._engine.phase is not Phase.CONNECTED:
+        if self._engine.phase is not _CONNECTED:
             self._legal(call)
         return self._engine.limits
 

@@ -22,6 +22,10 @@ from nbdcore.protocol.commands import Command
 
 Item = TypeVar("Item")
 
+# While the caller takes what has finished, new requests are begun when so great a part of the depth is free: one by one they cost
+# more, and all at the end would leave the server with nothing to do while the caller is busy.
+_BURSTS = 4
+
 
 class _ManyPipeline(Pipeline):
     """A pipeline that knows requests in pieces, and keeps the first error.
@@ -68,29 +72,39 @@ class Many(AsyncIterator[Item], Generic[Item]):
     ) -> None:
         self._session = session
         self._pipeline = _ManyPipeline(session)
+        self._whole = self._pipeline.whole
         self._fresh = fresh
         self._pick = pick
         self._depth = depth
         self._seconds = seconds
+        self._burst = max(1, depth // _BURSTS)
+        self._taken = 0  # since the last time that some were begun
 
     async def __anext__(self) -> Item:
-        pipeline = self._pipeline
-        whole = pipeline.whole
+        whole = self._whole
         try:
-            while True:
-                room = self._depth - pipeline.under_way - len(whole)
-                if room > 0 and pipeline.failed is None:
-                    self._refill(room)
-                if whole:
-                    return self._pick(whole.popleft())
-                if not pipeline.under_way:
-                    break
-                await pipeline.wait(self._seconds)
+            if self._taken >= self._burst or not whole:
+                await self._go_on()
+            self._taken += 1
+            return self._pick(whole.popleft())
         except BaseException:
             self._stop()
             raise
+
+    async def _go_on(self) -> None:
+        """Begin what there is room for, and wait until something has finished. Raises when nothing is left."""
+        pipeline, whole = self._pipeline, self._whole
+        self._taken = 0
+        while True:
+            room = self._depth - pipeline.under_way - len(whole)
+            if room > 0 and pipeline.failed is None:
+                self._refill(room)
+            if whole:
+                return
+            if not pipeline.under_way:
+                break
+            await pipeline.wait(self._seconds)
         failed, pipeline.failed = pipeline.failed, None
-        self._end_input()
         if failed is None:
             raise StopAsyncIteration
         try:

@@ -39,10 +39,11 @@ class Pipeline:
 
     def begin(self, commands: Iterable[Command]) -> None:
         """Queue commands. Raises as the engine does."""
+        finish, submit, count = self._finish, self._session.submit, self._under_way.add
         for command in commands:
-            command.completion = self._finish
-            self._session.submit(command)
-            self._under_way.add(command)
+            command.completion = finish
+            submit(command)
+            count(command)
 
     def _finish(self, command: Command) -> None:
         self._under_way.discard(command)

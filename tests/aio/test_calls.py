@@ -14,6 +14,7 @@ import nbdcore
 from nbdcore import Client, Error, Phase, aio
 from nbdcore.aio import AsyncClient
 from nbdcore.clients import blocking
+from nbdcore.clients.asynchronous_many import Many
 from nbdcore.server import BlockSizes, ExportSettings, MemoryDisk, Server
 from nbdcore.streams.sockets import connected_pair
 from nbdcore.testing.choppy import ChoppyStream
@@ -45,22 +46,54 @@ def public_calls(kind: type) -> dict[str, Any]:
     return {name: call for name, call in inspect.getmembers(kind, callable) if not name.startswith("_")}
 
 
-def test_there_is_every_call_of_the_blocking_client_and_of_its_module():
-    assert public_calls(Client).keys() <= public_calls(AsyncClient).keys()
-    functions = {name for name, it in vars(blocking).items() if inspect.isfunction(it) and it.__module__ == blocking.__name__}
-    assert {name for name in functions if not name.startswith("_")} <= set(aio.__all__)
+def functions_of(module: Any) -> dict[str, Any]:
+    found = vars(module).items()
+    return {name: it for name, it in found if inspect.isfunction(it) and it.__module__ == module.__name__ and name[0] != "_"}
+
+
+#: Calls that are for a loop: here an asynchronous one.
+LOOPS = {name for name in public_calls(Client) if name.endswith("_many")} | {"extents"}
+
+
+def test_there_is_every_call_of_the_blocking_client_and_no_other():
+    assert public_calls(AsyncClient).keys() == public_calls(Client).keys()
+
+
+def test_there_is_everything_that_is_known_of_a_blocking_client_and_nothing_else():
+    def known(kind: type) -> set[str]:
+        return {name for name, it in inspect.getmembers(kind) if isinstance(it, property)}
+
+    assert known(AsyncClient) == known(Client)
+
+
+def test_there_is_every_function_of_the_blocking_client_s_module():
+    assert functions_of(blocking).keys() <= functions_of(aio).keys() <= set(aio.__all__)
+
+
+@pytest.mark.parametrize("name", functions_of(blocking))
+def test_a_function_takes_the_same_arguments(name):
+    ours, theirs = inspect.signature(getattr(aio, name)), inspect.signature(getattr(blocking, name))
+    assert ours.parameters == theirs.parameters
 
 
 @pytest.mark.parametrize("name", public_calls(Client))
 def test_a_call_takes_the_same_arguments(name):
     ours, theirs = inspect.signature(public_calls(AsyncClient)[name]), inspect.signature(public_calls(Client)[name])
     assert ours.parameters == theirs.parameters
-    assert ours.return_annotation == theirs.return_annotation.replace("Iterator", "AsyncIterator")
 
 
-@pytest.mark.parametrize("name", [name for name in public_calls(Client) if name != "extents"])
-def test_a_call_is_a_coroutine(name):
-    assert inspect.iscoroutinefunction(public_calls(AsyncClient)[name])
+@pytest.mark.parametrize("name", sorted(public_calls(Client).keys() - LOOPS))
+def test_a_call_is_a_coroutine_with_the_same_result(name):
+    ours, theirs = public_calls(AsyncClient)[name], public_calls(Client)[name]
+    assert inspect.iscoroutinefunction(ours)
+    assert inspect.signature(ours).return_annotation == inspect.signature(theirs).return_annotation
+
+
+@pytest.mark.parametrize("name", sorted(LOOPS - {"extents"}))
+def test_a_call_for_a_loop_yields_the_same_asynchronously(name):
+    ours, theirs = inspect.signature(public_calls(AsyncClient)[name]), inspect.signature(public_calls(Client)[name])
+    assert issubclass(Many, AsyncIterator)
+    assert ours.return_annotation == theirs.return_annotation.replace("Iterator", "Many")
 
 
 #: Everything that can be asked of a connected client without changing the disk's contents for the others.
