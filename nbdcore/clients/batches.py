@@ -51,11 +51,16 @@ def checked_depth(call: str, depth: Any) -> int:
 
 def reads(limits: Limits, ranges: Iterable[tuple[int, int]]) -> Generator[Command]:
     """Yield the commands that read (offset, count) ranges."""
-    most = data_limit(limits)
-    for offset, count in _pairs("pread_many", "offset and count", ranges):
-        count, offset = whole_numbers("pread_many", count, offset)  # noqa: PLW2901 (made plain)
+    most, read = data_limit(limits), commands.read
+    for item in ranges:
+        try:
+            offset, count = item
+        except (TypeError, ValueError):
+            raise _no_pair("pread_many", "offset and count", item) from None
+        if count.__class__ is not int or offset.__class__ is not int:
+            count, offset = whole_numbers("pread_many", count, offset)
         if count <= most:
-            yield commands.read(limits, count, offset)
+            yield read(limits, count, offset)
         else:
             memory = requests.memory_for(limits, count, offset)
             _, request = requests.read_into(limits, memory, offset, df=False, call="pread_many")
@@ -86,8 +91,12 @@ def _pairs(call: str, what: str, items: Iterable[Any]) -> Iterator[tuple[Any, An
         try:
             first, second = item
         except (TypeError, ValueError):
-            raise UsageError(errno.EINVAL, f"{call}: each item is a pair of {what}, not {item!r:.60}") from None
+            raise _no_pair(call, what, item) from None
         yield first, second
+
+
+def _no_pair(call: str, what: str, item: object) -> UsageError:
+    return UsageError(errno.EINVAL, f"{call}: each item is a pair of {what}, not {item!r:.60}")
 
 
 def _commands_of(request: Request, whole: Whole) -> Generator[Command]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -175,6 +176,17 @@ class Engine(Exchanges):
         self.queue.append(command)
         return cookie
 
+    def submit_all(self, commands: Sequence[Command]) -> None:
+        """Queue several commands, none of them a disconnect, or none: raises as `submit` does."""
+        if self.phase is not _CONNECTED or self._ending:
+            for command in commands:
+                self.submit(command)  # raises with the first
+        cookie = self._last_cookie
+        for command in commands:
+            command.cookie = cookie = cookie + 1
+        self._last_cookie = cookie
+        self.queue.extend(commands)
+
     def abandon(self, command: Command, error: Error) -> None:
         """The caller gives a command up: it completes with `error` now, and its memory is not touched any more.
 
@@ -267,6 +279,12 @@ class Engine(Exchanges):
         for _ in range(burst):
             command = queue.popleft()
             payload = command.payload
+            if payload is None and command.type != _DISC:
+                gathered.append(pack(magic, command.flags, command.type, command.cookie, command.offset, command.count))
+                in_flight[command.cookie] = command
+                if command.count >= LARGE and command.type == _READ and self._replies is not None:
+                    self._replies.large += 1
+                continue
             filtered = payload is not None and command.type == _BLOCK_STATUS
             length = len(payload) if filtered and payload is not None else command.count
             gathered.append(pack(magic, command.flags, command.type, command.cookie, command.offset, length))
@@ -281,8 +299,6 @@ class Engine(Exchanges):
                 goodbye.append(command)
             else:
                 in_flight[command.cookie] = command
-                if command.type == _READ and command.count >= LARGE and self._replies is not None:
-                    self._replies.large += 1
         if gathered:
             parts.append(memoryview(b"".join(gathered)))
         self._complete(goodbye)

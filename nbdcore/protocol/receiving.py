@@ -11,11 +11,12 @@ from collections.abc import Callable
 
 from nbdcore.protocol.commands import Command
 
-#: Bytes of scratch: one receive takes in what a server sends in a burst of small replies.
-SCRATCH = 1 << 16
+#: Bytes of scratch: one receive takes in what a server sends in a burst of small replies. Of 4 KiB reads, 64 in flight, each cost
+#: a client of nbdkit 7.1 us of processor time with 64 KiB, 6.4 with 128 KiB, and 6.2 with 256 KiB, which holds all of them.
+SCRATCH = 1 << 18
 
 # Scratch buffers of connections at rest, for the next that needs one. It is theirs only while they receive: a thousand idle ones
-# would hold 64 MiB. Making a new one costs 2 us, as much as a small receive; a few are all that are busy at the same moment.
+# would hold 256 MiB. Making a new one costs as much as a small receive; a few are all that are busy at the same moment.
 _spare: list[bytearray] = []
 _MOST_SPARE = 8
 _NONE = bytearray()

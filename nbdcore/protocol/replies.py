@@ -118,10 +118,10 @@ class Replies(Receiver):
         unpack_header, unpack_data, unpack_extended = _HEADER.unpack_from, _DATA_HEADER.unpack_from, _EXTENDED_DATA.unpack_from
         chunk_magic = EXTENDED_REPLY_MAGIC if extended else STRUCTURED_REPLY_MAGIC
         complete = self._completed.append
+        if self._finish is not None and not self._advance_payload():
+            return
+        start = self._start
         while True:
-            if self._finish is not None and not self._advance_payload():
-                break
-            start = self._start
             available = end - start
             if structured and available >= head:
                 if extended:
@@ -146,13 +146,14 @@ class Replies(Receiver):
                             command.data = bytes(view[start + head : after])
                         else:
                             command.target[:] = view[start + head : after]
-                        self._start = after
+                        start = after
                         del in_flight[cookie]
-                        if command.count >= LARGE:
-                            self.large -= 1
+                        if length > LARGE:
+                            self._no_longer_in_flight(command)
                         command.done = True
                         complete(command)
                         continue
+            self._start = start
             if available < 16:
                 break
             magic, word, cookie = unpack_header(buffer, start)
@@ -167,14 +168,23 @@ class Replies(Receiver):
                     self._start = start + 16
                     self._simple_with_more(command, word)
                 else:
-                    self._start = start + 16
+                    start += 16
+                    headers += 1
                     del in_flight[cookie]
                     command.done = True
                     complete(command)
+                    continue
             elif not self._chunk(magic, word, cookie, available):
                 break
             headers += 1
+            if self._finish is not None and not self._advance_payload():
+                break
+            start = self._start
         self._traffic.chunks_received += headers
+
+    def _no_longer_in_flight(self, command: Command) -> None:
+        if command.count >= LARGE:
+            self.large -= 1
 
     def _only_large(self) -> bool:
         return self.large > 0 and self.large == len(self._in_flight)
@@ -184,8 +194,7 @@ class Replies(Receiver):
         if self._in_flight.pop(command.cookie, None) is None:
             return
         if command.type == _READ:
-            if command.count >= LARGE:
-                self.large -= 1
+            self._no_longer_in_flight(command)
             if command.error is None and not command.discard:
                 check_coverage(command)
         command.done = True
