@@ -32,12 +32,13 @@ test-quick: $(VENV)/ready ## run the tests that need nothing but Python
 
 # Each in a virtual environment of its own, made as the first one is. A bare Debian has one CPython.
 test-pythons: $(VENV)/ready servers ## run what depends on the Python under every further CPython from 3.11 on that is here
-	@set -e; found=$$(tests/setup/pythons $(BIN)/python); \
+	@set -e; found=$$(tests/setup/pythons $(BIN)/python); failed=; \
 	[ -n "$$found" ] || echo "No further CPython from 3.11 on is here: nothing to run again."; \
 	for python in $$found; do \
 		echo "With $$python:"; \
-		$(MAKE) --no-print-directory test-here PYTHON=$$python VENV=.cache/$${python##*/}; \
-	done
+		$(MAKE) --no-print-directory test-here PYTHON=$$python VENV=.cache/$${python##*/} || failed="$$failed $$python"; \
+	done; \
+	[ -z "$$failed" ] || { echo "Failed with:$$failed"; exit 1; }
 
 # What depends on the Python: all that reaches the system through its modules, which are sockets, ssl, threads, processes, event
 # loops and what is installed. What only counts bytes is the same everywhere, and has a sample here.
