@@ -68,6 +68,8 @@ TABLE = {
             "nbdcore.errors",
         ),
     ),
+    # Extents in arrays, numpy's where it is installed.
+    "nbdcore.clients.columns": May(("nbdcore.protocol",), ("numpy",), itself=False),
     # The client for asyncio, by its own name: `import nbdcore` does not bring it.
     "nbdcore.aio": May(("nbdcore.clients", "nbdcore.protocol", "nbdcore.streams.base"), itself=False),
     # It hands on what the clients do, under other names: it must know their values and errors.

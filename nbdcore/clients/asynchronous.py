@@ -7,10 +7,10 @@ A thin skin, like the blocking client: commands and their checks come from the p
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Callable, Generator, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable
 from functools import partial
 from operator import attrgetter
-from typing import Any, Self, TypeVar, Unpack, overload
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from nbdcore.clients import batches, requests
 from nbdcore.clients.arguments import deadline_after, texts, whole_numbers
@@ -19,6 +19,7 @@ from nbdcore.clients.asynchronous_pipeline import run_all
 from nbdcore.clients.asynchronous_session import LoopSession
 from nbdcore.clients.asynchronous_ways import AsyncConnectCalls
 from nbdcore.clients.batches import DEPTH
+from nbdcore.clients.columns import CombinedExtentColumns, ExtentColumns
 from nbdcore.clients.extents import CombinedExtent, Extent, ExtentWalk, extents_by_context
 from nbdcore.clients.requests import Request
 from nbdcore.clients.settings import ClientOptions
@@ -246,13 +247,51 @@ class AsyncClient(AsyncConnectCalls):
 
     @overload
     def extents(
-        self, context: str = ..., /, *, offset: int = ..., count: int | None = ..., timeout: float | None = ...
+        self,
+        context: str = ...,
+        /,
+        *,
+        offset: int = ...,
+        count: int | None = ...,
+        columns: Literal[False] = ...,
+        timeout: float | None = ...,
     ) -> AsyncIterator[Extent]: ...
 
     @overload
     def extents(
-        self, context: str, /, *more: str, offset: int = ..., count: int | None = ..., timeout: float | None = ...
+        self,
+        context: str,
+        /,
+        *more: str,
+        offset: int = ...,
+        count: int | None = ...,
+        columns: Literal[False] = ...,
+        timeout: float | None = ...,
     ) -> AsyncIterator[CombinedExtent]: ...
+
+    @overload
+    def extents(
+        self,
+        context: str = ...,
+        /,
+        *,
+        offset: int = ...,
+        count: int | None = ...,
+        columns: Literal[True],
+        timeout: float | None = ...,
+    ) -> Coroutine[Any, Any, ExtentColumns]: ...
+
+    @overload
+    def extents(
+        self,
+        context: str,
+        /,
+        *more: str,
+        offset: int = ...,
+        count: int | None = ...,
+        columns: Literal[True],
+        timeout: float | None = ...,
+    ) -> Coroutine[Any, Any, CombinedExtentColumns]: ...
 
     def extents(
         self,
@@ -261,25 +300,36 @@ class AsyncClient(AsyncConnectCalls):
         *more: str,
         offset: int = 0,
         count: int | None = None,
+        columns: bool = False,
         timeout: float | None = None,
-    ) -> AsyncIterator[Extent | CombinedExtent]:
+    ) -> AsyncIterator[Extent | CombinedExtent] | Coroutine[Any, Any, ExtentColumns | CombinedExtentColumns]:
         """Walk the extents of a range, by default of the whole export, with `async for`.
 
         One by one, as the server describes them: asked for in as many requests as it takes, clipped to the range, neighbours of
         equal status merged. With several contexts extents end wherever any of them changes, and have one status for each.
         `timeout` is for each request.
+
+        With `columns` it is a coroutine, which returns all at once as `ExtentColumns` (`CombinedExtentColumns` for several
+        contexts): arrays of offsets, lengths and flags, numpy's where numpy is installed. See `Client.extents`.
         """
         limits = self._connected("extents")
-        walk = requests.walk(limits, self._engine.agreement, (context, *more), offset, count)
+        walk = requests.walk(limits, self._engine.agreement, (context, *more), offset, count, columns=columns)
         deadline_after(timeout)  # a wrong one shows now, not at the first step
-        return self._walk(walk, timeout)
+        return self._columns(walk, timeout) if columns else self._walk(walk, timeout)
 
     async def _walk(self, walk: ExtentWalk, timeout: float | None) -> AsyncIterator[Extent | CombinedExtent]:
         while walk.position < walk.end:
             command = requests.next_of_walk(self._connected("extents"), walk)
             await self._run(command, timeout)
-            for offset, length, flags in walk.feed(command):
-                yield Extent(offset, length, flags[0]) if len(flags) == 1 else CombinedExtent(offset, length, flags)
+            for extent in walk.feed(command):
+                yield extent
+
+    async def _columns(self, walk: ExtentWalk, timeout: float | None) -> ExtentColumns | CombinedExtentColumns:
+        while walk.position < walk.end:
+            command = requests.next_of_walk(self._connected("extents"), walk)
+            await self._run(command, timeout)
+            walk.take_in(command)
+        return walk.columns()
 
     # ------------------------------------------------------------------------------------------ what else the server has
 

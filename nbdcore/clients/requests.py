@@ -136,7 +136,9 @@ def selected(agreement: Agreement, names: Iterable[str]) -> dict[int, str]:
     return {have[name]: name for name in wanted}
 
 
-def walk(limits: Limits, agreement: Agreement, contexts: Iterable[str], offset: Any, count: Any) -> ExtentWalk:
+def walk(
+    limits: Limits, agreement: Agreement, contexts: Iterable[str], offset: Any, count: Any, *, columns: bool = False
+) -> ExtentWalk:
     """Begin a walk over the extents of a range; a count of None is all that follows the offset."""
     offset = whole_number("extents", "offset", offset)
     count = limits.size - offset if count is None else whole_number("extents", "count", count)
@@ -146,7 +148,7 @@ def walk(limits: Limits, agreement: Agreement, contexts: Iterable[str], offset: 
         )
     names = texts("contexts", contexts)
     selected(agreement, names)
-    return ExtentWalk(names, offset, count)
+    return ExtentWalk(names, offset, count, columns=columns)
 
 
 def next_of_walk(limits: Limits, extents: ExtentWalk) -> Command:
