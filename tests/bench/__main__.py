@@ -22,7 +22,7 @@ from tests.bench.rounds import Plan, measure
 from tests.bench.servers import Sizes
 from tests.interop.programs import REPOSITORY
 
-FULL = Plan(rounds=5, seconds=2, variants=100, limit=90, sizes=Sizes(disk=1 << 30, extents=1_000_000, connections=1000))
+FULL = Plan(rounds=7, seconds=1, variants=100, limit=90, sizes=Sizes(disk=1 << 30, extents=1_000_000, connections=1000))
 QUICK = Plan(rounds=2, seconds=0.3, variants=4, limit=20, sizes=Sizes(disk=256 << 20, extents=200_000, connections=200))
 #: What the documentation's page about speed is drawn from.
 PUBLISHED = REPOSITORY / "docs/assets/speed.json"

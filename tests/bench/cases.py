@@ -56,14 +56,15 @@ def _aio(work: str) -> dict[str, Program]:
     return {"ours": _module(work, ours=True), "libnbd": _module(work)}
 
 
-# Settings for copies of the disk. More in flight than nbdcopy's queue of 16 MiB needs a longer queue.
+# Settings for copies of the disk. Our depth is that of all connections together, nbdcopy's requests are those of each; for more
+# than its queue of 16 MiB holds, the queue is made longer.
 _OURS_TO_TRY: tuple[Mapping[str, Any], ...] = tuple(
     {"connections": connections, "request": request, "depth": depth}
-    for connections, request, depth in product((1, 2, 4), (256 * _KIB, _MIB, 2 * _MIB), (8, 64))
+    for connections, request, depth in product((1, 2, 4), (256 * _KIB, _MIB, 2 * _MIB), (4, 16, 64))
 )
 _NBDCOPY_TO_TRY: tuple[Mapping[str, Any], ...] = tuple(
-    {"connections": connections, "request-size": request, "requests": requests, "queue-size": 64 * request}
-    for connections, request, requests in product((1, 2, 4), (256 * _KIB, _MIB, 2 * _MIB), (8, 64))
+    {"connections": connections, "request-size": request, "requests": requests, "queue-size": max(requests * request, 16 * _MIB)}
+    for connections, request, requests in product((1, 2, 4), (256 * _KIB, _MIB, 2 * _MIB), (4, 16, 64))
 )
 _NBDCOPY_AS_IT_COMES = {"request-size": 256 * _KIB}
 
@@ -95,6 +96,18 @@ CASES = (
             "fio": Fio("fio, nbd engine", "randread", DEPTH),
         },
         (Bar("ours", "libnbd", "speed", at_least=3), Bar("ours", "fio", "speed", at_least=0.9)),
+    ),
+    Case(
+        "tasks-uvloop",
+        "4 KiB random reads, 64 tasks on uvloop",
+        "request",
+        "memory",
+        {
+            "uvloop": Script("nbdcore.aio pread, uvloop", "nbdcore_asyncio", "tasks", {"depth": DEPTH, "loop": "uvloop"}),
+            "asyncio": Script("nbdcore.aio pread, asyncio", "nbdcore_asyncio", "tasks", {"depth": DEPTH}),
+        },
+        (Bar("uvloop", "asyncio", "speed"),),
+        extra=True,
     ),
     Case(
         "one",

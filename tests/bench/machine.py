@@ -28,6 +28,7 @@ def describe(tools: Tools) -> dict[str, str]:
     }
     known = {
         "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "load before": f"{os.getloadavg()[0]:.1f}",
         "system": f"{platform.system()} {platform.release().partition('-')[0]}, {_distribution()}",
         "nbdcore": nbdcore.__version__,
         **{name: _version(line) for name, line in asked.items()},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
 import resource
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -82,7 +83,8 @@ def idle(runner: asyncio.Runner, settings: SimpleNamespace) -> None:
 
 def main() -> None:
     settings = measuring.settings()
-    with asyncio.Runner() as runner:
+    loops = importlib.import_module(getattr(settings, "loop", "asyncio"))
+    with asyncio.Runner(loop_factory=loops.new_event_loop) as runner:
         {"tasks": reads_of_tasks, "idle": idle}[settings.work](runner, settings)
 
 
