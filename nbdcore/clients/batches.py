@@ -12,12 +12,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 from nbdcore.clients import requests
-from nbdcore.clients.arguments import whole_number, whole_numbers
+from nbdcore.clients.arguments import bytes_view, whole_number, whole_numbers
 from nbdcore.clients.requests import Request
 from nbdcore.clients.splitting import data_limit
 from nbdcore.errors import UsageError
 from nbdcore.protocol import commands
 from nbdcore.protocol.commands import Command, Limits
+from nbdcore.protocol.constants import CommandFlag
 
 #: Requests under way at a time, where the caller does not say.
 DEPTH = 64
@@ -69,15 +70,30 @@ def reads(limits: Limits, ranges: Iterable[tuple[int, int]]) -> Generator[Comman
 
 def reads_into(limits: Limits, items: Iterable[tuple[int, Any]]) -> Generator[Command]:
     """Yield the commands that read into (offset, buffer) pairs."""
+    most = data_limit(limits)
     for offset, buffer in _pairs("pread_into_many", "offset and buffer", items):
-        _, request = requests.read_into(limits, buffer, offset, df=False, call="pread_into_many")
-        yield from _commands_of(request, Whole(offset, _NO_MEMORY))
+        if offset.__class__ is not int:
+            offset = whole_number("pread_into_many", "offset", offset)  # noqa: PLW2901 (made plain)
+        view = bytes_view("pread_into_many", buffer, writable=True)
+        if len(view) <= most:
+            yield commands.read(limits, len(view), offset, target=view)
+        else:
+            _, request = requests.read_into(limits, view, offset, df=False, call="pread_into_many")
+            yield from _commands_of(request, Whole(offset, _NO_MEMORY))
 
 
 def writes(limits: Limits, items: Iterable[tuple[int, Any]], *, fua: bool) -> Generator[Command]:
     """Yield the commands that write (offset, data) pairs."""
+    most, flags = data_limit(limits), CommandFlag.FUA.value if fua else 0
     for offset, data in _pairs("pwrite_many", "offset and data", items):
-        yield from _commands_of(requests.write(limits, data, offset, fua=fua, call="pwrite_many"), Whole(offset, _NO_MEMORY))
+        if offset.__class__ is not int:
+            offset = whole_number("pwrite_many", "offset", offset)  # noqa: PLW2901 (made plain)
+        view = bytes_view("pwrite_many", data, writable=False)
+        if len(view) <= most:
+            yield commands.write(limits, view, offset, flags=flags)
+        else:
+            request = requests.write(limits, view, offset, fua=fua, call="pwrite_many")
+            yield from _commands_of(request, Whole(offset, _NO_MEMORY))
 
 
 def ranges_of(call: str, ranges: Iterable[tuple[int, int]], build: Callable[[int, int], Request]) -> Generator[Command]:

@@ -229,9 +229,11 @@ def write(limits: Limits, data: memoryview, offset: int, *, flags: int = 0) -> C
     """Build NBD_CMD_WRITE. `data` is a view of bytes that must not change until the command is done; flags: FUA."""
     command = Command(_WRITE, flags, offset, len(data))
     offset, count = command.offset, command.count
-    plain = not command.flags and 0 < count <= limits.payload and 0 <= offset <= limits.plain_writes - count
-    command.flags = _auto_payload_flag(limits, command.flags)
-    if not plain:
+    if not command.flags and 0 < count <= limits.payload and 0 <= offset <= limits.plain_writes - count:
+        if limits.extended:
+            command.flags = _PAYLOAD_LEN
+    else:
+        command.flags = _auto_payload_flag(limits, command.flags)
         _check(limits, command, _FUA | _PAYLOAD_LEN, past_end=errno.ENOSPC, writes=True, carries=True)
     command.payload = data
     return command

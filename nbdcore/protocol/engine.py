@@ -420,8 +420,11 @@ class Engine(Exchanges):
         """Run completions. One that raises keeps no other from running; its exception then goes to whoever moves the bytes."""
         raised: BaseException | None = None
         for command in completed:
-            if command.payload is not None:
-                self._let_go(command)
+            payload = command.payload
+            if payload is not None:
+                if len(payload) > INLINE_PAYLOAD:
+                    self._let_go(command)
+                command.payload = None
             if command.completion is not None and not command.discard:
                 try:
                     command.completion(command)
