@@ -60,7 +60,8 @@ def children() -> dict[int, str]:
 def _child_numbers() -> list[int]:
     numbers = []
     for task in Path("/proc/self/task").glob("*/children"):
-        numbers += map(int, task.read_text().split())
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread has ended, and another has its children
+            numbers += map(int, task.read_text().split())
     return numbers
 
 
