@@ -131,6 +131,7 @@ class LoopSession:
         waiter: asyncio.Future[bool] = self.loop.create_future()
         exchange.completion = lambda _: settle(waiter)
         self._move(self._session.advance)
+        self.engine.rest()
         alarm = None
         if not exchange.done:
             remaining = deadline.remaining()

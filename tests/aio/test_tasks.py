@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import random
 import threading
@@ -14,9 +15,10 @@ import pytest
 from nbdcore import Phase, UsageError, aio
 from nbdcore.server import MemoryDisk, Server
 from nbdcore.streams.base import Stream, Want
-from nbdcore.testing.scripted import Connection, ScriptedServer, data, drain
+from nbdcore.streams.sockets import connected_pair
+from nbdcore.testing.scripted import Connection, ScriptedServer, answer, data, drain
 from tests.aio.talking import DONE, PATIENCE, talk, until
-from tests.clients.talking import OPTION_CALLS, OPTION_MODE, ready_for_options, script
+from tests.clients.talking import OPTION_CALLS, OPTION_MODE, newstyle, ready_for_options, script
 
 SIZE = 1 << 20
 
@@ -177,6 +179,55 @@ def test_idle_connections_hold_little_memory(run, served):
         assert held < many * 50 * 1024
         for client in clients:
             await client.close()
+
+    run(main())
+
+
+def test_connections_whose_handshake_came_in_one_piece_hold_little_memory(run):
+    many = 20
+
+    async def main():
+        with contextlib.ExitStack() as stack:
+            ends = [connected_pair() for _ in range(many)]
+            for _, far in ends:
+                stack.enter_context(far)
+                far.sendall(newstyle())
+            tracemalloc.start()
+            try:
+                clients = [await aio.connect_socket(near, timeout=PATIENCE) for near, _ in ends]
+                gc.collect()
+                held = tracemalloc.get_traced_memory()[0]
+            finally:
+                tracemalloc.stop()
+            assert held < many * 50 * 1024
+            for client in clients:
+                await client.close()
+
+    run(main())
+
+
+def test_connections_that_wait_for_answers_hold_little_memory(run):
+    many = 20
+
+    async def main():
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [(await stack.enter_async_context(talk(answer(data(b"data")), drain)))[0] for _ in range(many)]
+            waiting = []
+            tracemalloc.start()
+            try:
+                for client in clients:
+                    both = [asyncio.create_task(client.pread(4, offset)) for offset in (0, 4)]
+                    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED, timeout=PATIENCE)
+                    waiting += both
+                gc.collect()
+                own = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, "*/nbdcore/protocol/*")])
+                held = sum(statistic.size for statistic in own.statistics("filename"))
+            finally:
+                tracemalloc.stop()
+            assert held < many * 50 * 1024
+            for task in waiting:
+                task.cancel()
+            await asyncio.wait(waiting)
 
     run(main())
 
