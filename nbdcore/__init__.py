@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         connect_vsock,
         list_exports,
     )
+    from nbdcore.clients.columns import CombinedExtentColumns, ExtentColumns
     from nbdcore.clients.extents import CombinedExtent, Extent
     from nbdcore.clients.settings import ClientOptions
     from nbdcore.errors import (
@@ -58,6 +59,7 @@ __all__ = [
     "Client",
     "ClientOptions",
     "CombinedExtent",
+    "CombinedExtentColumns",
     "CommandError",
     "DeadlineExceeded",
     "Disconnected",
@@ -65,6 +67,7 @@ __all__ = [
     "Export",
     "ExportInfo",
     "Extent",
+    "ExtentColumns",
     "NegotiationError",
     "Phase",
     "ProtocolViolation",
@@ -101,6 +104,7 @@ _HOMES = {
         "Client connect connect_command connect_socket connect_socket_activation connect_ssh connect_tcp connect_unix "
         "connect_vsock list_exports"
     ),
+    "nbdcore.clients.columns": "CombinedExtentColumns ExtentColumns",
     "nbdcore.clients.extents": "CombinedExtent Extent",
     "nbdcore.clients.settings": "ClientOptions",
     "nbdcore.errors": (
