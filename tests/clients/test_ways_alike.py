@@ -305,9 +305,11 @@ def test_a_login_that_is_refused_is_not_waited_for(use, program):
 
 def test_the_front_ends_differ_in_nothing_but_the_waiting():
     """A call of one is a call of all, with the same arguments. A loop of a stranger has clocks of its own."""
-    calls = {name for name in dir(Client) if name.startswith("connect")}
-    assert calls == {name for name in dir(AsyncClient) if name.startswith("connect")}
-    assert calls == {name for name in dir(PolledClient) if name.startswith("connect")} - {"connect_steps"}
+    calls, asyncios, polleds = (
+        {name for name in dir(kind) if name == "connect" or name.startswith("connect_")}
+        for kind in (Client, AsyncClient, PolledClient)
+    )
+    assert calls == asyncios == polleds - {"connect_steps"}
     for call in calls:
         of = {kind: inspect.signature(getattr(kind, call)).parameters for kind in (Client, AsyncClient, PolledClient)}
         said = {kind: [(p.name, p.kind, p.default) for p in of[kind].values()] for kind in of}
