@@ -15,8 +15,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nbdcore.clients.blocking import (
-        Client,
+    from nbdcore.clients.blocking import Client
+    from nbdcore.clients.columns import CombinedExtentColumns, ExtentColumns
+    from nbdcore.clients.extents import CombinedExtent, Extent
+    from nbdcore.clients.functions import (
         connect,
         connect_command,
         connect_socket,
@@ -27,8 +29,7 @@ if TYPE_CHECKING:
         connect_vsock,
         list_exports,
     )
-    from nbdcore.clients.columns import CombinedExtentColumns, ExtentColumns
-    from nbdcore.clients.extents import CombinedExtent, Extent
+    from nbdcore.clients.pool import Pool
     from nbdcore.clients.settings import ClientOptions
     from nbdcore.errors import (
         CommandError,
@@ -70,6 +71,7 @@ __all__ = [
     "ExtentColumns",
     "NegotiationError",
     "Phase",
+    "Pool",
     "ProtocolViolation",
     "TLSError",
     "TLSPolicy",
@@ -100,10 +102,12 @@ __version__ = "0.1.0"
 
 # Where each public name lives; a test holds it against the imports above and __all__.
 _HOMES = {
-    "nbdcore.clients.blocking": (
-        "Client connect connect_command connect_socket connect_socket_activation connect_ssh connect_tcp connect_unix "
+    "nbdcore.clients.blocking": "Client",
+    "nbdcore.clients.functions": (
+        "connect connect_command connect_socket connect_socket_activation connect_ssh connect_tcp connect_unix "
         "connect_vsock list_exports"
     ),
+    "nbdcore.clients.pool": "Pool",
     "nbdcore.clients.columns": "CombinedExtentColumns ExtentColumns",
     "nbdcore.clients.extents": "CombinedExtent Extent",
     "nbdcore.clients.settings": "ClientOptions",

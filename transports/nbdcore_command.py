@@ -53,6 +53,7 @@ class CommandTransport(Transport):
     name: ClassVar[str] = "command"
     schemes: ClassVar[tuple[str, ...]] = ()
     runs_programs: ClassVar[bool] = True
+    starts_servers: ClassVar[bool] = True
 
     def address(self, **parts: Any) -> CommandAddress:
         """Return the address of `argv` (the program and its arguments) and, for a server that listens, `activation`."""

@@ -86,7 +86,7 @@ class Route:
         """Wait, looking up now and then: there is nothing yet whose end would tell that another thread closed the client."""
         while True:
             try:
-                wait(fd, want, _look_up(deadline), f"connecting to {self.address} took too long")
+                wait(fd, want, look_up(deadline), f"connecting to {self.address} took too long")
                 ready = True
             except DeadlineExceeded:
                 if deadline.expired:
@@ -177,7 +177,7 @@ def pause(seconds: float, wanted: Callable[[], bool]) -> None:
     """Do nothing for a while, as long as the connection is still `wanted`. Raises Disconnected when it is no more."""
     end = Deadline.after(seconds)
     while not end.expired:
-        wait_any((), _look_up(end))
+        wait_any((), look_up(end))
         check_wanted(wanted)
 
 
@@ -187,7 +187,8 @@ def check_wanted(wanted: Callable[[], bool]) -> None:
         raise Disconnected(errno.ENOTCONN, "the connection was closed by this program while connecting")
 
 
-def _look_up(deadline: Deadline) -> Deadline:
+def look_up(deadline: Deadline) -> Deadline:
+    """Return when to look up next: at the deadline, or a little later than now."""
     return sooner(deadline, Deadline.after(_LOOK_UP))
 
 

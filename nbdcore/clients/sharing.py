@@ -61,13 +61,22 @@ class SharedSession:
 
     @property
     def engine(self) -> Engine:
-        """The engine of the first session, or of the only one."""
-        return self._sessions[0].engine
+        """The engine that speaks for all: of a session that has not ended, else of one that this program ended, else of any."""
+        sessions = self._sessions
+        if len(sessions) == 1:
+            return sessions[0].engine
+        best = self.engines or [session.engine for session in sessions if session.engine.ended_by_program]
+        return best[0] if best else sessions[0].engine
 
     @property
     def engines(self) -> list[Engine]:
         """The engines of the sessions that have not ended."""
         return [session.engine for session in self._sessions if not session.over]
+
+    def join(self, session: Session) -> None:
+        """Take one more session in, whose export is open. Callers that wait already go on without it."""
+        with self._lock:
+            self._sessions = (*self._sessions, session)
 
     def run(self, start: Callable[[Engine], Waited], deadline: Deadline, what: str) -> Waited:
         """Start something and wait until it is done. Raises DeadlineExceeded; what that means for it is the caller's decision.
@@ -277,9 +286,10 @@ class SharedSession:
                     command.completion(command)
 
     def _engine_of(self, command: Command) -> Engine:
-        for session in self._sessions[1:]:
-            if session.engine.knows(command):
-                return session.engine
+        if len(self._sessions) > 1:
+            for session in self._sessions:
+                if session.engine.knows(command):
+                    return session.engine
         return self.engine
 
     def _send(self) -> None:

@@ -10,20 +10,20 @@ from __future__ import annotations
 import errno
 import threading
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Self
 
 from nbdcore.clients.arguments import deadline_after, text
 from nbdcore.clients.connecting import Way, adopt, check_wanted, pause, route_by_name, route_by_uri, sooner
-from nbdcore.clients.options import OptionCalls
+from nbdcore.clients.knowledge import Knowledge
 from nbdcore.clients.session import Session, StartTLS
 from nbdcore.clients.settings import ClientOptions, checked_encryption, checked_permissions, checked_settings
 from nbdcore.clients.sharing import SharedSession
 from nbdcore.errors import DeadlineExceeded, Error, TransportError, UsageError
 from nbdcore.protocol.agreement import TLSPolicy
 from nbdcore.protocol.constants import DEFAULT_PORT
-from nbdcore.protocol.engine import Engine
+from nbdcore.protocol.engine import Engine, Exchange
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import Stream
 from nbdcore.streams.waiting import NEVER, Deadline
@@ -36,7 +36,7 @@ VSOCK_HOST = 2  # VMADDR_CID_HOST: seen from a virtual machine, the machine that
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5
 
 
-class ConnectCalls(OptionCalls):
+class ConnectCalls(Knowledge):
     """The `connect` calls, legal in a newly created client, once.
 
     Each returns the client, by default with the export open. Raises UsageError, with nothing opened and the client as it was, for
@@ -168,6 +168,10 @@ class ConnectCalls(OptionCalls):
     @abstractmethod
     def close(self) -> None:
         """Close the connection now."""
+
+    @abstractmethod
+    def _exchange(self, start: Callable[[Engine], Exchange], deadline: Deadline, what: str) -> Any:
+        """Run one conversation with the server and return its result; `what` is how messages name it."""
 
     def _starter(self, server_name: str | None) -> StartTLS | None:
         return self._encryption.starter(server_name, by_hand=self._engine.settings.opt_mode)

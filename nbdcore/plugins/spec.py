@@ -48,12 +48,15 @@ class Transport(ABC):
             named; a URI with any other is refused before `parse` sees it.
         runs_programs: connecting starts a program of this machine. A client then obeys a URI only where its caller has allowed
             this transport by its name, since URIs may come from anywhere.
+        starts_servers: connecting starts a server of its own, so that two connections lead to two exports. There is no pool of
+            such connections.
     """
 
     name: ClassVar[str]
     schemes: ClassVar[tuple[str, ...]]
     parameters: ClassVar[tuple[str, ...]] = ()
     runs_programs: ClassVar[bool] = False
+    starts_servers: ClassVar[bool] = False
 
     @abstractmethod
     def address(self, **parts: Any) -> Address:

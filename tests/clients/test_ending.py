@@ -80,9 +80,9 @@ def test_a_server_that_died_does_not_spoil_leaving():
 
 
 def test_a_server_that_never_hangs_up_delays_leaving_by_no_more_than_the_goodbye(monkeypatch):
-    from nbdcore.clients import blocking
+    from nbdcore.clients import calls
 
-    monkeypatch.setattr(blocking, "_GOODBYE", SHORT)
+    monkeypatch.setattr(calls, "_GOODBYE", SHORT)
     left = threading.Event()
     with ScriptedServer(script(goodbye, wait_for(left))) as server:
         with Client(server.stream(), timeout=PATIENCE) as client:
