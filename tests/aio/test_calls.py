@@ -13,7 +13,6 @@ import pytest
 import nbdcore
 from nbdcore import Client, Error, Phase, aio
 from nbdcore.aio import AsyncClient
-from nbdcore.clients import blocking
 from nbdcore.clients.asynchronous_many import Many
 from nbdcore.server import BlockSizes, ExportSettings, MemoryDisk, Server
 from nbdcore.streams.sockets import connected_pair
@@ -47,8 +46,10 @@ def public_calls(kind: type) -> dict[str, Any]:
 
 
 def functions_of(module: Any) -> dict[str, Any]:
-    found = vars(module).items()
-    return {name: it for name, it in found if inspect.isfunction(it) and it.__module__ == module.__name__ and name[0] != "_"}
+    return {name: getattr(module, name) for name in module.__all__ if inspect.isfunction(getattr(module, name))}
+
+
+FUNCTIONS = sorted(name for name in functions_of(nbdcore) if name.startswith("connect") or name == "list_exports")
 
 
 #: Calls that are for a loop: here an asynchronous one.
@@ -66,14 +67,16 @@ def test_there_is_everything_that_is_known_of_a_blocking_client_and_nothing_else
     assert known(AsyncClient) == known(Client)
 
 
-def test_there_is_every_function_of_the_blocking_client_s_module():
-    assert functions_of(blocking).keys() <= functions_of(aio).keys() <= set(aio.__all__)
+def test_there_is_every_function_that_makes_a_blocking_client():
+    assert {"connect", "connect_tcp", "list_exports"} < set(FUNCTIONS) <= functions_of(aio).keys()
 
 
-@pytest.mark.parametrize("name", functions_of(blocking))
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_takes_the_same_arguments(name):
-    ours, theirs = inspect.signature(getattr(aio, name)), inspect.signature(getattr(blocking, name))
-    assert ours.parameters == theirs.parameters
+    ours, theirs = (dict(inspect.signature(getattr(module, name)).parameters) for module in (aio, nbdcore))
+    for parameters in (ours, theirs):
+        parameters.pop("connections", None)  # several connections at a time are a pool's, which is no client
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("name", public_calls(Client))
