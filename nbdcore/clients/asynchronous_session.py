@@ -217,10 +217,8 @@ class LoopSession:
 
     def _wake(self) -> None:
         """Let the callers run whose commands are done. No task runs yet, and nothing is in the middle of being received."""
-        finished = self._finished
         try:
-            while finished:
-                finished.popleft().tag.wake()
+            Waiter.wake_all(self._finished)
         finally:
             self._waking = False
             self._wake_soon()  # the rest, where one of them ended the program

@@ -9,9 +9,19 @@ its own already: so a dozen tasks that were answered together run at once, and w
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from contextvars import Context
-from typing import Any
+from typing import Any, Protocol, TypeVar
+
+
+class Tagged(Protocol):
+    """Anything that a task waits for, with its waiter as the tag."""
+
+    tag: Any
+
+
+Item = TypeVar("Item", bound=Tagged)
 
 
 class Waiter:
@@ -35,12 +45,19 @@ class Waiter:
         self._callback, self._context = callback, context
         self._cancelled: asyncio.CancelledError | None = None
 
-    def wake(self) -> None:
-        """The wait is over: let the task run, now. Not to be called while another one does. Raises what ends the program."""
-        callback = self._callback
-        if callback is not None:
-            self._callback = None
-            self._context.run(callback, self)
+    @staticmethod
+    def wake_all(over: deque[Item]) -> None:
+        """Let the tasks run, one after the other, whose waits are over: their waiters are the tags of these.
+
+        Each is taken out when its turn comes; more may be put in meanwhile. Not to be called while a task runs. Raises what ends
+        the program, with the rest still in there.
+        """
+        while over:
+            waiter: Waiter = over.popleft().tag
+            callback = waiter._callback
+            if callback is not None:
+                waiter._callback = None
+                waiter._context.run(callback, waiter)
 
     def cancel(self, msg: Any = None) -> bool:
         """The task is cancelled: it runs in the loop's next turn. Returns False when it is about to run anyway."""

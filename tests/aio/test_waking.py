@@ -6,7 +6,9 @@ import asyncio
 import contextvars
 import sys
 import threading
+from collections import deque
 from collections.abc import Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -213,6 +215,10 @@ def test_tasks_of_every_kind_are_woken(run, factory):
 # ---------------------------------------------------------------------------------------------- the waiter by itself
 
 
+def wake(waiter: Waiter) -> None:
+    Waiter.wake_all(deque([SimpleNamespace(tag=waiter)]))
+
+
 def test_a_waiter_is_what_asyncio_takes_for_a_future(run):
     async def main():
         assert asyncio.isfuture(Waiter(asyncio.get_running_loop()))
@@ -224,10 +230,10 @@ def test_a_waiter_that_was_woken_cannot_be_cancelled_and_is_woken_once(run):
     async def main():
         called = []
         waiter = Waiter(asyncio.get_running_loop())
-        waiter.wake()  # before there is a task, nobody is to be called
+        wake(waiter)  # before there is a task, nobody is to be called
         waiter.add_done_callback(called.append, context=contextvars.copy_context())
-        waiter.wake()
-        waiter.wake()
+        wake(waiter)
+        wake(waiter)
         assert not waiter.cancel()
         assert called == [waiter]
         waiter.result()
@@ -242,7 +248,7 @@ def test_a_waiter_that_was_cancelled_is_not_woken_as_well(run):
         waiter.add_done_callback(called.append, context=contextvars.copy_context())
         assert waiter.cancel()
         assert not waiter.cancel()
-        waiter.wake()
+        wake(waiter)
         assert called == []
         await asyncio.sleep(0)
         assert called == [waiter]
