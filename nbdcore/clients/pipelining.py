@@ -73,7 +73,7 @@ class _Pipeline:
         return str(next(iter(self.unfinished()), "nothing is under way"))
 
 
-def run_many(
+def run_many(  # noqa: C901 (its inner loop runs once a request, where a call costs as much as what it would hide)
     shared: SharedSession,
     fresh: Generator[Command],
     pick: Callable[[Command | Whole], Item],

@@ -101,6 +101,8 @@ class Session:
                 if count is None:
                     return
                 engine.sent(count)
+                if not engine.has_outgoing:
+                    break
             if engine.finished_sending and not self._half_closed:
                 self._finish_sending()
             elif (owed := stream.wants()) is not _NOTHING and owed & Want.WRITE:

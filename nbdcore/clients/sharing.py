@@ -27,7 +27,7 @@ from nbdcore.errors import DeadlineExceeded, Disconnected, Error, UsageError
 from nbdcore.protocol.commands import Command, disconnect
 from nbdcore.protocol.engine import Engine
 from nbdcore.streams.base import Want
-from nbdcore.streams.waiting import Deadline, Watch, wait_any
+from nbdcore.streams.waiting import NEVER, Deadline, Watch, wait_any
 
 _READ = int(Want.READ)
 _WANTS = (Want.NOTHING, Want.READ, Want.WRITE, Want.READ | Want.WRITE)
@@ -91,8 +91,12 @@ class SharedSession:
 
     def run_command(self, command: Command, deadline: Deadline) -> None:
         """Run one command and raise its error. At the deadline, or when the caller is interrupted, it is abandoned."""
+        submit: Sequence[Command] = (command,)
         try:
-            self.wait(command, deadline, command, submit=(command,))
+            if deadline is NEVER and len(self._sessions) == 1:
+                submit = self._run_alone(command, self._sessions[0])
+            if not command.done:
+                self.wait(command, deadline, command, submit=submit)
         except BaseException as exc:
             self.abandon((command,), exc)
             raise
@@ -157,6 +161,36 @@ class SharedSession:
         return mine
 
     # ------------------------------------------------------------------------------------------ steps of a caller
+
+    def _run_alone(self, command: Command, session: Session) -> Sequence[Command]:
+        """What `wait` does, in the few steps that it takes where nobody else is here: a third less of Python for a small read.
+
+        Returns what is still to be submitted. The command may need more waiting than once; that is for `wait` as well.
+        """
+        crowd, watching = self._crowd, False
+        try:
+            with self._lock:
+                if session.waited_for or crowd.asleep or crowd.awake:
+                    return (command,)
+                self._submit((command,))
+                self._move(session, session.send)
+                if session.wanted() != _READ or session.buffered:
+                    return ()
+                session.waited_for = _READ
+                watching = True
+            self._watch.wait(session.fileno(), NEVER)
+            with self._lock:
+                session.waited_for &= ~_READ
+                watching = False
+                self._move(session, session.advance)
+                self._hand_over()
+        except BaseException:
+            if watching:
+                with self._lock:
+                    session.waited_for &= ~_READ
+                    self._hand_over()
+            raise
+        return ()
 
     def wait(
         self,
@@ -262,13 +296,16 @@ class SharedSession:
             error = self.engine.error
             raise self.own(error) if error else Disconnected(errno.ENOTCONN, "the connection was closed by this program")
 
-    def _submit(self, commands: Iterable[Command]) -> None:
+    def _submit(self, commands: Sequence[Command]) -> None:
         """Queue commands, each where the fewest are under way."""
-        engines = (self.engine,) if len(self._sessions) == 1 else self.engines
+        sessions = self._sessions
         try:
+            if len(sessions) == 1:
+                sessions[0].engine.submit_all(commands)
+                return
+            engines = self.engines
             for command in commands:
-                engine = engines[0] if len(engines) == 1 else min(engines, key=_PENDING)
-                engine.submit(command)
+                min(engines, key=_PENDING).submit(command)
         except (UsageError, ValueError):  # not connected any more; ValueError: no engine is left
             self._refuse_if_over()
             raise

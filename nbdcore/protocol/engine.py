@@ -252,6 +252,10 @@ class Engine(Exchanges):
         """The first `count` bytes of `outgoing()` have been sent."""
         self.traffic.bytes_sent += count
         parts = self._parts
+        if len(parts) == 1 and count == len(parts[0]):
+            parts.clear()
+            self._begun = None
+            return
         done = 0
         for part in parts:
             if count < len(part):
