@@ -25,11 +25,12 @@ from nbdcore.protocol.engine import Engine, Exchange
 from nbdcore.protocol.negotiation import Conversation
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import Stream, Want
-from nbdcore.streams.waiting import NEVER, Deadline, wait_any
+from nbdcore.streams.waiting import NEVER, Deadline, Watch, wait_any
 
 __all__ = ["Connecting", "PolledClient"]
 
 _READ = Want.READ
+_CONNECTED = Phase.CONNECTED
 # Commands queued while answers to others are awaited go out together, so many at most: one system call for all. With nothing
 # under way a command is sent at once, so that there is always an answer whose arrival sends the rest.
 _BURST = 16
@@ -69,6 +70,7 @@ class PolledClient(PolledConnectCalls):
         self._awaited: tuple[int, Want] = (-1, Want.NOTHING)
         self._session: Session | None = None
         self._advancing = False
+        self._watch = Watch()
 
     @classmethod
     def of(cls, **options: Unpack[ClientOptions]) -> Self:
@@ -181,20 +183,37 @@ class PolledClient(PolledConnectCalls):
         is nothing to wait for, and as `notify_read` does.
         """
         self.check_may_wait()
-        if self._session is not None and self._engine.has_outgoing:
+        engine = self.engine
+        if also < 0 and len(engine.in_flight) > 1 and self._answers_are_there():
+            return True
+        if self._session is not None and engine.has_outgoing:
             self._session.send()
             self._raise_if_dead()
-        want = self.direction()
+        want, fd = self.direction(), self.fileno()
         if not want:
             raise UsageError(errno.EINVAL, f"there is nothing to wait for while {self.phase.value}")
-        fd = self.fileno()
-        waiting = ((fd, want),) if also < 0 else ((fd, want), (also, _READ))
-        ready = wait_any(waiting, NEVER if timeout is None else Deadline.after(timeout))
-        if any(found == fd for found, _ in ready):
-            # One receive brings a dozen small replies. Then the caller has the turn, and can submit more while the server is
-            # still busy with the rest: whoever took in all of them first would leave it idle meanwhile.
-            self.advance(receives=1)
-        return bool(ready)
+        if timeout is None and also < 0 and want is _READ:
+            self._watch.wait(fd, NEVER)
+        else:
+            waiting = ((fd, want),) if also < 0 else ((fd, want), (also, _READ))
+            ready = wait_any(waiting, NEVER if timeout is None else Deadline.after(timeout))
+            if all(found != fd for found, _ in ready):
+                return bool(ready)
+        self.advance(receives=1)
+        return True
+
+    def _answers_are_there(self) -> bool:
+        """Send, and receive once. With many commands under way there mostly is something: to ask first would cost as much.
+
+        Once brings dozens of small replies. Then the caller has the turn, and can submit more while the server is still busy with
+        the rest: whoever took in all of them first would leave it idle meanwhile.
+        """
+        engine = self.engine
+        if engine.phase is not _CONNECTED:
+            return False
+        before = engine.traffic.bytes_received
+        self.advance(receives=1)
+        return engine.traffic.bytes_received != before or engine.phase is not _CONNECTED
 
     # ------------------------------------------------------------------------------------------ options and commands
 
@@ -204,7 +223,7 @@ class PolledClient(PolledConnectCalls):
         Raises UsageError, with nothing sent, outside opt mode and for arguments that cannot be sent.
         """
         exchange = self._engine.option(conversation, enters=enters)
-        self._send()
+        self.send()
         return exchange
 
     def submit(self, command: Command) -> int:
@@ -214,19 +233,20 @@ class PolledClient(PolledConnectCalls):
         if not self._advancing:
             payload = command.payload
             if len(engine.queue) >= _BURST or not engine.in_flight or (payload is not None and len(payload) >= _LARGE_PAYLOAD):
-                self._send()
+                self.send()
         return cookie
 
     def disconnect(self) -> None:
         """Queue the goodbye (NBD_CMD_DISC); the server hangs up then. No command may follow it: that is a UsageError."""
         self._engine.submit(commands.disconnect())
-        self._send()
+        self.send()
 
     def abandon_unsent(self) -> None:
         """Give up every command of which not a byte has been sent: it fails."""
         self._engine.abandon_unsent(Disconnected(errno.ENOTCONN, "the connection was closed by this program before it was sent"))
 
-    def _send(self) -> None:
+    def send(self) -> None:
+        """Send what is queued, as far as it goes now: else it leaves with what is submitted next, or the next wait."""
         if self._session is not None and not self._advancing:
             self._session.send()
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from nbdcore.errors import UsageError
 from nbdcore.libnbd import arguments
-from nbdcore.libnbd.calls import CONNECTED, COUNTING, call
+from nbdcore.libnbd.buffer import Buffer
+from nbdcore.libnbd.calls import CONNECTED, COUNTING, call, question, transfer
 from nbdcore.libnbd.commands import CommandBuilders
 from nbdcore.libnbd.constants import CMD_FLAG_DF
 from nbdcore.libnbd.errors import command_failure
@@ -24,16 +25,19 @@ _CONNECTED = Phase.CONNECTED
 class AioCommandCalls(CommandBuilders):
     """Commands that are started."""
 
-    def _queue(self, command: Command, completion: Callback | None) -> int:
+    def _queue(self, command: Command, completion: Any) -> int:
         if completion is not None:
-            command.tag = arguments.callback(completion, "completion")
-        command.completion = self._ledger.complete
-        return self._connection.submit(command)
+            command.tag = completion if callable(completion) else arguments.callback(completion, "completion")
+        command.completion = self._complete_command
+        client = self._client
+        assert client is not None, "a command was built for it"
+        return client.submit(command)
 
-    @call("1.0", CONNECTED)
+    @transfer("1.0")
     def aio_pread(self, buf: Any, offset: int, completion: Callback | None = None, flags: int = 0) -> int:
         """Start reading into an `nbd.Buffer` or any writable buffer."""
-        target = arguments.target(buf, clear=self._wishes.pread_initialize)
+        clear = self._wishes.pread_initialize
+        target = buf.writable(clear=clear) if buf.__class__ is Buffer else arguments.target(buf, clear=clear)
         return self._queue(self._read(target, len(target), offset, flags), completion)
 
     @call("1.0", CONNECTED)
@@ -47,7 +51,7 @@ class AioCommandCalls(CommandBuilders):
         self._ledger.reports_chunks(command, callback)
         return self._queue(command, completion)
 
-    @call("1.0", CONNECTED)
+    @transfer("1.0")
     def aio_pwrite(self, buf: Any, offset: int, completion: Callback | None = None, flags: int = 0) -> int:
         """Start writing an `nbd.Buffer` or any buffer, which must not change until the command is done."""
         return self._queue(self._write(arguments.source(buf), offset, flags), completion)
@@ -140,7 +144,7 @@ class AioCalls(CommandBuilders):
             return 0
         raise UsageError(errno.EINVAL, "no commands are in flight")
 
-    @call("1.0", COUNTING, lock_free=True)
+    @question("1.0", COUNTING)
     def aio_in_flight(self) -> int:
         """Return how many commands are under way, the goodbye included."""
         return self._under_way()
@@ -163,7 +167,7 @@ class AioCalls(CommandBuilders):
             raise UsageError(errno.EINVAL, "connection is not in a connected state")
         return fd
 
-    @call("1.0", lock_free=True)
+    @question("1.0")
     def aio_get_direction(self) -> int:
         """Return what to wait for: AIO_DIRECTION_READ, AIO_DIRECTION_WRITE, both or neither."""
         return 0 if self._client is None else int(self._client.direction())
@@ -182,7 +186,10 @@ class AioCalls(CommandBuilders):
         client = self._client
         if client is None or not client.direction() & event:
             raise UsageError(errno.EINVAL, f"external event {number} is invalid in state {self._state_name}")
-        self._advance(client.advance)
+        try:
+            client.advance()
+        finally:
+            self._back_to_created()
 
     @call("1.0")
     def poll(self, timeout: int) -> int:
@@ -197,51 +204,46 @@ class AioCalls(CommandBuilders):
     def _poll(self, fd: int, timeout: int) -> int:
         milliseconds = arguments.c_int(timeout, "timeout")
         client = self._client
-        if client is None or not client.direction():
+        if client is None or not (client.engine.phase is _CONNECTED or client.direction()):
             raise UsageError(errno.EINVAL, f"nothing to poll for in state {self._state_name}")
-        seconds = None if milliseconds < 0 else milliseconds / 1000
-        return int(self._advance(lambda: client.poll(seconds, also=fd)))
-
-    def _advance(self, step: Callable[[], Any]) -> Any:
-        """Let the connection go on. A TCP connection that could not be opened leaves the handle newly created."""
         try:
-            return step()
+            return int(client.poll(None if milliseconds < 0 else milliseconds / 1000, also=fd))
         finally:
             self._back_to_created()
 
     # ------------------------------------------------------------------------------------------ states
 
-    @call("1.0", lock_free=True)
+    @question("1.0")
     def aio_is_created(self) -> bool:
         """Return whether no connect call was made yet."""
         return self._phase is Phase.CREATED
 
-    @call("1.0", lock_free=True)
+    @question("1.0")
     def aio_is_connecting(self) -> bool:
         """Return whether the server is being connected to, or answers an option."""
         return self._phase is Phase.CONNECTING
 
-    @call("1.4", lock_free=True)
+    @question("1.4")
     def aio_is_negotiating(self) -> bool:
         """Return whether the handle pauses in opt mode."""
         return self._phase is Phase.NEGOTIATING
 
-    @call("1.0", lock_free=True)
+    @question("1.0")
     def aio_is_ready(self) -> bool:
         """Return whether the connection is open and idle on this side."""
         return self._phase is Phase.CONNECTED and self._state_name == "READY"
 
-    @call("1.0", lock_free=True)
+    @question("1.0")
     def aio_is_processing(self) -> bool:
         """Return whether a request is being sent or a reply received."""
         return self._phase is Phase.CONNECTED and self._state_name != "READY"
 
-    @call("1.0", lock_free=True)
+    @question("1.0")
     def aio_is_dead(self) -> bool:
         """Return whether the connection broke."""
         return self._phase is Phase.DEAD
 
-    @call("1.0", lock_free=True)
+    @question("1.0")
     def aio_is_closed(self) -> bool:
         """Return whether the connection came to its end in order."""
         return self._phase is Phase.CLOSED

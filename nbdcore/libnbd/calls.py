@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from nbdcore.clients.polled import PolledClient
     from nbdcore.libnbd.ledger import Ledger
 
-__all__ = ["ANY", "CALLS", "ELSEWHERE", "Call", "call"]
+__all__ = ["ANY", "CALLS", "ELSEWHERE", "Call", "call", "question", "transfer"]
 
-_CREATED = Phase.CREATED
+_CREATED, _CONNECTED = Phase.CREATED, Phase.CONNECTED
 CREATED = frozenset({_CREATED})
 NEGOTIATING = frozenset({Phase.NEGOTIATING})
 CONNECTED = frozenset({Phase.CONNECTED})
@@ -160,6 +160,57 @@ def _unlocked(row: Call, function: Callable[Concatenate[H, P], R]) -> Callable[C
         return function(self, *args, **kwargs)
 
     return wrapper
+
+
+# To hand any arguments on costs as much as the shortest calls themselves. Those that a program makes for each block have their
+# parameters in the wrapper, or none.
+
+
+def transfer(first_version: str) -> Callable[[Callable[[H, Any, int, Any, int], int]], Callable[..., int]]:
+    """Make a method that starts to move a block a call of libnbd's API, permitted while connected; else as `call` does."""
+
+    def decorate(function: Callable[[H, Any, int, Any, int], int]) -> Callable[..., int]:
+        row = CALLS[function.__name__] = Call(function.__name__, first_version, CONNECTED)
+        name = f"nbd_{row.name}"
+
+        @functools.wraps(function)
+        def wrapper(self: H, buf: Any, offset: int, completion: Any = None, flags: int = 0) -> int:
+            with self._lock:
+                client = self._client
+                if self._unusual or client is None or client.engine.phase is not _CONNECTED:
+                    return _unusually(row, function, self, buf, offset, completion, flags)
+                try:
+                    return function(self, buf, offset, completion, flags)
+                except CoreError as exc:
+                    raise translated(name, exc) from exc
+                finally:
+                    if self._ledger.interruption is not None:
+                        self._ledger.interrupt()
+
+        return wrapper
+
+    return decorate
+
+
+def question(first_version: str, permitted: frozenset[Phase] = ANY) -> Callable[[Callable[[H], R]], Callable[[H], R]]:
+    """Make a method without arguments a call of libnbd's API that takes no lock."""
+
+    def decorate(function: Callable[[H], R]) -> Callable[[H], R]:
+        row = CALLS[function.__name__] = Call(function.__name__, first_version, permitted, lock_free=True)
+        in_order, limited = row.in_order, permitted != ANY
+
+        @functools.wraps(function)
+        def wrapper(self: H, /) -> R:
+            if self._closed:
+                raise ClosedHandle
+            client = self._client
+            if limited and (_CREATED if client is None else client.engine.phase) not in in_order:
+                raise _wrong_state(row, function, self, (), {})
+            return function(self)
+
+        return wrapper
+
+    return decorate
 
 
 def _unusually(row: Call, function: Callable[Concatenate[H, P], R], self: H, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -45,8 +45,10 @@ class CommandBuilders(Core):
     # Offsets and counts that are no 64-bit numbers are refused where commands are built.
 
     def _read(self, target: memoryview | None, count: int, offset: int, flags: int, accepted: int = 0) -> Command:
-        limits = self._connection.engine.limits
-        return commands.read(limits, count, offset, target=target, flags=self._flags(flags, accepted))
+        client = self._client
+        assert client is not None, "only a connected handle comes here"
+        wanted = self._flags(flags, accepted) if flags or flags.__class__ is not int else 0
+        return commands.read(client.engine.limits, count, offset, target=target, flags=wanted)
 
     def _write(self, data: memoryview, offset: int, flags: int) -> Command:
         wanted = self._flags(flags, CMD_FLAG_FUA | CMD_FLAG_PAYLOAD_LEN)

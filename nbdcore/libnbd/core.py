@@ -44,6 +44,7 @@ class Core:
         self._closed = False
         self._lock = threading.RLock()
         self._ledger = Ledger()
+        self._complete_command = self._ledger.complete  # one for all commands, rather than a new bound method for each
         self._wishes = Wishes()
         self._client: PolledClient | None = None
         self._host: str | None = None  # of this very connection, for TLS: never one of an attempt before
@@ -86,7 +87,7 @@ class Core:
     def _back_to_created(self) -> None:
         """Where no address of a TCP server answered, the handle is newly created again, as libnbd has it."""
         client = self._client
-        if client is not None and self._host is not None and isinstance(client.error, TransportError):
+        if self._host is not None and client is not None and isinstance(client.error, TransportError):
             self._client = self._host = self._route = None
 
     # ------------------------------------------------------------------------------------------ waiting

@@ -11,7 +11,7 @@ from typing import Any
 from nbdcore.errors import UsageError
 from nbdcore.libnbd import arguments, security, uris
 from nbdcore.libnbd.aio import AioCalls, AioCommandCalls
-from nbdcore.libnbd.calls import call
+from nbdcore.libnbd.calls import call, question
 from nbdcore.libnbd.commands import CommandCalls
 from nbdcore.libnbd.connecting import ConnectCalls
 from nbdcore.libnbd.core import Core
@@ -79,7 +79,7 @@ class DebugCalls(Core):
         before, self._private_data = self._private_data, arguments.private(private_data)
         return before
 
-    @call("1.8", lock_free=True)
+    @question("1.8")
     def get_private_data(self) -> int:
         """Return the number attached, 0 where none was."""
         return self._private_data
@@ -117,27 +117,27 @@ class DebugCalls(Core):
 class ModuleCalls(Core):
     """What this module is and can do: the answers are the same for every handle."""
 
-    @call("1.0", lock_free=True)
+    @question("1.0")
     def get_package_name(self) -> str:
         """Return "libnbd"."""
         return PACKAGE_NAME
 
-    @call("1.0", lock_free=True)
+    @question("1.0")
     def get_version(self) -> str:
         """Return the release of libnbd whose behaviour this module has."""
         return VERSION
 
-    @call("1.0", lock_free=True)
+    @question("1.0")
     def supports_tls(self) -> bool:
         """Return whether TLS works here."""
         return security.supports_tls()
 
-    @call("1.16", lock_free=True)
+    @question("1.16")
     def supports_vsock(self) -> bool:
         """Return whether vsock works here."""
         return registry.supports("vsock")
 
-    @call("1.0", lock_free=True)
+    @question("1.0")
     def supports_uri(self) -> bool:
         """Return whether URIs work: always."""
         return True
@@ -159,6 +159,8 @@ class ProcessCalls(Core):
             raise UsageError(errno.EINVAL, "signal number must be positive")
         if self._child is None:
             raise UsageError(errno.ESRCH, "no subprocess exists")
+        if self._client is not None:
+            self._client.send()  # what was submitted before goes before
         try:
             self._child.signal(number or signal.SIGTERM)
         except OSError as exc:

@@ -17,7 +17,7 @@ from nbdcore.protocol.constants import CommandType
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import Want
 from nbdcore.testing.scripted import ScriptedServer, answer, data, goodbye, hang_up, receive
-from tests.clients.talking import PATIENCE, script
+from tests.clients.talking import PATIENCE, SHORT, script
 
 
 def connected(server: ScriptedServer) -> PolledClient:
@@ -26,6 +26,11 @@ def connected(server: ScriptedServer) -> PolledClient:
     while client.phase is Phase.CONNECTING:
         client.poll(PATIENCE)
     return client
+
+
+def until_the_end(client: PolledClient, timeout: float | None) -> None:
+    while client.phase is Phase.CONNECTED:
+        client.poll(timeout)
 
 
 def read(client: PolledClient, count: int = 8) -> Command:
@@ -80,7 +85,7 @@ def test_nothing_to_wait_for_is_an_error():
     assert client.phase is Phase.CLOSED
 
 
-def test_commands_behind_one_under_way_go_out_together():
+def test_commands_behind_one_under_way_go_out_together_when_they_are_told_to():
     replies = [answer(data(b"12345678"), kind=CommandType.READ)] * 4
     with ScriptedServer(script(*replies), patience=PATIENCE) as server:
         client = connected(server)
@@ -89,6 +94,9 @@ def test_commands_behind_one_under_way_go_out_together():
             client.submit(command)
         assert len(client.engine.in_flight) == 1
         assert client.direction() == Want.READ | Want.WRITE
+        client.send()
+        assert len(client.engine.in_flight) == 4
+        assert client.direction() == Want.READ
         for command in batch:
             client.wait_for(command)
         assert [command.result() for command in batch] == [b"12345678"] * 4
@@ -132,12 +140,15 @@ def test_server_that_hangs_up_between_replies_completes_what_is_under_way_withou
         assert [isinstance(command.error, Error) for command in told] == [True] * 3
 
 
-def test_server_that_talks_nonsense_raises_once_and_leaves_nothing_to_wait_for():
-    with ScriptedServer(script(receive(28), bytes(64)), patience=PATIENCE) as server:
+@pytest.mark.parametrize("timeout", [PATIENCE, None])
+@pytest.mark.parametrize("count", [1, 3])
+def test_server_that_talks_nonsense_raises_once_and_leaves_nothing_to_wait_for(count, timeout):
+    with ScriptedServer(script(receive(28 * count), bytes(64)), patience=PATIENCE) as server:
         client = connected(server)
-        client.submit(read(client))
+        for _ in range(count):
+            client.submit(read(client))
         with pytest.raises(ProtocolViolation):
-            client.poll(PATIENCE)
+            until_the_end(client, timeout)
         assert client.phase is Phase.DEAD
         assert isinstance(client.error, ProtocolViolation)
         with pytest.raises(UsageError, match="nothing to wait for"):
@@ -150,6 +161,36 @@ def test_wait_ends_when_the_time_is_up():
         assert client.poll(0) is False
         client.disconnect()
         client.poll(PATIENCE)
+        client.close()
+
+
+@pytest.mark.parametrize("timeout", [0, SHORT])
+def test_wait_ends_when_the_time_is_up_though_commands_are_under_way(timeout):
+    with ScriptedServer(script(receive(28 * 3), goodbye), patience=PATIENCE) as server:
+        client = connected(server)
+        for _ in range(3):
+            client.submit(read(client))
+        assert client.poll(timeout) is False
+        assert client.poll(timeout) is False
+        assert len(client.engine.in_flight) == 3
+        client.disconnect()
+        until_the_end(client, PATIENCE)
+
+
+def test_answers_that_come_late_and_early_are_all_waited_for_without_an_end():
+    late = answer(data(b"12345678"), kind=CommandType.READ)
+    with ScriptedServer(script(late, late, receive(28), late, late), patience=PATIENCE) as server:
+        client = connected(server)
+        batch = [read(client) for _ in range(5)]
+        for command in batch[:2]:
+            client.submit(command)
+        while not batch[1].done:
+            assert client.poll() is True
+        for command in batch[2:]:
+            client.submit(command)
+        while not batch[4].done:
+            assert client.poll() is True
+        assert [command.done for command in batch] == [True, True, False, True, True]
         client.close()
 
 
