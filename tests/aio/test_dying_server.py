@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import socket
 
 import pytest
 
 from nbdcore import CommandError, Disconnected, Error, Phase, ProtocolViolation, TransportError, aio
 from nbdcore.aio import AsyncClient
 from nbdcore.protocol import wire
-from nbdcore.protocol.constants import Chunk
+from nbdcore.protocol.constants import EXTENDED_REPLY_MAGIC, Chunk
 from nbdcore.testing.scripted import (
     Request,
     ScriptedServer,
@@ -21,9 +22,10 @@ from nbdcore.testing.scripted import (
     error,
     first,
     half_close,
+    hang_up,
     reset,
 )
-from tests.aio.talking import CALLS, DISK, PATIENCE, everything, held, talk
+from tests.aio.talking import CALLS, DISK, PATIENCE, everything, held, talk, until
 from tests.clients.talking import HANDSHAKES, OPTION_CALLS, OPTION_MODE, ready_for_options, script
 
 FORMS = {"simple": {"structured": False}, "structured": {}, "extended": {"extended": True}}
@@ -122,7 +124,60 @@ def test_server_that_talks_nonsense_ends_every_task_with_an_error_of_its_own(run
     run(main())
 
 
+def test_server_that_answers_with_extended_headers_unasked_kills_the_connection(run):
+    reply = wire.EXTENDED_REPLY.pack(EXTENDED_REPLY_MAGIC, 1, 0, 1, 0, 0)
+
+    async def main():
+        async with talk(answer(reply)) as (client, _):
+            await must_fail(client, CALLS["flush"].make, ProtocolViolation)
+
+    run(main())
+
+
+@pytest.mark.parametrize("how", ["hangs up", "resets"])
+@pytest.mark.parametrize("name", CALLS)
+def test_server_that_died_before_the_request_ends_the_call(run, name, how):
+    async def main():
+        with ScriptedServer(script(reset if how == "resets" else hang_up), patience=PATIENCE) as server:
+            client = await aio.connect_tcp("127.0.0.1", server.listen_tcp(), timeout=PATIENCE)
+        # The server is gone, and the loop had no turn in which it could have been noticed.
+        await must_fail(client, CALLS[name].make)
+        await client.close()
+
+    run(main())
+
+
+def test_server_that_dies_while_nobody_asks_anything_ends_the_next_call(run):
+    async def main():
+        async with talk(hang_up) as (client, _):
+            await until(lambda: client.phase in OVER, "the loop notices")
+            await must_fail(client, CALLS["pread"].make)
+
+    run(main())
+
+
 # ---------------------------------------------------------------------------------------------- the handshake
+
+
+def test_nobody_listens(run):
+    async def main():
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        with pytest.raises(TransportError, match="nothing listens there"):
+            await aio.connect_tcp("127.0.0.1", port, timeout=PATIENCE)
+
+    run(main())
+
+
+def test_a_server_that_is_no_nbd_server_is_told_apart(run):
+    async def main():
+        with ScriptedServer([b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n", drain], patience=PATIENCE) as server:
+            client = AsyncClient()
+            with pytest.raises(ProtocolViolation, match="this is no NBD server"):
+                await client.connect_stream(server.stream(), timeout=PATIENCE)
+            assert client.phase is Phase.DEAD
+
+    run(main())
 
 
 @pytest.mark.parametrize("style", HANDSHAKES)
