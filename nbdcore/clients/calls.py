@@ -233,7 +233,7 @@ class BlockingCalls(ManyCalls, ConnectCalls):
 
         With `columns` it returns all of them at once as `ExtentColumns` (`CombinedExtentColumns` for several contexts): arrays of
         offsets, lengths and flags, numpy's where numpy is installed. That takes 24 bytes an extent, and 8 for each more context,
-        where objects take about 170; a server decides how many there are, so bound an untrusted one by `count`.
+        where objects take 128; a server decides how many there are, so bound an untrusted one by `count`.
         """
         limits = self._connected("extents")
         deadline_after(timeout)  # a wrong one shows now, not at the first step

@@ -65,7 +65,7 @@ class ExtentColumns(_Columns):
     Attributes:
         offsets: where each extent begins, in bytes, ascending.
         lengths: bytes of each, never 0; extents follow each other without a gap, and neighbours differ in their flags.
-        flags: what the metadata context says of each (see `Extent`).
+        flags: what the metadata context says of each (see `Extent`); numpy wants `int(AllocationFlag.ZERO)` to test for it.
     """
 
     offsets: Column
@@ -240,10 +240,12 @@ class NumpyCollection(ArrayCollection):
             changes[1:] |= status[1:] != status[:-1]
             changes[0] |= not known or known[-1] != int(status[0])
             found.append(status)
-        edges = edges[changes]
+        kept = slice(None) if changes.all() else changes  # which saves a copy, where the server merges by itself
+        edges = edges[kept]
         if self.lengths:
             self.lengths[-1] += (int(edges[0]) if len(edges) else end) - begin
-        columns = [edges, np.diff(edges, append=np.uint64(end)), *(status[changes] for status in found)]
+        ends = np.append(edges, np.uint64(end))
+        columns = [edges, ends[1:] - ends[:-1], *(status[kept] for status in found)]
         for known, column in zip((self.offsets, self.lengths, *self.flags), columns, strict=True):
             cast("Numbers", known).frombytes(column.astype(np.uint64, copy=False).view(np.uint8))
         return end
