@@ -56,17 +56,22 @@ def _aio(work: str) -> dict[str, Program]:
     return {"ours": _module(work, ours=True), "libnbd": _module(work)}
 
 
-# Settings for copies of the disk. Our depth is that of all connections together, nbdcopy's requests are those of each; for more
-# than its queue of 16 MiB holds, the queue is made longer.
+# Settings for copies of the disk. nbdcopy spreads its connections over a thread for each processor; ours are all in one thread,
+# or each in one of its own. Our depth is that of a thread, nbdcopy's requests are those of a connection; for more than its queue of
+# 16 MiB holds, the queue is made longer.
+_SIZES, _DEPTHS = (256 * _KIB, _MIB, 2 * _MIB), (4, 16)
 _OURS_TO_TRY: tuple[Mapping[str, Any], ...] = tuple(
-    {"connections": connections, "request": request, "depth": depth}
-    for connections, request, depth in product((1, 2, 4), (256 * _KIB, _MIB, 2 * _MIB), (4, 16, 64))
-)
-_NBDCOPY_TO_TRY: tuple[Mapping[str, Any], ...] = tuple(
-    {"connections": connections, "request-size": request, "requests": requests, "queue-size": max(requests * request, 16 * _MIB)}
-    for connections, request, requests in product((1, 2, 4), (256 * _KIB, _MIB, 2 * _MIB), (4, 16, 64))
+    {"threads": threads, "connections": connections, "request": request, "depth": depth}
+    for (threads, connections), request, depth in product(((1, 1), (1, 2), (1, 4), (2, 1), (4, 1)), _SIZES, _DEPTHS)
 )
 _NBDCOPY_AS_IT_COMES = {"request-size": 256 * _KIB}
+_NBDCOPY_TO_TRY: tuple[Mapping[str, Any], ...] = (
+    _NBDCOPY_AS_IT_COMES,
+    *(
+        {"connections": connections, "request-size": size, "requests": requests, "queue-size": max(requests * size, 16 * _MIB)}
+        for connections, size, requests in product((1, 2, 4), _SIZES, _DEPTHS)
+    ),
+)
 
 
 def _copy(label: str, ours: tuple[Mapping[str, Any], ...], theirs: tuple[Mapping[str, Any], ...]) -> dict[str, Program]:
@@ -176,7 +181,7 @@ CASES = (
         "slow",
         _copy(
             "Pool",
-            tuple({"connections": 4, "request": 256 * _KIB, "depth": depth} for depth in (64, 256)),
+            tuple({"threads": 1, "connections": 4, "request": 256 * _KIB, "depth": depth} for depth in (64, 256)),
             (_NBDCOPY_AS_IT_COMES,),
         ),
         (Bar("ours", "nbdcopy", "speed", at_least=1.0),),
@@ -197,15 +202,11 @@ CASES = (
         "extent",
         "alternating",
         {
-            "columns": Script("nbdcore extents, columns", "nbdcore_blocking", "extents_columns", {"numpy": True}),
-            "plain": Script("nbdcore extents, columns without numpy", "nbdcore_blocking", "extents_columns", {"numpy": False}),
-            "objects": Script("nbdcore extents, objects", "nbdcore_blocking", "extents_objects", {"numpy": True}),
-            "lists": Script(
-                "libnbd's Python module, three lists", "libnbd_module", "extents_columns", {"module": "nbd"}, for_peer=True
-            ),
-            "tuples": Script(
-                "libnbd's Python module, tuples", "libnbd_module", "extents_tuples", {"module": "nbd"}, for_peer=True
-            ),
+            "columns": Script("nbdcore columns", "nbdcore_blocking", "extents_columns", {"numpy": True}),
+            "plain": Script("nbdcore columns, no numpy", "nbdcore_blocking", "extents_columns", {"numpy": False}),
+            "objects": Script("nbdcore Extent objects", "nbdcore_blocking", "extents_objects", {"numpy": True}),
+            "lists": Script("libnbd's module, three lists", "libnbd_module", "extents_columns", {"module": "nbd"}, for_peer=True),
+            "tuples": Script("libnbd's module, tuples", "libnbd_module", "extents_tuples", {"module": "nbd"}, for_peer=True),
         },
         (
             Bar("columns", "lists", "work per CPU second", at_least=1.2),

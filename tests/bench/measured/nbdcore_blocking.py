@@ -84,16 +84,21 @@ def threads(disk: Any, settings: SimpleNamespace) -> None:
 
 
 def copy(settings: SimpleNamespace) -> None:
-    """Read the whole disk into a few buffers, from connecting to having closed."""
+    """Read the whole disk into a few buffers, from connecting to having closed; each thread a share, with its own client."""
     with connect(settings) as disk:  # what is imported at the first connection is no part of the copy
         size = disk.size
+    share = -(-size // settings.request // settings.threads) * settings.request
 
     def run(use: Callable[[int, memoryview], None] | None = None) -> None:
+        with ThreadPoolExecutor(settings.threads) as pool:
+            list(pool.map(lambda begin: read(begin, use), range(0, size, share)))
+
+    def read(begin: int, use: Callable[[int, memoryview], None] | None) -> None:
         unused = [memoryview(bytearray(settings.request)) for _ in range(settings.depth)]
         used: dict[int, memoryview] = {}
 
         def items() -> Any:
-            for offset in range(0, size, settings.request):
+            for offset in range(begin, min(begin + share, size), settings.request):
                 used[offset] = buffer = unused.pop()[: size - offset]
                 yield offset, buffer
 
