@@ -259,12 +259,29 @@ class PolledClient(PolledConnectCalls):
 
     def wait_for(self, pending: Command | Exchange) -> None:
         """Advance until a command or an exchange is done, be it by the end of the connection. Raises nothing for either."""
+        self.check_may_wait()
         while not pending.done:
+            session = self._session
             try:
-                self.poll()
+                if session is not None and self.engine.phase is _CONNECTED and session.wanted() == _READ:
+                    self._receive_once(session)
+                else:
+                    self.poll()
             except Error:
                 if not pending.done:
                     raise
+
+    def _receive_once(self, session: Session) -> None:
+        """Wait, and receive, where an answer is all that is missing: what `poll` comes to then, in half the time."""
+        self._watch.wait(session.fileno(), NEVER)
+        self._advancing = True
+        try:
+            session.receive(1)
+            while session.buffered:
+                session.receive()
+        finally:
+            self._advancing = False
+        self._raise_if_dead()
 
     # ------------------------------------------------------------------------------------------ ending
 

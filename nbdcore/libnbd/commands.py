@@ -116,7 +116,7 @@ class CommandCalls(CommandBuilders):
         client = self._connection
         client.check_may_wait()
         client.submit(command)
-        self._wait(command)
+        client.wait_for(command)
         command.on_chunk = command.on_extents = None
         if command.error is not None:
             raise command_failure(call, command) from command.error
