@@ -76,7 +76,9 @@ def reads_into(limits: Limits, items: Iterable[tuple[int, Any]]) -> Generator[Co
             offset = whole_number("pread_into_many", "offset", offset)  # noqa: PLW2901 (made plain)
         view = bytes_view("pread_into_many", buffer, writable=True)
         if len(view) <= most:
-            yield commands.read(limits, len(view), offset, target=view)
+            command = commands.read(limits, len(view), offset, target=view)
+            del view  # the caller's memory is theirs again when the command has finished
+            yield command
         else:
             _, request = requests.read_into(limits, view, offset, df=False, call="pread_into_many")
             yield from _commands_of(request, Whole(offset, _NO_MEMORY))
@@ -90,7 +92,9 @@ def writes(limits: Limits, items: Iterable[tuple[int, Any]], *, fua: bool) -> Ge
             offset = whole_number("pwrite_many", "offset", offset)  # noqa: PLW2901 (made plain)
         view = bytes_view("pwrite_many", data, writable=False)
         if len(view) <= most:
-            yield commands.write(limits, view, offset, flags=flags)
+            command = commands.write(limits, view, offset, flags=flags)
+            del view
+            yield command
         else:
             request = requests.write(limits, view, offset, fua=fua, call="pwrite_many")
             yield from _commands_of(request, Whole(offset, _NO_MEMORY))

@@ -370,3 +370,12 @@ def test_data_are_free_once_their_offset_was_yielded():
         blocks = [bytearray(1 << 16) for _ in range(8)]
         for number in client.pwrite_many(((number, block) for number, block in enumerate(blocks)), depth=4):
             assert not held(blocks[number])
+
+
+@pytest.mark.parametrize("name", ["pread_into_many", "pwrite_many"])
+def test_the_memory_of_the_last_item_is_free_though_the_input_has_not_ended(name):
+    with talk(serve(good)) as (client, _):
+        buffers = [bytearray(64) for _ in range(4)]
+        loop = getattr(client, name)(enumerate(buffers), depth=4)
+        assert {next(loop) for _ in buffers} == {0, 1, 2, 3}
+        assert not any(map(held, buffers))
