@@ -23,7 +23,6 @@ from nbdcore.clients.columns import CombinedExtentColumns, ExtentColumns
 from nbdcore.clients.extents import CombinedExtent, Extent, ExtentWalk, extents_by_context
 from nbdcore.clients.requests import Request
 from nbdcore.clients.settings import ClientOptions
-from nbdcore.clients.splitting import data_limit
 from nbdcore.errors import Error, UsageError
 from nbdcore.protocol import commands
 from nbdcore.protocol.agreement import Export
@@ -106,7 +105,7 @@ class AsyncClient(AsyncConnectCalls):
         live = self._ready("pread")
         limits = live.engine.limits
         count, offset = whole_numbers("pread", count, offset)
-        if count <= data_limit(limits) or df:
+        if count <= limits.data or df:
             command = commands.read(limits, count, offset, flags=CommandFlag.DF if df else 0)
             await live.run(command, timeout)
             data = command.data

@@ -14,7 +14,6 @@ from typing import Any
 from nbdcore.clients import requests
 from nbdcore.clients.arguments import bytes_view, whole_number, whole_numbers
 from nbdcore.clients.requests import Request
-from nbdcore.clients.splitting import data_limit
 from nbdcore.errors import UsageError
 from nbdcore.protocol import commands
 from nbdcore.protocol.commands import Command, Limits
@@ -52,7 +51,7 @@ def checked_depth(call: str, depth: Any) -> int:
 
 def reads(limits: Limits, ranges: Iterable[tuple[int, int]]) -> Generator[Command]:
     """Yield the commands that read (offset, count) ranges."""
-    most, read = data_limit(limits), commands.read
+    most, read = limits.data, commands.read
     for item in ranges:
         try:
             offset, count = item
@@ -70,7 +69,7 @@ def reads(limits: Limits, ranges: Iterable[tuple[int, int]]) -> Generator[Comman
 
 def reads_into(limits: Limits, items: Iterable[tuple[int, Any]]) -> Generator[Command]:
     """Yield the commands that read into (offset, buffer) pairs."""
-    most = data_limit(limits)
+    most = limits.data
     for offset, buffer in _pairs("pread_into_many", "offset and buffer", items):
         if offset.__class__ is not int:
             offset = whole_number("pread_into_many", "offset", offset)  # noqa: PLW2901 (made plain)
@@ -86,7 +85,7 @@ def reads_into(limits: Limits, items: Iterable[tuple[int, Any]]) -> Generator[Co
 
 def writes(limits: Limits, items: Iterable[tuple[int, Any]], *, fua: bool) -> Generator[Command]:
     """Yield the commands that write (offset, data) pairs."""
-    most, flags = data_limit(limits), CommandFlag.FUA.value if fua else 0
+    most, flags = limits.data, CommandFlag.FUA.value if fua else 0
     for offset, data in _pairs("pwrite_many", "offset and data", items):
         if offset.__class__ is not int:
             offset = whole_number("pwrite_many", "offset", offset)  # noqa: PLW2901 (made plain)

@@ -18,7 +18,6 @@ from nbdcore.clients.extents import CombinedExtent, Extent, ExtentWalk, extents_
 from nbdcore.clients.many import ManyCalls
 from nbdcore.clients.requests import PIECES_AT_A_TIME, Request
 from nbdcore.clients.sharing import SharedSession
-from nbdcore.clients.splitting import data_limit
 from nbdcore.clients.ways import ConnectCalls
 from nbdcore.errors import DeadlineExceeded, Error, UsageError
 from nbdcore.protocol import commands
@@ -87,7 +86,7 @@ class BlockingCalls(ManyCalls, ConnectCalls):
         """
         limits = self._connected("pread")
         count, offset = whole_numbers("pread", count, offset)
-        if count <= data_limit(limits) or df:
+        if count <= limits.data or df:
             command = commands.read(limits, count, offset, flags=CommandFlag.DF if df else 0)
             self._run(command, timeout)
             return command.result()

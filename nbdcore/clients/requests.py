@@ -11,7 +11,7 @@ from typing import Any
 
 from nbdcore.clients.arguments import bytes_view, texts, whole_number, whole_numbers
 from nbdcore.clients.extents import ExtentWalk
-from nbdcore.clients.splitting import data_limit, length_limit, pieces
+from nbdcore.clients.splitting import length_limit, pieces
 from nbdcore.errors import UsageError
 from nbdcore.protocol import commands
 from nbdcore.protocol.agreement import Agreement
@@ -67,7 +67,7 @@ def read_into(limits: Limits, buffer: Any, offset: Any, *, df: bool, call: str =
         begin = at - offset
         return commands.read(limits, count, at, target=view[begin : begin + count], flags=flags)
 
-    return len(view), _split(build, len(view), offset, len(view) if df else data_limit(limits))
+    return len(view), _split(build, len(view), offset, len(view) if df else limits.data)
 
 
 def write(limits: Limits, data: Any, offset: Any, *, fua: bool, call: str = "pwrite") -> Request:
@@ -80,7 +80,7 @@ def write(limits: Limits, data: Any, offset: Any, *, fua: bool, call: str = "pwr
         begin = at - offset
         return commands.write(limits, view[begin : begin + count], at, flags=flags)
 
-    return _split(build, len(view), offset, data_limit(limits))
+    return _split(build, len(view), offset, limits.data)
 
 
 # ---------------------------------------------------------------------------------------------- ranges

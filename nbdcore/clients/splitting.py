@@ -12,11 +12,6 @@ from nbdcore.protocol.constants import MAX_COMPACT_LENGTH
 _SECTOR = 512
 
 
-def data_limit(limits: Limits) -> int:
-    """Return the most bytes of data to read or write in one request."""
-    return aligned(limits.maximum, limits.minimum)
-
-
 def length_limit(limits: Limits, *, bounded: bool) -> int:
     """Return the most bytes that a request without data may cover.
 

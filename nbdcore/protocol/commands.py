@@ -78,6 +78,7 @@ class Limits:
         strict: which checks are made.
         plain_reads: end in bytes of what may be read without further checks by a request without flags; 0 where none may.
         plain_writes: the same of what may be written.
+        data: most bytes of data to read or write in one request: the maximum in whole blocks.
     """
 
     size: int
@@ -91,10 +92,12 @@ class Limits:
     strict: int = ALL_STRICT
     plain_reads: int = field(init=False)
     plain_writes: int = field(init=False)
+    data: int = field(init=False)
 
     def __post_init__(self) -> None:
         reads = self.size if self.strict == _ALL_STRICT and self.minimum <= 1 else 0
         object.__setattr__(self, "plain_reads", reads)
+        object.__setattr__(self, "data", self.maximum - self.maximum % self.minimum)
         object.__setattr__(self, "plain_writes", 0 if self.flags & _READ_ONLY else reads)
 
 
