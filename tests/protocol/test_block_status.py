@@ -176,6 +176,18 @@ def test_later_extent_of_no_bytes_ends_the_list(mode):
 
 
 @both
+def test_lengths_that_have_zero_bytes_side_by_side_are_not_taken_for_no_bytes(mode):
+    extents = [(1 << 16, 1), (1 << 12, 0), (1 << 24, 1), (1 << 12, 0), (1 << 16, 1), (1 << 8, 0)]
+
+    def answer(command):
+        return status_chunk(mode, command, 1, extents, done=True)
+
+    client, command = answered(mode, answer, size=1 << 30)
+
+    check_good(client, command, ("base:allocation", [length for length, _ in extents], [flags for _, flags in extents]))
+
+
+@both
 @pytest.mark.parametrize("length", [*range(13), 15, 16, 19, 21, 23, 25, 28, 32, 36])
 def test_status_of_a_wrong_length_fails_the_command(mode, length):
     kind, right = (Chunk.BLOCK_STATUS_EXT, (24, 40)) if mode == "extended" else (Chunk.BLOCK_STATUS, (12, 20, 28, 36))
