@@ -80,15 +80,19 @@ class Session:
         """Whether `advance()` would find bytes that the stream holds already, though its descriptor may be quiet."""
         return self._stream.buffered() and self.engine.phase not in _OVER and len(self.engine.room()) > 0
 
-    def advance(self) -> None:
-        """Send and receive what can be sent and received now."""
-        self.send()
-        self.receive()
+    def advance(self, *, eager: bool = False) -> None:
+        """Send and receive what can be sent and received now; `eager`: as `receive` has it."""
+        if self._has_to_send or self._stream.wants() is not _NOTHING:
+            self.send()
+        self.receive(eager=eager)
 
     def advance_eagerly(self) -> None:
         """Send what can be sent now, and receive only until there is an outcome, for which the caller has something to do."""
-        self.send()
-        self.receive(eager=True)
+        self.advance(eager=True)
+
+    @property
+    def _has_to_send(self) -> bool:
+        return self.engine.has_outgoing or self._finishing or self._shake_hands is not None
 
     def send(self) -> None:
         """Send what is queued, as far as the stream takes it now."""
@@ -103,7 +107,7 @@ class Session:
                 engine.sent(count)
                 if not engine.has_outgoing:
                     break
-            if engine.finished_sending and not self._half_closed:
+            if engine.ending and engine.finished_sending and not self._half_closed:
                 self._finish_sending()
             elif (owed := stream.wants()) is not _NOTHING and owed & Want.WRITE:
                 stream.send([])

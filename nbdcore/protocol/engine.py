@@ -59,6 +59,7 @@ class Engine(Exchanges):
         ended_by_program: it was this program that ended it.
         queue: commands of which nothing has been packed, let alone sent.
         in_flight: cookie -> command, for those that have been.
+        ending: a disconnect was queued.
     """
 
     def __init__(self, settings: Settings, *, strict: int = ALL_STRICT) -> None:
@@ -79,7 +80,7 @@ class Engine(Exchanges):
         self._parts: list[memoryview] = []
         self._begun: memoryview | None = None  # the part of which some bytes are sent, as it was
         self._last_cookie = 0
-        self._ending = False
+        self.ending = False
 
     # ------------------------------------------------------------------------------------------ phases
 
@@ -168,17 +169,17 @@ class Engine(Exchanges):
         """Queue a command and return its cookie. Raises UsageError unless CONNECTED, and once a disconnect is queued."""
         if self.phase is not _CONNECTED:
             raise self._out_of_phase(command, _CONNECTED) from self.error
-        if self._ending:
+        if self.ending:
             raise UsageError(errno.EINVAL, f"{command}: the connection is being closed")
         self._last_cookie = command.cookie = cookie = self._last_cookie + 1
         if command.type == _DISC:
-            self._ending = True
+            self.ending = True
         self.queue.append(command)
         return cookie
 
     def submit_all(self, commands: Sequence[Command]) -> None:
         """Queue several commands, none of them a disconnect, or none: raises as `submit` does."""
-        if self.phase is not _CONNECTED or self._ending:
+        if self.phase is not _CONNECTED or self.ending:
             for command in commands:
                 self.submit(command)  # raises with the first
         cookie = self._last_cookie
@@ -233,7 +234,7 @@ class Engine(Exchanges):
     @property
     def finished_sending(self) -> bool:
         """Whether a disconnect was queued and everything has been sent: the sending side may be shut down."""
-        return self._ending and not self.queue and not self._parts
+        return self.ending and not self.queue and not self._parts
 
     # ------------------------------------------------------------------------------------------ bytes out
 

@@ -17,7 +17,7 @@ from nbdcore.errors import DeadlineExceeded, Disconnected, UsageError
 from nbdcore.streams import waiting
 from nbdcore.streams.base import Want
 from nbdcore.streams.sockets import connected_pair
-from nbdcore.streams.waiting import NEVER, Deadline, drive, wait, wait_any
+from nbdcore.streams.waiting import NEVER, Deadline, Watch, drive, wait, wait_any
 
 SOON = 30.0
 BOTH = Want.READ | Want.WRITE
@@ -292,3 +292,79 @@ def test_descriptor_numbers_above_1024_work(pair, request):
     finally:
         os.close(2000)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# --- watching one descriptor again and again ---
+
+MANY = 3 * waiting._RUN * waiting._TRIAL * waiting._TRIALS // 2  # so that looking and sleeping both have their turns
+
+
+@pytest.fixture(params=["looking", "one processor"])
+def watch(request, monkeypatch):
+    monkeypatch.setattr(waiting, "_LOOKS", range(48) if request.param == "looking" else range(0))
+    if waiting._ready is waiting._by_select:
+        monkeypatch.setattr(waiting, "_HAS_POLL", False)
+    return Watch()
+
+
+def test_each_of_many_watches_ends_when_there_is_something(pair, watch):
+    near, far = pair
+    for number in range(MANY):
+        far.send(bytes([number % 256]))
+        watch.wait(near.fileno(), NEVER)
+        assert near.recv(1) == bytes([number % 256])
+
+
+def test_a_watch_ends_when_something_comes_late(pair, watch):
+    near, far = pair
+    for _ in range(5):
+        timer = threading.Timer(0.02, far.send, (b"x",))
+        timer.start()
+        watch.wait(near.fileno(), Deadline.after(SOON))
+        assert near.recv(1) == b"x"
+        timer.join()
+
+
+def test_a_watch_ends_at_its_deadline(pair, watch):
+    near, _ = pair
+    begin = time.monotonic()
+    for _ in range(3):
+        watch.wait(near.fileno(), Deadline.after(0.05))
+    assert time.monotonic() - begin >= 0.15
+
+
+def test_a_watch_that_may_not_wait_returns(pair, watch):
+    near, _ = pair
+    for _ in range(100):
+        watch.wait(near.fileno(), Deadline.after(0))
+
+
+def test_a_watch_ends_when_the_peer_hangs_up(pair, watch):
+    near, far = pair
+    far.close()
+    watch.wait(near.fileno(), NEVER)
+    assert near.recv(1) == b""
+
+
+def test_a_descriptor_that_is_not_open_is_not_watched(pair, watch):
+    near, far = pair
+    far.send(b"x")
+    watch.wait(near.fileno(), NEVER)
+    watch.wait(-1, NEVER)
+
+
+def test_a_watch_follows_another_descriptor(pair, watch):
+    near, far = pair
+    far.send(b"x")
+    watch.wait(near.fileno(), NEVER)
+    near.send(b"y")
+    watch.wait(far.fileno(), NEVER)
+    assert (near.recv(1), far.recv(1)) == (b"x", b"y")
+
+
+def test_what_comes_late_again_and_again_is_slept_for(pair, watch):
+    near, _ = pair
+    for _ in range(20):
+        watch.wait(near.fileno(), Deadline.after(0))
+    looks = waiting._HAS_POLL and len(waiting._LOOKS) > 0
+    assert (watch._misses > 1) == looks
