@@ -11,11 +11,13 @@ Imported by its own name only: `import nbdcore` does not bring asyncio. Values a
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Iterable
-from typing import Any, Unpack
+from typing import Any, Generic, TypeVar, Unpack, overload
 
 from nbdcore.clients.arguments import deadline_after
 from nbdcore.clients.asynchronous import AsyncClient
+from nbdcore.clients.asynchronous_pool import AsyncPool
 from nbdcore.clients.asynchronous_ways import VSOCK_HOST
+from nbdcore.clients.pool import refuse_pool
 from nbdcore.clients.settings import ClientOptions
 from nbdcore.protocol.agreement import Export
 from nbdcore.protocol.constants import DEFAULT_PORT
@@ -23,6 +25,7 @@ from nbdcore.streams.base import Stream
 
 __all__ = [
     "AsyncClient",
+    "AsyncPool",
     "Connecting",
     "connect",
     "connect_command",
@@ -37,26 +40,87 @@ __all__ = [
 ]
 
 
-class Connecting:
+AnyClient = TypeVar("AnyClient", bound=AsyncClient)
+
+
+class Connecting(Generic[AnyClient]):
     """What the `connect` functions return: await it for the client, or open an `async with` block with it."""
 
-    def __init__(self, client: AsyncClient, connect: Callable[[AsyncClient], Awaitable[AsyncClient]]) -> None:
+    def __init__(self, client: AnyClient, connect: Callable[[AnyClient], Awaitable[AnyClient]]) -> None:
         self._client = client
         self._connect = connect
 
-    def __await__(self) -> Generator[Any, None, AsyncClient]:
+    def __await__(self) -> Generator[Any, None, AnyClient]:
         return self._connect(self._client).__await__()
 
-    async def __aenter__(self) -> AsyncClient:
+    async def __aenter__(self) -> AnyClient:
         return await self._connect(self._client)
 
     async def __aexit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         await self._client.__aexit__(kind, *rest)
 
 
-def connect(uri: str, *, timeout: float | None = None, wait: float | None = None, **options: Unpack[ClientOptions]) -> Connecting:
-    """Connect to the server and export that an NBD URI names. See `nbdcore.Client` for options."""
-    return Connecting(AsyncClient(**options), lambda client: client.connect(uri, timeout=timeout, wait=wait))
+@overload
+def connect(
+    uri: str,
+    *,
+    connections: None = ...,
+    timeout: float | None = ...,
+    wait: float | None = ...,
+    **options: Unpack[ClientOptions],
+) -> Connecting[AsyncClient]: ...
+
+
+@overload
+def connect(
+    uri: str,
+    *,
+    connections: int,
+    timeout: float | None = ...,
+    wait: float | None = ...,
+    **options: Unpack[ClientOptions],
+) -> Connecting[AsyncPool]: ...
+
+
+def connect(
+    uri: str,
+    *,
+    connections: int | None = None,
+    timeout: float | None = None,
+    wait: float | None = None,
+    **options: Unpack[ClientOptions],
+) -> Connecting[Any]:
+    """Connect to the server and export that an NBD URI names. See `nbdcore.Client` for options.
+
+    With `connections` it connects a pool, `AsyncPool`, of up to so many.
+    """
+    return Connecting(_new(connections, options), lambda client: client.connect(uri, timeout=timeout, wait=wait))
+
+
+@overload
+def connect_tcp(
+    host: str = ...,
+    port: int = ...,
+    *,
+    keepalive: bool = ...,
+    connections: None = ...,
+    timeout: float | None = ...,
+    wait: float | None = ...,
+    **options: Unpack[ClientOptions],
+) -> Connecting[AsyncClient]: ...
+
+
+@overload
+def connect_tcp(
+    host: str = ...,
+    port: int = ...,
+    *,
+    keepalive: bool = ...,
+    connections: int,
+    timeout: float | None = ...,
+    wait: float | None = ...,
+    **options: Unpack[ClientOptions],
+) -> Connecting[AsyncPool]: ...
 
 
 def connect_tcp(
@@ -64,34 +128,125 @@ def connect_tcp(
     port: int = DEFAULT_PORT,
     *,
     keepalive: bool = False,
+    connections: int | None = None,
     timeout: float | None = None,
     wait: float | None = None,
     **options: Unpack[ClientOptions],
-) -> Connecting:
-    """Connect over TCP. See `nbdcore.Client` for options."""
+) -> Connecting[Any]:
+    """Connect over TCP. See `nbdcore.Client` for options.
+
+    With `connections` it connects a pool, `AsyncPool`, of up to so many.
+    """
     return Connecting(
-        AsyncClient(**options),
-        lambda client: client.connect_tcp(host, port, keepalive=keepalive, timeout=timeout, wait=wait),
+        _new(connections, options), lambda client: client.connect_tcp(host, port, keepalive=keepalive, timeout=timeout, wait=wait)
     )
 
 
+@overload
 def connect_unix(
-    path: Any, *, timeout: float | None = None, wait: float | None = None, **options: Unpack[ClientOptions]
-) -> Connecting:
-    """Connect to a unix socket. See `nbdcore.Client` for options."""
-    return Connecting(AsyncClient(**options), lambda client: client.connect_unix(path, timeout=timeout, wait=wait))
+    path: Any,
+    *,
+    connections: None = ...,
+    timeout: float | None = ...,
+    wait: float | None = ...,
+    **options: Unpack[ClientOptions],
+) -> Connecting[AsyncClient]: ...
+
+
+@overload
+def connect_unix(
+    path: Any,
+    *,
+    connections: int,
+    timeout: float | None = ...,
+    wait: float | None = ...,
+    **options: Unpack[ClientOptions],
+) -> Connecting[AsyncPool]: ...
+
+
+def connect_unix(
+    path: Any,
+    *,
+    connections: int | None = None,
+    timeout: float | None = None,
+    wait: float | None = None,
+    **options: Unpack[ClientOptions],
+) -> Connecting[Any]:
+    """Connect to a unix socket. See `nbdcore.Client` for options.
+
+    With `connections` it connects a pool, `AsyncPool`, of up to so many.
+    """
+    return Connecting(_new(connections, options), lambda client: client.connect_unix(path, timeout=timeout, wait=wait))
+
+
+@overload
+def connect_vsock(
+    cid: int = ...,
+    port: int = ...,
+    *,
+    connections: None = ...,
+    timeout: float | None = ...,
+    wait: float | None = ...,
+    **options: Unpack[ClientOptions],
+) -> Connecting[AsyncClient]: ...
+
+
+@overload
+def connect_vsock(
+    cid: int = ...,
+    port: int = ...,
+    *,
+    connections: int,
+    timeout: float | None = ...,
+    wait: float | None = ...,
+    **options: Unpack[ClientOptions],
+) -> Connecting[AsyncPool]: ...
 
 
 def connect_vsock(
     cid: int = VSOCK_HOST,
     port: int = DEFAULT_PORT,
     *,
+    connections: int | None = None,
     timeout: float | None = None,
     wait: float | None = None,
     **options: Unpack[ClientOptions],
-) -> Connecting:
-    """Connect over vsock; the default is the host of this virtual machine, NBD's port. See `nbdcore.Client` for options."""
-    return Connecting(AsyncClient(**options), lambda client: client.connect_vsock(cid, port, timeout=timeout, wait=wait))
+) -> Connecting[Any]:
+    """Connect over vsock; the default is the host of this virtual machine, NBD's port. See `nbdcore.Client` for options.
+
+    With `connections` it connects a pool, `AsyncPool`, of up to so many.
+    """
+    return Connecting(_new(connections, options), lambda client: client.connect_vsock(cid, port, timeout=timeout, wait=wait))
+
+
+@overload
+def connect_ssh(
+    host: str,
+    *,
+    socket: str | None = ...,
+    port: int | None = ...,
+    user: str | None = ...,
+    ssh_port: int | None = ...,
+    connections: None = ...,
+    timeout: float | None = ...,
+    wait: float | None = ...,
+    **options: Unpack[ClientOptions],
+) -> Connecting[AsyncClient]: ...
+
+
+@overload
+def connect_ssh(
+    host: str,
+    *,
+    socket: str | None = ...,
+    port: int | None = ...,
+    user: str | None = ...,
+    ssh_port: int | None = ...,
+    connections: int,
+    timeout: float | None = ...,
+    wait: float | None = ...,
+    **options: Unpack[ClientOptions],
+) -> Connecting[AsyncPool]: ...
 
 
 def connect_ssh(
@@ -101,13 +256,17 @@ def connect_ssh(
     port: int | None = None,
     user: str | None = None,
     ssh_port: int | None = None,
+    connections: int | None = None,
     timeout: float | None = None,
     wait: float | None = None,
     **options: Unpack[ClientOptions],
-) -> Connecting:
-    """Connect through ssh to a server on another machine. See `AsyncClient.connect_ssh`, and `nbdcore.Client` for options."""
+) -> Connecting[Any]:
+    """Connect through ssh to a server on another machine. See `AsyncClient.connect_ssh`, and `nbdcore.Client` for options.
+
+    With `connections` it connects a pool, `AsyncPool`, of up to so many.
+    """
     return Connecting(
-        AsyncClient(**options),
+        _new(connections, options),
         lambda client: client.connect_ssh(
             host, socket=socket, port=port, user=user, ssh_port=ssh_port, timeout=timeout, wait=wait
         ),
@@ -116,9 +275,11 @@ def connect_ssh(
 
 def connect_command(
     argv: Iterable[str], *, timeout: float | None = None, wait: float | None = None, **options: Unpack[ClientOptions]
-) -> Connecting:
+) -> Connecting[AsyncClient]:
     """Run a server that talks on its standard input and output. See `nbdcore.Client` for options."""
-    return Connecting(AsyncClient(**options), lambda client: client.connect_command(argv, timeout=timeout, wait=wait))
+    return Connecting(
+        _single("connect_command", options), lambda client: client.connect_command(argv, timeout=timeout, wait=wait)
+    )
 
 
 def connect_socket_activation(
@@ -128,22 +289,22 @@ def connect_socket_activation(
     timeout: float | None = None,
     wait: float | None = None,
     **options: Unpack[ClientOptions],
-) -> Connecting:
+) -> Connecting[AsyncClient]:
     """Run a server that takes a listening socket over. See `nbdcore.Client` for options."""
     return Connecting(
-        AsyncClient(**options),
+        _single("connect_socket_activation", options),
         lambda client: client.connect_socket_activation(argv, name=name, timeout=timeout, wait=wait),
     )
 
 
-def connect_socket(socket: Any, *, timeout: float | None = None, **options: Unpack[ClientOptions]) -> Connecting:
+def connect_socket(socket: Any, *, timeout: float | None = None, **options: Unpack[ClientOptions]) -> Connecting[AsyncClient]:
     """Connect over a connected stream socket, or its descriptor. See `nbdcore.Client` for options."""
-    return Connecting(AsyncClient(**options), lambda client: client.connect_socket(socket, timeout=timeout))
+    return Connecting(_single("connect_socket", options), lambda client: client.connect_socket(socket, timeout=timeout))
 
 
-def connect_stream(stream: Stream, *, timeout: float | None = None, **options: Unpack[ClientOptions]) -> Connecting:
+def connect_stream(stream: Stream, *, timeout: float | None = None, **options: Unpack[ClientOptions]) -> Connecting[AsyncClient]:
     """Connect over a stream that is open already, and belongs to the client from then on. See `nbdcore.Client` for options."""
-    return Connecting(AsyncClient(**options), lambda client: client.connect_stream(stream, timeout=timeout))
+    return Connecting(_single("connect_stream", options), lambda client: client.connect_stream(stream, timeout=timeout))
 
 
 async def list_exports(
@@ -154,3 +315,12 @@ async def list_exports(
     options["opt_mode"] = True
     async with connect(uri, timeout=timeout, wait=wait, **options) as client:
         return await client.opt_list(timeout=timeout if wait else deadline.remaining())
+
+
+def _new(connections: int | None, options: ClientOptions) -> AsyncClient:
+    return AsyncClient(**options) if connections is None else AsyncPool(connections=connections, **options)
+
+
+def _single(call: str, options: ClientOptions) -> AsyncClient:
+    refuse_pool(call, options)
+    return AsyncClient(**options)

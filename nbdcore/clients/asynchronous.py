@@ -16,7 +16,7 @@ from nbdcore.clients import batches, requests
 from nbdcore.clients.arguments import deadline_after, texts, whole_numbers
 from nbdcore.clients.asynchronous_many import Many
 from nbdcore.clients.asynchronous_pipeline import run_all
-from nbdcore.clients.asynchronous_session import LoopSession
+from nbdcore.clients.asynchronous_session import LoopSessions
 from nbdcore.clients.asynchronous_ways import AsyncConnectCalls
 from nbdcore.clients.batches import DEPTH
 from nbdcore.clients.columns import CombinedExtentColumns, ExtentColumns
@@ -354,7 +354,7 @@ class AsyncClient(AsyncConnectCalls):
 
     # ------------------------------------------------------------------------------------------ running
 
-    def _ready(self, call: str) -> LoopSession:
+    def _ready(self, call: str) -> LoopSessions:
         """Return the session of a connection that takes commands. Small reads ask for it: so all is looked at in one go."""
         live = self._live
         if live is None or live.engine.phase is not _CONNECTED or not live.loop.is_running():

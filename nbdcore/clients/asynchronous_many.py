@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Generic, TypeVar
 
 from nbdcore.clients.asynchronous_pipeline import Pipeline
-from nbdcore.clients.asynchronous_session import LoopSession, call_in
+from nbdcore.clients.asynchronous_session import LoopSessions, call_in
 from nbdcore.clients.batches import Whole
 from nbdcore.protocol.commands import Command
 
@@ -37,7 +37,7 @@ class _ManyPipeline(Pipeline):
 
     __slots__ = ("failed", "whole")
 
-    def __init__(self, session: LoopSession) -> None:
+    def __init__(self, session: LoopSessions) -> None:
         super().__init__(session)
         self.whole: deque[Command | Whole] = deque()
         self.failed: Exception | None = None
@@ -63,7 +63,7 @@ class Many(AsyncIterator[Item], Generic[Item]):
 
     def __init__(
         self,
-        session: LoopSession,
+        session: LoopSessions,
         fresh: Generator[Command],
         pick: Callable[[Command | Whole], Item],
         *,

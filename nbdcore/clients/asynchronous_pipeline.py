@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable
 from itertools import islice
 
-from nbdcore.clients.asynchronous_session import LoopSession, settle
+from nbdcore.clients.asynchronous_session import LoopSessions, settle
 from nbdcore.clients.requests import Pieces
 from nbdcore.errors import DeadlineExceeded, Error
 from nbdcore.protocol.commands import Command
@@ -26,7 +26,7 @@ class Pipeline:
 
     __slots__ = ("_session", "_under_way", "_waiter", "finished")
 
-    def __init__(self, session: LoopSession) -> None:
+    def __init__(self, session: LoopSessions) -> None:
         self._session = session
         self._under_way: set[Command] = set()
         self._waiter: asyncio.Future[bool] | None = None
@@ -75,7 +75,7 @@ class Pipeline:
             self._session.abandon(command, "the rest is not wanted any more")
 
 
-async def run_all(session: LoopSession, commands: Pieces, deadline: Deadline, *, depth: int) -> None:
+async def run_all(session: LoopSessions, commands: Pieces, deadline: Deadline, *, depth: int) -> None:
     """Run commands with up to `depth` of them under way at a time, then raise the first error of any.
 
     After an error no more are begun, and those under way are waited for. At the deadline, or when cancelled, they are abandoned.

@@ -18,7 +18,8 @@ import copy
 import errno
 import types
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
+from typing import Protocol
 
 from nbdcore.clients.arguments import deadline_after
 from nbdcore.clients.asynchronous_waiter import Waiter
@@ -31,6 +32,37 @@ from nbdcore.streams.base import Want
 from nbdcore.streams.waiting import Deadline
 
 _READ, _WRITE = int(Want.READ), int(Want.WRITE)
+
+
+class LoopSessions(Protocol):
+    """What callers know of one session in a loop, or of several to the same export. See `LoopSession`."""
+
+    loop: asyncio.AbstractEventLoop
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, or one that stands for all."""
+
+    def submit(self, command: Command) -> None:
+        """Queue a command."""
+
+    def run(self, command: Command, timeout: float | None) -> Awaitable[None]:
+        """Run one command and raise its error. At the deadline, or when the task is cancelled, it is abandoned."""
+
+    def abandon(self, command: Command, why: str) -> None:
+        """Give a command up without a word to whoever waits for it: its memory is not touched any more."""
+
+    def take_error(self, command: Command) -> Error | None:
+        """Return a finished command's error for its caller to raise: a copy of their own where others may raise or keep it."""
+
+    async def exchange(self, start: Callable[[Engine], Exchange], deadline: Deadline, what: str) -> object:
+        """Run one conversation with the server and return its result."""
+
+    async def take_leave(self, deadline: Deadline) -> None:
+        """Say goodbye, unless another task has, and wait until all has ended."""
+
+    def close(self, error: Error | None = None) -> None:
+        """End all now. Callers that wait are woken, and get `error`, or that this program closed it."""
 
 
 class LoopSession:

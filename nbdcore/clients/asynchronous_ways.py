@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from nbdcore.clients.arguments import deadline_after, text
 from nbdcore.clients.asynchronous_options import AsyncOptionCalls
-from nbdcore.clients.asynchronous_session import LoopSession, call_in
+from nbdcore.clients.asynchronous_session import LoopSession, LoopSessions, call_in
 from nbdcore.clients.asynchronous_waiting import LoopWait, check_loop
 from nbdcore.clients.connecting import Route, Way, adopt, route_by_name, route_by_uri, sooner
 from nbdcore.clients.encryption import Encryption
@@ -25,7 +25,7 @@ from nbdcore.clients.session import Session, StartTLS
 from nbdcore.clients.settings import ClientOptions, checked_encryption, checked_permissions, checked_settings
 from nbdcore.errors import DeadlineExceeded, Disconnected, Error, TransportError, UsageError
 from nbdcore.plugins.registry import registry
-from nbdcore.protocol.agreement import TLSPolicy
+from nbdcore.protocol.agreement import Settings, TLSPolicy
 from nbdcore.protocol.constants import DEFAULT_PORT
 from nbdcore.protocol.engine import Engine, Exchange
 from nbdcore.protocol.state import Phase
@@ -57,7 +57,7 @@ class AsyncConnectCalls(AsyncOptionCalls):
         super().__init__(Engine(checked_settings(options)))
         self._encryption = checked_encryption(options)
         self._permissions = checked_permissions(options)
-        self._live: LoopSession | None = None
+        self._live: LoopSessions | None = None
         self._waiting: LoopWait | None = None
         self._way: Way | None = None
         self._where = ""
@@ -218,6 +218,23 @@ class AsyncConnectCalls(AsyncOptionCalls):
             await self._attempt(way, deadline)
         return self
 
+    async def _connect_alike(self, way: Way, settings: Settings, deadline: Deadline) -> None:
+        """Connect by the way, and with the settings, of another client."""
+        self._engine = Engine(settings)
+        self._begin_connecting("connect", str(way.route.address), way.tls, way=way)
+        await self._attempt(way, deadline)
+
+    def _release(self) -> LoopSession:
+        """Give the open connection to somebody else, who closes it; this client has none from here on."""
+        live = self._live
+        assert isinstance(live, LoopSession), "what connecting leaves"
+        assert self._lost is not None, "what connecting leaves"
+        self._lost.detach()
+        self._live = self._lost = None
+        self._engine = Engine(self._engine.settings)
+        self._engine.end("the connection was given to somebody else")
+        return live
+
     async def _starter(self, encryption: Encryption, server_name: str | None) -> StartTLS | None:
         by_hand = self._engine.settings.opt_mode
         if encryption.settled is TLSPolicy.DISABLE and not by_hand:
@@ -301,7 +318,7 @@ class AsyncConnectCalls(AsyncOptionCalls):
     async def _exchange(self, start: Callable[[Engine], Exchange], deadline: Deadline, what: str) -> Any:
         return await self._session().exchange(start, deadline, what)
 
-    def _session(self) -> LoopSession:
+    def _session(self) -> LoopSessions:
         """Return the session. Raises UsageError in any loop but its own, whose thread alone may touch it."""
         live = self._live
         if live is None:

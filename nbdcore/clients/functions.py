@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterable
 from typing import Any, Unpack, overload
 
 from nbdcore.clients.arguments import deadline_after
 from nbdcore.clients.blocking import Client
-from nbdcore.clients.pool import Pool
+from nbdcore.clients.pool import Pool, refuse_pool
 from nbdcore.clients.settings import ClientOptions
 from nbdcore.clients.ways import VSOCK_HOST
-from nbdcore.errors import UsageError
 from nbdcore.protocol.agreement import Export
 from nbdcore.protocol.constants import DEFAULT_PORT
 
@@ -238,6 +236,5 @@ def _new(connections: int | None, options: ClientOptions) -> Client | Pool:
 
 
 def _single(call: str, options: ClientOptions) -> Client:
-    if "connections" in options:
-        raise UsageError(errno.EINVAL, f"{call}: there is no second way to the same server, so there is no pool of connections")
+    refuse_pool(call, options)
     return Client(**options)

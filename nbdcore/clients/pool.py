@@ -41,7 +41,7 @@ CONNECTIONS = 4
 MOST_CONNECTIONS = 128
 #: Seconds that the further connections may take beyond what the first one took. They are opened at the same time, so more than
 #: that is a server that accepted a connection and will not greet, as qemu-nbd does with those beyond `--shared`.
-_GRACE = 2.0
+GRACE = 2.0
 
 
 class Pool(BlockingCalls):
@@ -67,9 +67,7 @@ class Pool(BlockingCalls):
     """
 
     def __init__(self, *, connections: int = CONNECTIONS, **options: Unpack[ClientOptions]) -> None:
-        self._asked_for = checked_connections(connections)
-        if options.get("opt_mode"):
-            raise UsageError(errno.EINVAL, "a pool has no opt mode, which is about a single connection: use a Client")
+        self._asked_for = checked_connections(connections, options)
         self._shared = None  # the engine is asked for by way of it
         super().__init__(options)
 
@@ -117,7 +115,7 @@ class Pool(BlockingCalls):
         count = self._asked_for - 1 if self._engine.limits.flags & TransmissionFlag.CAN_MULTI_CONN else 0
         if not count:
             return
-        patience = Deadline.after(time.monotonic() - begin + _GRACE)
+        patience = Deadline.after(time.monotonic() - begin + GRACE)
         try:
             self._join(open_further(way, self._engine, count, sooner(deadline, patience), self._is_wanted))
         except BaseException as exc:
@@ -141,14 +139,25 @@ class Pool(BlockingCalls):
 
     def _refuse_several(self, call: str, why: str) -> None:
         if self._asked_for > 1:
-            raise UsageError(
-                errno.EINVAL, f"{call}: {why}, and a pool of {self._asked_for} was asked for; use a Client, or connections=1"
-            )
+            raise refusal_of_several(call, why, self._asked_for)
 
 
-def checked_connections(connections: Any) -> int:
-    """Return the number of connections asked for. Raises UsageError unless it is 1 to 128."""
-    number = whole_number("a pool", "connections", connections)
+def checked_connections(connections: Any, options: ClientOptions) -> int:
+    """Return the number of connections asked for. Raises UsageError unless it is 1 to 128, and for options of no pool."""
+    number = int(whole_number("a pool", "connections", connections))
     if not 1 <= number <= MOST_CONNECTIONS:
         raise UsageError(errno.EINVAL, f"a pool has 1 to {MOST_CONNECTIONS} connections: not {number}")
+    if options.get("opt_mode"):
+        raise UsageError(errno.EINVAL, "a pool has no opt mode, which is about a single connection: use a client")
     return number
+
+
+def refusal_of_several(call: str, why: str, number: int) -> UsageError:
+    """Return the error of a call that leads to one connection only, where more were asked for."""
+    return UsageError(errno.EINVAL, f"{call}: {why}, and a pool of {number} was asked for; use a client, or connections=1")
+
+
+def refuse_pool(call: str, options: ClientOptions) -> None:
+    """Raise UsageError where a function that cannot make a pool was asked for one."""
+    if "connections" in options:
+        raise UsageError(errno.EINVAL, f"{call}: there is no second way to the same server, so there is no pool of connections")

@@ -32,9 +32,9 @@ def open_further(way: Way, first: Engine, count: int, deadline: Deadline, wanted
         _shake_hands(clients, deadline, wanted)
         opened = [client for client in clients if client.phase is Phase.CONNECTED]
         for client in opened:
-            if not _agree(client.engine, first):
+            if not agree(client.engine, first):
                 client.disconnect()
-        return [client.release() for client in opened if _agree(client.engine, first)]
+        return [client.release() for client in opened if agree(client.engine, first)]
     finally:
         for client in clients:
             client.close()
@@ -58,7 +58,7 @@ def _advance(client: PolledClient) -> None:
         client.advance()
 
 
-def _agree(engine: Engine, first: Engine) -> bool:
+def agree(engine: Engine, first: Engine) -> bool:
     """Whether a request built for the first connection means the same on this one."""
     ours, theirs = engine.agreement, first.agreement
     return engine.limits == first.limits and ours.contexts == theirs.contexts and ours.tls == theirs.tls

@@ -148,14 +148,14 @@ def test_a_server_that_refuses_some_leaves_fewer(refusal):
 
 
 def test_a_server_that_accepts_and_never_greets_delays_by_no_more_than_the_grace(monkeypatch):
-    monkeypatch.setattr(pool_module, "_GRACE", SHORT)
+    monkeypatch.setattr(pool_module, "GRACE", SHORT)
     with pooled(script(serve(good)), [expect_end], [expect_end]) as (pool, _):
         assert pool.connections == 1
         assert pool.pread(8, 3, timeout=PATIENCE) == expected(3, 8)
 
 
 def test_a_server_that_stops_in_the_middle_of_the_handshake_delays_by_no_more_than_the_timeout(monkeypatch):
-    monkeypatch.setattr(pool_module, "_GRACE", 100 * PATIENCE)
+    monkeypatch.setattr(pool_module, "GRACE", 100 * PATIENCE)
     stuck = [greeting(), lambda c: c.receive(4), drain]
     with pooled(script(serve(good)), stuck, stuck, timeout=1.0) as (pool, _):
         assert pool.connections == 1
@@ -163,7 +163,7 @@ def test_a_server_that_stops_in_the_middle_of_the_handshake_delays_by_no_more_th
 
 
 def test_those_that_are_open_at_the_end_of_the_grace_are_used(monkeypatch):
-    monkeypatch.setattr(pool_module, "_GRACE", 0.5)
+    monkeypatch.setattr(pool_module, "GRACE", 0.5)
     with pooled(script(serve(good)), [expect_end], script(serve(good)), [expect_end]) as (pool, _):
         assert pool.connections == 2
 

@@ -87,7 +87,7 @@ def test_qemu_nbd_keeps_what_is_written(image):
 
 @pytest.mark.interop("qemu-nbd")
 def test_qemu_nbd_with_room_for_two_has_two(image, monkeypatch):
-    monkeypatch.setattr(pool_module, "_GRACE", 0.5)  # it takes the others, and does not greet them
+    monkeypatch.setattr(pool_module, "GRACE", 0.5)  # it takes the others, and does not greet them
     with qemu_nbd(image, shared=2) as server, nbdcore.connect(server.uri, connections=4, timeout=PATIENCE) as disk:
         assert disk.connections == 2
         use(disk)
