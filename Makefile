@@ -56,11 +56,18 @@ test-vsock: $(VENV)/ready servers vm-parts ## run the tests over a real AF_VSOCK
 # Nothing here is a test: what comes out depends on the machine, and on what else it does. BENCH takes further options, such as
 # --only reads; `python -m tests.bench --help` has them all.
 .PHONY: bench bench-quick
-bench: $(VENV)/ready servers ## measure nbdcore beside fio, nbdcopy and libnbd's Python module (minutes; leave the machine alone)
-	@$(BIN)/python -m tests.bench $(BENCH)
+SAME := .cache/bench/python
+bench: $(VENV)/ready $(SAME)/ready servers ## measure nbdcore beside fio, nbdcopy and libnbd's Python module (minutes; leave the machine alone)
+	@$(BIN)/python -m tests.bench --python $(SAME)/bin/python $(BENCH)
 
-bench-quick: $(VENV)/ready servers ## the same in less than a minute, and less exact
-	@$(BIN)/python -m tests.bench --quick $(BENCH)
+bench-quick: $(VENV)/ready $(SAME)/ready servers ## the same in less than a minute, and less exact
+	@$(BIN)/python -m tests.bench --quick --python $(SAME)/bin/python $(BENCH)
+
+# Debian's own Python, which is what libnbd's module is for: so both sides run on one interpreter.
+$(SAME)/ready: pyproject.toml hatch_build.py tests/setup/venv
+	@PYTHON=/usr/bin/python3 tests/setup/venv $(SAME)
+	@$(SAME)/bin/python -m pip install --quiet --editable '.[numpy]'
+	@touch $@
 
 lint: $(VENV)/ready-lint ## check style, formatting and types
 	$(BIN)/ruff check
