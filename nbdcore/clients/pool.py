@@ -30,8 +30,10 @@ from nbdcore.clients.pool_opening import open_further
 from nbdcore.clients.session import Session
 from nbdcore.clients.settings import ClientOptions
 from nbdcore.errors import Error, TransportError, UsageError
+from nbdcore.protocol.commands import Limits
 from nbdcore.protocol.constants import TransmissionFlag
 from nbdcore.protocol.engine import Engine
+from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import Stream
 from nbdcore.streams.waiting import Deadline
 
@@ -69,11 +71,18 @@ class Pool(BlockingCalls):
     def __init__(self, *, connections: int = CONNECTIONS, **options: Unpack[ClientOptions]) -> None:
         self._asked_for = checked_connections(connections, options)
         self._shared = None  # the engine is asked for by way of it
+        self._opening = False  # further connections: whoever waits must know of all that there will be
         super().__init__(options)
 
     def __repr__(self) -> str:
         where = f", {self.connections} to {self._where}" if self._where else ""
         return f"<nbdcore.Pool {self.phase.value}{where}>"
+
+    @property
+    def phase(self) -> Phase:
+        """Where the connections stand: connecting until all are open that there will be, lost when all are."""
+        phase = super().phase
+        return Phase.CONNECTING if self._opening and phase is Phase.CONNECTED else phase
 
     @property
     def connections(self) -> int:
@@ -111,17 +120,29 @@ class Pool(BlockingCalls):
     def _attempt(self, way: Way, deadline: Deadline) -> None:
         """Open the first connection, then more."""
         begin = time.monotonic()
-        super()._attempt(way, deadline)
+        self._opening = True
+        try:
+            super()._attempt(way, deadline)
+            patience = Deadline.after(time.monotonic() - begin + GRACE)
+            self._open_further(way, sooner(deadline, patience))
+        finally:
+            self._opening = False
+
+    def _open_further(self, way: Way, deadline: Deadline) -> None:
         count = self._asked_for - 1 if self._engine.limits.flags & TransmissionFlag.CAN_MULTI_CONN else 0
         if not count:
             return
-        patience = Deadline.after(time.monotonic() - begin + GRACE)
         try:
-            self._join(open_further(way, self._engine, count, sooner(deadline, patience), self._is_wanted))
+            self._join(open_further(way, self._engine, count, deadline, self._is_wanted))
         except BaseException as exc:
             error = exc if isinstance(exc, Error) else TransportError(0, f"connecting to {self._where} was given up ({exc!r})")
             self._session().close(error)
             raise
+
+    def _connected(self, call: str) -> Limits:
+        if self._opening:
+            raise UsageError(errno.EINVAL, f"{call}: the connection is connecting, and must be connected")
+        return super()._connected(call)
 
     def _join(self, sessions: Sequence[Session]) -> None:
         """Use these connections too, unless another thread has closed the pool meanwhile."""

@@ -74,7 +74,7 @@ class SharedSession:
         return [session.engine for session in self._sessions if not session.over]
 
     def join(self, session: Session) -> None:
-        """Take one more session in, whose export is open. Callers that wait already go on without it."""
+        """Take one more session in, whose export is open. Nobody may be waiting yet: they would not watch it."""
         with self._lock:
             self._sessions = (*self._sessions, session)
 

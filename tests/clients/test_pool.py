@@ -532,6 +532,21 @@ def test_closing_while_further_connections_are_opened_ends_the_connect():
         assert (pool.phase, pool.connections) == (Phase.CLOSED, 0)
 
 
+def test_nothing_is_asked_before_all_connections_are_open():
+    with ScriptedServer(script(serve(good)), [expect_end], [expect_end], patience=PATIENCE) as server:
+        pool = Pool(connections=3)
+        port = server.listen_tcp()
+        with in_background(lambda: pool.connect_tcp("127.0.0.1", port)) as outcome:
+            while len(server.connections) < 3:
+                time.sleep(0.001)
+            assert pool.phase is Phase.CONNECTING
+            for call in CALLS.values():
+                with pytest.raises(UsageError, match="the connection is connecting, and must be connected"):
+                    call.make(pool, timeout=PATIENCE)
+            pool.close()
+        assert isinstance(outcome[0], Disconnected)
+
+
 def test_a_pool_that_nobody_knows_any_more_is_closed():
     with pooled(*[script(expect_end)] * 3) as (pool, _):
         del pool
