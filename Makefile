@@ -8,7 +8,7 @@ CACHE := -o cache_dir=$(VENV)/tests
 PYTEST := $(BIN)/pytest $(CACHE) -n 2 --dist loadgroup
 # Thousands of tests with deadlines, two at a time on a machine that others may use as well: one that the crowd made too slow is
 # given the machine to itself, once. What is broken fails again.
-ALONE := $(BIN)/pytest $(CACHE) --last-failed --last-failed-no-failures none
+ALONE := $(BIN)/pytest $(CACHE) -n 1 --dist loadgroup --last-failed --last-failed-no-failures none
 
 # 3 is a set-up script's word for "not on this machine", after it said what it would have run: then the tests that need it are
 # left out, and say so. In CI that is a failure like any other.

@@ -86,11 +86,12 @@ def test_wheel_announces_its_transports_and_its_command(wheel):
     ]
 
 
-def test_wheel_needs_two_packages_to_run_and_two_more_for_its_command(wheel):
+def test_wheel_needs_two_packages_to_run_two_more_for_its_command_and_numpy_for_columns(wheel):
     described = metadata(wheel)
     needs = sorted(requirement.replace('"', "'") for requirement in described.get_all("Requires-Dist"))
-    assert [need.partition(">=")[0] for need in needs] == ["click", "importlib-metadata", "pluggy", "rich"]
-    assert ["extra == 'cli'" in need for need in needs] == [True, False, False, True]
+    assert [need.partition(">=")[0] for need in needs] == ["click", "importlib-metadata", "numpy", "pluggy", "rich"]
+    assert ["extra == 'cli'" in need for need in needs] == [True, False, False, False, True]
+    assert ["extra == 'numpy'" in need for need in needs] == [False, False, True, False, False]
     assert described["Requires-Python"] == ">=3.11"
     assert described["License-Expression"] == "MIT"
     assert [name for name in contents(wheel) if name.endswith("/LICENSE")]
