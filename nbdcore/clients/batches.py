@@ -19,7 +19,8 @@ from nbdcore.protocol import commands
 from nbdcore.protocol.commands import Command, Limits
 from nbdcore.protocol.constants import CommandFlag
 
-#: Requests under way at a time, where the caller does not say.
+#: Requests under way at a time, where the caller does not say. Reads of 4 KiB from nbdkit, in thousands a second: 123 with 16,
+#: 179 with 32, 218 with 64, 181 with 128.
 DEPTH = 64
 
 

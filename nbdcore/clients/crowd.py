@@ -92,17 +92,19 @@ class Turn:
         submit: commands to submit first.
         any_of_several: `pending` stands for several commands, and nothing calls its completion.
         watched: what it watches, with the lock released: sessions, and for what, as the bits of a Want.
+        ready: what of it something has happened to.
         at_once: there is something to receive already.
         sleeper: what it sleeps in, when it does not watch.
     """
 
-    __slots__ = ("any_of_several", "at_once", "pending", "sleeper", "submit", "watched")
+    __slots__ = ("any_of_several", "at_once", "pending", "ready", "sleeper", "submit", "watched")
 
     def __init__(self, pending: Pending, submit: Sequence[Command], *, any_of_several: bool) -> None:
         self.pending = pending
         self.submit = submit
         self.any_of_several = any_of_several
         self.watched: Sequence[tuple[Session, int]] = ()
+        self.ready: Sequence[tuple[Session, int]] = ()
         self.at_once = False
         self.sleeper: Sleeper | None = None
 

