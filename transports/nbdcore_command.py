@@ -60,7 +60,9 @@ class CommandTransport(Transport):
         try:
             return CommandAddress(**parts)
         except TypeError as exc:
-            raise UsageError(errno.EINVAL, f"a command's address is argv and activation, not {', '.join(parts)}") from exc
+            raise UsageError(
+                errno.EINVAL, f"a command's address is argv and activation, not {', '.join(parts) or 'nothing'}"
+            ) from exc
 
     def parse(self, uri: URI) -> CommandAddress:
         """Raise UsageError: there are no such URIs."""

@@ -109,7 +109,7 @@ class SSHTransport(Transport):
             return SSHAddress(**parts)
         except TypeError as exc:
             raise UsageError(
-                errno.EINVAL, f"an ssh address is host, socket or port, user and ssh_port, not {', '.join(parts)}"
+                errno.EINVAL, f"an ssh address is host, socket or port, user and ssh_port, not {', '.join(parts) or 'nothing'}"
             ) from exc
 
     def parse(self, uri: URI) -> SSHAddress:

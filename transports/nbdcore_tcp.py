@@ -70,7 +70,9 @@ class TCPTransport(Transport):
         try:
             return TCPAddress(**parts)
         except TypeError as exc:
-            raise UsageError(errno.EINVAL, f"a TCP address is host, port and keepalive, not {', '.join(parts)}") from exc
+            raise UsageError(
+                errno.EINVAL, f"a TCP address is host, port and keepalive, not {', '.join(parts) or 'nothing'}"
+            ) from exc
 
     def parse(self, uri: URI) -> TCPAddress:
         """Return the address of the URI's host and port, localhost and 10809 where it has none."""

@@ -93,7 +93,7 @@ class VsockTransport(Transport):
         try:
             return VsockAddress(**parts)
         except TypeError as exc:
-            raise UsageError(errno.EINVAL, f"a vsock address is cid and port, not {', '.join(parts)}") from exc
+            raise UsageError(errno.EINVAL, f"a vsock address is cid and port, not {', '.join(parts) or 'nothing'}") from exc
 
     def listening_address(self, **parts: Any) -> VsockAddress:
         """Return the address of `cid` and `port`, each optional: any CID, and 10809."""

@@ -28,7 +28,7 @@ class ManyCalls(ABC):
     Up to `depth` requests are under way at a time, and no more than that are ahead of the loop, which consumes its input bit by
     bit; so memory is bounded by `depth` requests. After an error no more is asked; what is under way is waited for and yielded,
     then the error is raised. Leaving the loop gives up what is under way, and the client stays usable. `timeout` is in seconds,
-    for each step.
+    for each step. Ctrl-C while bytes are being moved, which is most of the time in a busy loop, ends the connection.
     """
 
     @abstractmethod
