@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable
-from functools import partial
 from operator import attrgetter
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
@@ -204,9 +203,8 @@ class AsyncClient(AsyncConnectCalls):
         timeout: float | None = None,
     ) -> Many[int]:
         """Write zeroes to many (offset, count) ranges; yields the offset of each that is done. See `zero` and `pread_many`."""
-        limits = self._connected("zero")
-        build = partial(requests.zero, limits, fua=fua, no_hole=no_hole, fast_zero=fast_zero, call="zero_many")
-        return self._many("zero_many", batches.ranges_of("zero_many", ranges, build), _OFFSET, depth, timeout)
+        fresh = batches.zeroes(self._connected("zero"), ranges, fua=fua, no_hole=no_hole, fast_zero=fast_zero)
+        return self._many("zero_many", fresh, _OFFSET, depth, timeout)
 
     def trim_many(
         self,
@@ -217,8 +215,7 @@ class AsyncClient(AsyncConnectCalls):
         timeout: float | None = None,
     ) -> Many[int]:
         """Trim many (offset, count) ranges; yields the offset of each that is done. See `trim` and `pread_many`."""
-        build = partial(requests.trim, self._connected("trim"), fua=fua, call="trim_many")
-        return self._many("trim_many", batches.ranges_of("trim_many", ranges, build), _OFFSET, depth, timeout)
+        return self._many("trim_many", batches.trims(self._connected("trim"), ranges, fua=fua), _OFFSET, depth, timeout)
 
     # ------------------------------------------------------------------------------------------ block status
 

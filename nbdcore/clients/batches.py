@@ -8,7 +8,7 @@ Pure; nothing is sent.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 from nbdcore.clients import requests
@@ -100,10 +100,18 @@ def writes(limits: Limits, items: Iterable[tuple[int, Any]], *, fua: bool) -> Ge
             yield from _commands_of(request, Whole(offset, _NO_MEMORY))
 
 
-def ranges_of(call: str, ranges: Iterable[tuple[int, int]], build: Callable[[int, int], Request]) -> Generator[Command]:
-    """Yield the commands that `build` makes of the count and offset of (offset, count) ranges."""
-    for offset, count in _pairs(call, "offset and count", ranges):
-        yield from _commands_of(build(count, offset), Whole(offset, _NO_MEMORY))
+def zeroes(limits: Limits, ranges: Iterable[tuple[int, int]], *, fua: bool, no_hole: bool, fast_zero: bool) -> Generator[Command]:
+    """Yield the commands that write zeroes to (offset, count) ranges."""
+    for offset, count in _pairs("zero_many", "offset and count", ranges):
+        request = requests.zero(limits, count, offset, fua=fua, no_hole=no_hole, fast_zero=fast_zero, call="zero_many")
+        yield from _commands_of(request, Whole(offset, _NO_MEMORY))
+
+
+def trims(limits: Limits, ranges: Iterable[tuple[int, int]], *, fua: bool) -> Generator[Command]:
+    """Yield the commands that trim (offset, count) ranges."""
+    for offset, count in _pairs("trim_many", "offset and count", ranges):
+        request = requests.trim(limits, count, offset, fua=fua, call="trim_many")
+        yield from _commands_of(request, Whole(offset, _NO_MEMORY))
 
 
 def _pairs(call: str, what: str, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:

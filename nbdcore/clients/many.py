@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
-from functools import partial
 from operator import attrgetter
 from typing import Any, TypeVar
 
-from nbdcore.clients import batches, requests
+from nbdcore.clients import batches
 from nbdcore.clients.arguments import deadline_after
 from nbdcore.clients.batches import DEPTH, Whole
 from nbdcore.clients.pipelining import run_many
@@ -75,16 +74,14 @@ class ManyCalls(ABC):
         timeout: float | None = None,
     ) -> Iterator[int]:
         """Write zeroes to many (offset, count) ranges; yields the offset of each that is done. See `zero` and `pread_many`."""
-        limits = self._connected("zero")
-        build = partial(requests.zero, limits, fua=fua, no_hole=no_hole, fast_zero=fast_zero, call="zero_many")
-        return self._many("zero_many", batches.ranges_of("zero_many", ranges, build), _OFFSET, depth, timeout)
+        fresh = batches.zeroes(self._connected("zero"), ranges, fua=fua, no_hole=no_hole, fast_zero=fast_zero)
+        return self._many("zero_many", fresh, _OFFSET, depth, timeout)
 
     def trim_many(
         self, ranges: Iterable[tuple[int, int]], *, fua: bool = False, depth: int = DEPTH, timeout: float | None = None
     ) -> Iterator[int]:
         """Trim many (offset, count) ranges; yields the offset of each that is done. See `trim` and `pread_many`."""
-        build = partial(requests.trim, self._connected("trim"), fua=fua, call="trim_many")
-        return self._many("trim_many", batches.ranges_of("trim_many", ranges, build), _OFFSET, depth, timeout)
+        return self._many("trim_many", batches.trims(self._connected("trim"), ranges, fua=fua), _OFFSET, depth, timeout)
 
     def _many(
         self,
