@@ -22,8 +22,8 @@ from nbdcore.streams.base import Stream, Want
 #: Swaps a plain stream for an encrypted one over it: a TLSStream, or any that shakes hands by itself before it moves bytes.
 StartTLS = Callable[[Stream], Stream]
 
-# Receives in one go before the owner is heard again: a server that always has more must not lock out a deadline. 64 KiB of
-# scratch at a time, these are a few megabytes.
+# Receives in one go before the owner is heard again: a server that always has more must not lock out a deadline. With 256 KiB of
+# scratch at a time, these are 16 MiB at most.
 _RECEIVES = 64
 # What half-closing comes to where the server has hung up.
 _HUNG_UP = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
