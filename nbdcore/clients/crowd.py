@@ -4,7 +4,8 @@ One receive may bring the outcomes of many callers, and waking a thread costs mo
 as awake until it has come by, and as long as anybody is awake the others need neither the lock nor a system call: they leave
 their command in the inbox and fall asleep. Each single step on the containers here is one that the interpreter makes without
 another thread in between, and their order is what makes it safe: a command is in the inbox before its caller looks whether
-somebody is awake, and a caller is no longer awake before it looks into the inbox.
+somebody is awake, and a caller is no longer awake before it looks into the inbox. Who goes through a container takes a copy
+first: others may fall asleep meanwhile.
 """
 
 from __future__ import annotations
@@ -136,4 +137,5 @@ class Sleeper:
         if self in crowd.asleep:
             crowd.awake[self] = None
             del crowd.asleep[self]
+            crowd.groups.pop(self, None)
             self._alarm.release()

@@ -360,8 +360,9 @@ class SharedSession:
             for sleeper in [*crowd.asleep]:
                 sleeper.wake()
         elif crowd.groups:
-            for sleeper in [sleeper for sleeper in crowd.groups if sleeper.pending.done]:
-                sleeper.wake()
+            for sleeper in [*crowd.groups]:
+                if sleeper.pending.done:
+                    sleeper.wake()
 
     def _unwatched(self) -> list[tuple[Session, int]]:
         """Return what nobody watches: each session, and for what, as the bits of a Want."""
@@ -382,7 +383,7 @@ class SharedSession:
             self._submit_inbox()
             self._wake_others()
             if crowd.asleep and not crowd.awake and self._unwatched():
-                next(iter(crowd.asleep)).wake()
+                [*crowd.asleep][0].wake()  # noqa: RUF015 (an iterator does not outlive one more that falls asleep)
 
 
 class _End:

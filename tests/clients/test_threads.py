@@ -73,6 +73,20 @@ def together(count: int, work: Any) -> list[Any]:
     return outcomes
 
 
+def test_nobody_is_remembered_once_loops_and_single_reads_have_ended(disk):
+    def work(number: int) -> int:
+        base = number * AREA
+        if number % 2:
+            return sum(len(disk.pread(512, base + 512 * step)) for step in range(100))
+        ranges = [(base + 512 * step, 512) for step in range(100)]
+        return sum(len(data) for _, data in disk.pread_many(ranges, depth=4))
+
+    for _ in range(3):
+        assert together(THREADS, work) == [51200] * THREADS
+    crowd = disk._shared._crowd
+    assert [len(crowd.asleep), len(crowd.groups), len(crowd.awake), len(crowd.inbox)] == [0, 0, 0, 0]
+
+
 def test_mixed_reads_and_writes_of_many_threads_keep_their_contents(disk):
     def work(number: int) -> str:
         generator = random.Random(number)
