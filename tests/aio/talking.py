@@ -11,17 +11,15 @@ from typing import Any
 
 from nbdcore import aio
 from nbdcore.aio import AsyncClient
-from nbdcore.protocol.constants import Chunk
 from nbdcore.streams.base import Stream
-from nbdcore.testing.scripted import Connection, Reply, ScriptedServer, Step, chunk
+from nbdcore.testing.scripted import Connection, Reply, ScriptedServer, Step
 from tests.clients import talking
-from tests.clients.talking import DISK, PATIENCE, script
+from tests.clients.talking import DISK, DONE, PATIENCE, held, script
 
 __all__ = ["CALLS", "DISK", "DONE", "PATIENCE", "SHORT", "held", "late", "talk", "until"]
 
 #: Seconds of a deadline that a test wants to pass.
 SHORT = 0.05
-DONE = chunk(Chunk.NONE)
 
 
 async def everything(iterator: AsyncIterator[Any]) -> list[Any]:
@@ -71,13 +69,3 @@ async def until(condition: Callable[[], object], what: str) -> None:
         while not condition():  # noqa: ASYNC110 (what another thread does sets no event of the loop)
             await asyncio.sleep(0.001)
     assert condition(), what
-
-
-def held(buffer: bytearray) -> bool:
-    """Return whether anybody has a view of the buffer."""
-    try:
-        buffer.append(0)
-    except BufferError:
-        return True
-    del buffer[-1]
-    return False

@@ -9,44 +9,31 @@ import pytest
 
 from nbdcore import CommandError, DeadlineExceeded, Disconnected, Phase, UsageError, aio
 from nbdcore.protocol.constants import CommandType
-from nbdcore.server import BlockSizes, ExportSettings, MemoryDisk, Server
+from nbdcore.server import Server
 from nbdcore.testing.choppy import ChoppyStream
-from nbdcore.testing.scripted import Connection, Request, answer, data, drain, error, serve
-from tests.aio.talking import DISK, DONE, PATIENCE, SHORT, everything, held, talk, until
-
-SIZE = 1 << 20
-SMALL_PIECES = BlockSizes(minimum=1, preferred=4096, maximum=1 << 14)
-
-#: Name -> what to pass for a place on the disk.
-CALLS = {
-    "pread_many": lambda offset, count: (offset, count),
-    "pread_into_many": lambda offset, count: (offset, bytearray(count)),
-    "pwrite_many": lambda offset, count: (offset, bytes(count)),
-    "zero_many": lambda offset, count: (offset, count),
-    "trim_many": lambda offset, count: (offset, count),
-}
-every_call = pytest.mark.parametrize("name", CALLS)
-
-
-def good(request: Request) -> bytes:
-    """Answer a read with its offset over and over, and all else with success."""
-    if request.kind == CommandType.READ:
-        return data(bytes([request.offset % 251]) * request.count)(request)
-    return DONE(request)
+from nbdcore.testing.scripted import answer, drain, serve
+from tests.aio.talking import DONE, PATIENCE, SHORT, everything, held, talk, until
+from tests.clients.many import (
+    CONTENTS,
+    RANGES,
+    WRONG_OPTIONS,
+    backwards,
+    every_call,
+    every_wrong_item,
+    failing,
+    first_only,
+    in_fours,
+    in_small_pieces,
+    offsets_of,
+    start,
+)
+from tests.clients.talking import expected, good
 
 
 async def collect(iterator, results):
     """Keep what comes before an error, too."""
     async for result in iterator:
         results.append(result)
-
-
-def start(client, name, offsets, count=16, **options):
-    return getattr(client, name)((CALLS[name](offset, count) for offset in offsets), **options)
-
-
-def offsets_of(name, results):
-    return [result[0] for result in results] if name == "pread_many" else results
 
 
 @every_call
@@ -57,7 +44,7 @@ def test_each_item_is_yielded_once(run, name, depth):
             results = await everything(start(client, name, range(0, 4000, 16), depth=depth))
             assert sorted(offsets_of(name, results)) == [*range(0, 4000, 16)]
             if name == "pread_many":
-                assert all(got == bytes([offset % 251]) * 16 for offset, got in results)
+                assert all(got == expected(offset, 16) for offset, got in results)
 
     run(main())
 
@@ -83,10 +70,6 @@ def test_nothing_to_do_is_done(run, name, items):
 
 
 def test_results_come_in_the_order_in_which_they_finish(run):
-    def backwards(connection: Connection) -> None:
-        requests = [connection.receive_request() for _ in range(10)]
-        connection.send(b"".join(good(request) for request in reversed(requests)))
-
     async def main():
         async with talk(backwards, drain) as (client, _):
             results = await everything(client.pread_many([(offset, 4) for offset in range(10)]))
@@ -117,24 +100,15 @@ def test_the_input_is_consumed_no_further_than_depth_ahead(run, name):
 
 
 def test_no_more_than_depth_are_under_way(run):
-    most = []
-
-    def many_at_a_time(connection: Connection) -> None:
-        for _ in range(5):
-            requests = [connection.receive_request() for _ in range(4)]
-            most.append(len(requests))
-            connection._sock.setblocking(False)
-            with pytest.raises(BlockingIOError):
-                connection._sock.recv(1)
-            connection.send(b"".join(good(request) for request in requests))
+    counts: list[int] = []
 
     async def main():
-        async with talk(many_at_a_time, drain) as (client, _):
+        async with talk(in_fours(counts), drain) as (client, _):
             async for _ in client.pread_many(((offset, 4) for offset in range(20)), depth=4):
                 await asyncio.sleep(SHORT / 10)
 
     run(main())
-    assert most == [4] * 5
+    assert counts == [4] * 5
 
 
 # ---------------------------------------------------------------------------------------------- against a real server
@@ -143,27 +117,24 @@ def test_no_more_than_depth_are_under_way(run):
 @pytest.fixture
 def served(socket_path):
     """The URI of a disk that must be asked for 16 KiB at most."""
-    with Server(ExportSettings(MemoryDisk(SIZE), block_sizes=SMALL_PIECES)) as server:
+    with Server(in_small_pieces()) as server:
         yield server.listen("unix", path=str(socket_path)).address.uri()
 
 
 def test_what_is_written_is_read_though_each_item_comes_in_pieces(run, served):
-    contents = bytes(range(256)) * (SIZE // 256)
-    pieces = [(offset, min(50_000, SIZE - offset)) for offset in range(0, SIZE, 50_000)]
-
     async def main():
         async with aio.connect(served, timeout=PATIENCE) as disk:
-            items = [(offset, contents[offset : offset + count]) for offset, count in pieces]
-            assert sorted(await everything(disk.pwrite_many(items, fua=True))) == [offset for offset, _ in pieces]
-            assert dict(await everything(disk.pread_many(pieces))) == dict(items)
-            buffers = {offset: bytearray(count) for offset, count in pieces}
+            items = [(offset, CONTENTS[offset : offset + count]) for offset, count in RANGES]
+            assert sorted(await everything(disk.pwrite_many(items, fua=True))) == [offset for offset, _ in RANGES]
+            assert dict(await everything(disk.pread_many(RANGES))) == dict(items)
+            buffers = {offset: bytearray(count) for offset, count in RANGES}
             assert sorted(await everything(disk.pread_into_many(buffers.items(), depth=3))) == [*buffers]
             assert buffers == dict(items)
-            holes = pieces[::2]
+            holes = RANGES[::2]
             assert sorted(await everything(disk.zero_many(holes[:5], no_hole=True))) == [offset for offset, _ in holes[:5]]
             await everything(disk.trim_many(holes[5:], fua=True))
-            for offset, got in await everything(disk.pread_many(pieces)):
-                assert got == (bytes(len(got)) if (offset, len(got)) in holes else contents[offset : offset + len(got)])
+            for offset, got in await everything(disk.pread_many(RANGES)):
+                assert got == (bytes(len(got)) if (offset, len(got)) in holes else CONTENTS[offset : offset + len(got)])
 
     run(main())
 
@@ -184,10 +155,6 @@ def test_several_loops_share_a_connection_with_single_calls(run, served):
 
 
 # ---------------------------------------------------------------------------------------------- errors
-
-
-def failing(*offsets: int):
-    return lambda request: (error(28, "no room") if request.offset in offsets else good)(request)
 
 
 @every_call
@@ -217,16 +184,7 @@ def test_an_error_in_one_piece_fails_its_item(run):
     run(main())
 
 
-@pytest.mark.parametrize(
-    ("item", "said"),
-    [
-        ((DISK, 1), "past the end"),
-        ((0, 0), "no bytes"),
-        ((0, "8"), "pread_many: count is an integer"),
-        ((0,), "pread_many: each item is a pair"),
-        (5, "pread_many: each item is a pair"),
-    ],
-)
+@every_wrong_item
 def test_a_wrong_item_is_told_when_those_before_it_are_done(run, item, said):
     async def main():
         async with talk(serve(good)) as (client, _):
@@ -260,7 +218,7 @@ def test_wrong_arguments_are_told_at_the_call(run, name):
         with pytest.raises(UsageError, match="newly created"):
             getattr(client, name)([])
         async with talk(drain) as (client, _):
-            for options in ({"depth": 0}, {"depth": -1}, {"depth": "5"}, {"depth": True}, {"timeout": -1}, {"timeout": "1"}):
+            for options in WRONG_OPTIONS:
                 with pytest.raises(UsageError, match=r"depth|timeout"):
                     getattr(client, name)([], **options)
 
@@ -280,18 +238,6 @@ def test_a_server_that_dies_in_the_middle_ends_it(run, name):
 
 
 # ---------------------------------------------------------------------------------------------- leaving
-
-
-def first_only(event: threading.Event):
-    """Answer the first of eight requests; the others when the event has happened."""
-
-    def step(connection: Connection) -> None:
-        requests = [connection.receive_request() for _ in range(8)]
-        connection.send(good(requests[0]))
-        assert event.wait(PATIENCE)
-        connection.send(b"".join(good(request) for request in requests[1:]))
-
-    return step
 
 
 @pytest.mark.parametrize("how", ["break", "exception", "aclose", "dropped", "cancelled", "deadline"])

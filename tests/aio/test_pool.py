@@ -33,8 +33,8 @@ from nbdcore.testing.scripted import (
     wait_for,
 )
 from tests.aio.talking import CALLS, DISK, PATIENCE, SHORT, everything, until
-from tests.clients.talking import script
-from tests.clients.test_pool import DIFFERENT, REFUSALS, expected, good, kinds
+from tests.clients.talking import expected, good, script
+from tests.clients.test_pool import DIFFERENT, REFUSALS, kinds
 from tests.interop.servers import nbdkit, qemu_nbd
 
 SIZE = 8 << 20

@@ -16,6 +16,7 @@ from nbdcore.testing.scripted import (
     Connection,
     Negotiation,
     Reply,
+    Request,
     ScriptedServer,
     Step,
     chunk,
@@ -70,6 +71,35 @@ def in_background(call: Callable[[], Any]) -> Iterator[list[Any]]:
         assert not thread.is_alive(), "the call hangs"
 
 
+def held(buffer: bytearray) -> bool:
+    """Return whether anybody has a view of the buffer."""
+    try:
+        buffer.append(0)
+    except BufferError:
+        return True
+    buffer.pop()
+    return False
+
+
+# ---------------------------------------------------------------------------------------------- a server that does its work
+
+DONE = chunk(Chunk.NONE)
+
+
+def good(request: Request) -> bytes:
+    """Answer a read with its offset over and over, block status with all data, and anything else with success."""
+    if request.kind == CommandType.READ:
+        return data(expected(request.offset, request.count))(request)
+    if request.kind == CommandType.BLOCK_STATUS:
+        return status(1, [(request.count, 0)])(request)
+    return DONE(request)
+
+
+def expected(offset: int, count: int) -> bytes:
+    """Return what is read from a good server."""
+    return bytes([offset % 251]) * count
+
+
 # ---------------------------------------------------------------------------------------------- every call that waits
 
 
@@ -83,17 +113,16 @@ class Call:
     simple: Reply | None
 
 
-_DONE = chunk(Chunk.NONE)
 _EIGHT = b"12345678"
 
 CALLS: dict[str, Call] = {
     "pread": Call(CommandType.READ, lambda c, **o: c.pread(8, 0, **o), data(_EIGHT), simple(_EIGHT)),
     "pread_into": Call(CommandType.READ, lambda c, **o: c.pread_into(bytearray(8), 0, **o), data(_EIGHT), simple(_EIGHT)),
-    "pwrite": Call(CommandType.WRITE, lambda c, **o: c.pwrite(_EIGHT, 0, **o), _DONE, simple()),
-    "flush": Call(CommandType.FLUSH, lambda c, **o: c.flush(**o), _DONE, simple()),
-    "trim": Call(CommandType.TRIM, lambda c, **o: c.trim(8, 0, **o), _DONE, simple()),
-    "zero": Call(CommandType.WRITE_ZEROES, lambda c, **o: c.zero(8, 0, **o), _DONE, simple()),
-    "cache": Call(CommandType.CACHE, lambda c, **o: c.cache(8, 0, **o), _DONE, simple()),
+    "pwrite": Call(CommandType.WRITE, lambda c, **o: c.pwrite(_EIGHT, 0, **o), DONE, simple()),
+    "flush": Call(CommandType.FLUSH, lambda c, **o: c.flush(**o), DONE, simple()),
+    "trim": Call(CommandType.TRIM, lambda c, **o: c.trim(8, 0, **o), DONE, simple()),
+    "zero": Call(CommandType.WRITE_ZEROES, lambda c, **o: c.zero(8, 0, **o), DONE, simple()),
+    "cache": Call(CommandType.CACHE, lambda c, **o: c.cache(8, 0, **o), DONE, simple()),
     "block_status": Call(CommandType.BLOCK_STATUS, lambda c, **o: c.block_status(8, 0, **o), status(1, [(8, 0)]), None),
     "extents": Call(CommandType.BLOCK_STATUS, lambda c, **o: list(c.extents(count=8, **o)), status(1, [(8, 0)]), None),
 }

@@ -3,61 +3,32 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import nbdcore
 from nbdcore import Client, CommandError, DeadlineExceeded, Disconnected, Phase, UsageError
-from nbdcore.protocol.constants import Chunk, CommandType
-from nbdcore.server import BlockSizes, ExportSettings, MemoryDisk, Server
+from nbdcore.protocol.constants import CommandType
+from nbdcore.server import Server
 from nbdcore.testing.choppy import ChoppyStream
-from nbdcore.testing.scripted import Connection, Request, ScriptedServer, answer, chunk, data, drain, error, serve
-from tests.clients.talking import DISK, PATIENCE, SHORT, in_background, script, talk
-
-SIZE = 1 << 20
-SMALL_PIECES = BlockSizes(minimum=1, preferred=4096, maximum=1 << 14)
-DONE = chunk(Chunk.NONE)
-
-#: Name -> what to pass for a place on the disk.
-CALLS: dict[str, Callable[[int, int], tuple[int, Any]]] = {
-    "pread_many": lambda offset, count: (offset, count),
-    "pread_into_many": lambda offset, count: (offset, bytearray(count)),
-    "pwrite_many": lambda offset, count: (offset, bytes(count)),
-    "zero_many": lambda offset, count: (offset, count),
-    "trim_many": lambda offset, count: (offset, count),
-}
-every_call = pytest.mark.parametrize("name", CALLS)
-
-
-def good(request: Request) -> bytes:
-    """Answer a read with its offset over and over, and all else with success."""
-    if request.kind == CommandType.READ:
-        return data(bytes([request.offset % 251]) * request.count)(request)
-    return DONE(request)
-
-
-def failing(*offsets: int):
-    return lambda request: (error(28, "no room") if request.offset in offsets else good)(request)
-
-
-def start(client: Client, name: str, offsets: Any, count: int = 16, **options: Any) -> Iterator[Any]:
-    return getattr(client, name)((CALLS[name](offset, count) for offset in offsets), **options)
-
-
-def offsets_of(name: str, results: list[Any]) -> list[int]:
-    return [result[0] for result in results] if name == "pread_many" else results
-
-
-def held(buffer: bytearray) -> bool:
-    """Return whether anybody has a view of the buffer."""
-    try:
-        buffer.append(0)
-    except BufferError:
-        return True
-    buffer.pop()
-    return False
+from nbdcore.testing.scripted import ScriptedServer, answer, drain, serve
+from tests.clients.many import (
+    CONTENTS,
+    RANGES,
+    WRONG_OPTIONS,
+    backwards,
+    every_call,
+    every_wrong_item,
+    failing,
+    first_only,
+    in_fours,
+    in_small_pieces,
+    offsets_of,
+    start,
+)
+from tests.clients.talking import DONE, PATIENCE, SHORT, expected, good, held, in_background, script, talk
 
 
 @every_call
@@ -67,7 +38,7 @@ def test_each_item_is_yielded_once(name, depth):
         results = list(start(client, name, range(0, 4000, 16), depth=depth))
         assert sorted(offsets_of(name, results)) == [*range(0, 4000, 16)]
         if name == "pread_many":
-            assert all(got == bytes([offset % 251]) * 16 for offset, got in results)
+            assert all(got == expected(offset, 16) for offset, got in results)
 
 
 @every_call
@@ -87,10 +58,6 @@ def test_nothing_to_do_is_done(name, items):
 
 
 def test_results_come_in_the_order_in_which_they_finish():
-    def backwards(connection: Connection) -> None:
-        requests = [connection.receive_request() for _ in range(10)]
-        connection.send(b"".join(good(request) for request in reversed(requests)))
-
     with talk(backwards, drain) as (client, _):
         results = list(client.pread_many([(offset, 4) for offset in range(10)]))
         assert [offset for offset, _ in results] == [*reversed(range(10))]
@@ -126,20 +93,10 @@ def test_an_endless_input_is_fine():
 
 
 def test_no_more_than_depth_are_under_way():
-    most = []
-
-    def many_at_a_time(connection: Connection) -> None:
-        for _ in range(5):
-            requests = [connection.receive_request() for _ in range(4)]
-            most.append(len(requests))
-            connection._sock.setblocking(False)
-            with pytest.raises(BlockingIOError):
-                connection._sock.recv(1)
-            connection.send(b"".join(good(request) for request in requests))
-
-    with talk(many_at_a_time, drain) as (client, _):
+    counts: list[int] = []
+    with talk(in_fours(counts), drain) as (client, _):
         assert len(list(client.pread_many(((offset, 4) for offset in range(20)), depth=4))) == 20
-    assert most == [4] * 5
+    assert counts == [4] * 5
 
 
 # ---------------------------------------------------------------------------------------------- against a real server
@@ -148,26 +105,24 @@ def test_no_more_than_depth_are_under_way():
 @pytest.fixture
 def disk() -> Iterator[Client]:
     """A disk that must be asked for 16 KiB at most."""
-    with Server(ExportSettings(MemoryDisk(SIZE), block_sizes=SMALL_PIECES)) as server:
+    with Server(in_small_pieces()) as server:
         address = server.listen("tcp", host="127.0.0.1", port=0).address
         with nbdcore.connect(address.uri(), timeout=PATIENCE) as client:
             yield client
 
 
 def test_what_is_written_is_read_though_each_item_comes_in_pieces(disk):
-    contents = bytes(range(256)) * (SIZE // 256)
-    pieces = [(offset, min(50_000, SIZE - offset)) for offset in range(0, SIZE, 50_000)]
-    items = [(offset, contents[offset : offset + count]) for offset, count in pieces]
-    assert sorted(disk.pwrite_many(items, fua=True)) == [offset for offset, _ in pieces]
-    assert dict(disk.pread_many(pieces)) == dict(items)
-    buffers = {offset: bytearray(count) for offset, count in pieces}
+    items = [(offset, CONTENTS[offset : offset + count]) for offset, count in RANGES]
+    assert sorted(disk.pwrite_many(items, fua=True)) == [offset for offset, _ in RANGES]
+    assert dict(disk.pread_many(RANGES)) == dict(items)
+    buffers = {offset: bytearray(count) for offset, count in RANGES}
     assert sorted(disk.pread_into_many(buffers.items(), depth=3)) == [*buffers]
     assert buffers == dict(items)
-    holes = pieces[::2]
+    holes = RANGES[::2]
     assert sorted(disk.zero_many(holes[:5], no_hole=True)) == [offset for offset, _ in holes[:5]]
     assert len(list(disk.trim_many(holes[5:], fua=True))) == len(holes[5:])
-    for offset, got in disk.pread_many(pieces):
-        assert got == (bytes(len(got)) if (offset, len(got)) in holes else contents[offset : offset + len(got)])
+    for offset, got in disk.pread_many(RANGES):
+        assert got == (bytes(len(got)) if (offset, len(got)) in holes else CONTENTS[offset : offset + len(got)])
 
 
 def test_several_loops_in_one_thread_share_the_connection(disk):
@@ -240,16 +195,7 @@ def test_an_error_in_one_piece_fails_its_item():
         assert sorted(offsets_of("pread_many", results)) == [9, 1 << 17]
 
 
-@pytest.mark.parametrize(
-    ("item", "said"),
-    [
-        ((DISK, 1), "past the end"),
-        ((0, 0), "no bytes"),
-        ((0, "8"), "pread_many: count is an integer"),
-        ((0,), "pread_many: each item is a pair"),
-        (5, "pread_many: each item is a pair"),
-    ],
-)
+@every_wrong_item
 def test_a_wrong_item_is_told_when_those_before_it_are_done(item, said):
     with talk(serve(good)) as (client, _):
         results: list[Any] = []
@@ -277,7 +223,7 @@ def test_wrong_arguments_are_told_at_the_call(name):
     with pytest.raises(UsageError, match="newly created"):
         getattr(client, name)([])
     with talk(drain) as (client, _):
-        for options in ({"depth": 0}, {"depth": -1}, {"depth": "5"}, {"depth": True}, {"timeout": -1}, {"timeout": "1"}):
+        for options in WRONG_OPTIONS:
             with pytest.raises(UsageError, match=r"depth|timeout"):
                 getattr(client, name)([], **options)
 
@@ -303,18 +249,6 @@ def test_a_client_that_another_thread_closes_ends_it(name):
 
 
 # ---------------------------------------------------------------------------------------------- leaving
-
-
-def first_only(event: threading.Event):
-    """Answer the first of eight requests; the others when the event has happened."""
-
-    def step(connection: Connection) -> None:
-        requests = [connection.receive_request() for _ in range(8)]
-        connection.send(good(requests[0]))
-        assert event.wait(PATIENCE)
-        connection.send(b"".join(good(request) for request in requests[1:]))
-
-    return step
 
 
 @pytest.mark.parametrize("how", ["break", "exception", "close", "dropped", "deadline"])

@@ -26,7 +26,7 @@ from nbdcore import (
     UsageError,
 )
 from nbdcore.clients import pool as pool_module
-from nbdcore.protocol.constants import Chunk, CommandFlag, CommandType, OptionReply, TransmissionFlag
+from nbdcore.protocol.constants import CommandFlag, CommandType, OptionReply, TransmissionFlag
 from nbdcore.protocol.state import LEGAL
 from nbdcore.server import BlockSizes, ExportSettings, MemoryDisk, Server
 from nbdcore.streams.memory import memory_pair
@@ -39,7 +39,6 @@ from nbdcore.testing.scripted import (
     ScriptedServer,
     Step,
     answer,
-    chunk,
     data,
     drain,
     error,
@@ -54,24 +53,10 @@ from nbdcore.testing.scripted import (
     unless_gone,
     wait_for,
 )
-from tests.clients.talking import CALLS, DISK, PATIENCE, SHORT, in_background, script
+from tests.clients.talking import CALLS, DISK, DONE, PATIENCE, SHORT, expected, good, in_background, script
 from tests.clients.test_threads import together
 
-DONE = chunk(Chunk.NONE)
 READ, WRITE, FLUSH = CommandType.READ, CommandType.WRITE, CommandType.FLUSH
-
-
-def good(request: Request) -> bytes:
-    """Answer a read with its offset over and over, and all else with success."""
-    if request.kind == READ:
-        return data(bytes([request.offset % 251]) * request.count)(request)
-    if request.kind == CommandType.BLOCK_STATUS:
-        return status(1, [(request.count, 0)])(request)
-    return DONE(request)
-
-
-def expected(offset: int, count: int) -> bytes:
-    return bytes([offset % 251]) * count
 
 
 @contextlib.contextmanager
