@@ -17,12 +17,11 @@ from typing import Any, Self, Unpack
 from nbdcore.clients.asynchronous import AsyncClient
 from nbdcore.clients.asynchronous_session import LoopSession, LoopSessions, call_in
 from nbdcore.clients.connecting import Way, sooner
-from nbdcore.clients.pool import CONNECTIONS, GRACE, checked_connections, refusal_of_several
-from nbdcore.clients.pool_opening import agree
+from nbdcore.clients.pool import CONNECTIONS, GRACE, checked_connections, refuse_several
+from nbdcore.clients.pool_opening import agree, how_many_more
 from nbdcore.clients.settings import ClientOptions
 from nbdcore.errors import DeadlineExceeded, Disconnected, Error
 from nbdcore.protocol.commands import Command
-from nbdcore.protocol.constants import TransmissionFlag
 from nbdcore.protocol.engine import Engine, Exchange
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import Stream
@@ -136,25 +135,25 @@ class AsyncPool(AsyncClient):
     async def connect_socket(self, socket: Any, *, timeout: float | None = None) -> Self:
         """Connect over a connected stream socket, or its descriptor: for a pool of one. See `AsyncClient.connect_socket`."""
         self._legal("connect_socket")
-        self._refuse_several("connect_socket", "a socket is one connection")
+        refuse_several("connect_socket", "a socket is one connection", self._asked_for)
         return await super().connect_socket(socket, timeout=timeout)
 
     async def connect_stream(self, stream: Stream, *, timeout: float | None = None) -> Self:
         """Connect over a stream that is open already: for a pool of one. See `AsyncClient.connect_stream`."""
         self._legal("connect_stream")
-        self._refuse_several("connect_stream", "a stream is one connection")
+        refuse_several("connect_stream", "a stream is one connection", self._asked_for)
         return await super().connect_stream(stream, timeout=timeout)
 
     async def _go(self, call: str, way: Way, **rest: Any) -> Self:
         if way.route.transport.starts_servers:
-            self._refuse_several(call, "each connection would start a server of its own")
+            refuse_several(call, "each connection would start a server of its own", self._asked_for)
         return await super()._go(call, way, **rest)
 
     async def _attempt(self, way: Way, deadline: Deadline) -> None:
         """Open the first connection, then more."""
         begin = time.monotonic()
         await super()._attempt(way, deadline)
-        count = self._asked_for - 1 if self._engine.limits.flags & TransmissionFlag.CAN_MULTI_CONN else 0
+        count = how_many_more(self._engine, self._asked_for)
         if not count:
             return
         patience = Deadline.after(time.monotonic() - begin + GRACE)
@@ -196,7 +195,3 @@ class AsyncPool(AsyncClient):
             self._lost.detach()
         self._live = live
         self._lost = weakref.finalize(self, call_in, live.loop, live.close)
-
-    def _refuse_several(self, call: str, why: str) -> None:
-        if self._asked_for > 1:
-            raise refusal_of_several(call, why, self._asked_for)

@@ -26,12 +26,11 @@ from typing import Any, Self, Unpack
 from nbdcore.clients.arguments import whole_number
 from nbdcore.clients.calls import BlockingCalls
 from nbdcore.clients.connecting import Way, check_wanted, sooner
-from nbdcore.clients.pool_opening import open_further
+from nbdcore.clients.pool_opening import how_many_more, open_further
 from nbdcore.clients.session import Session
 from nbdcore.clients.settings import ClientOptions
 from nbdcore.errors import Error, TransportError, UsageError
 from nbdcore.protocol.commands import Limits
-from nbdcore.protocol.constants import TransmissionFlag
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import Stream
@@ -103,18 +102,18 @@ class Pool(BlockingCalls):
     def connect_socket(self, socket: Any, *, timeout: float | None = None) -> Self:
         """Connect over a connected stream socket, or its descriptor: for a pool of one. See `Client.connect_socket`."""
         self._legal("connect_socket")
-        self._refuse_several("connect_socket", "a socket is one connection")
+        refuse_several("connect_socket", "a socket is one connection", self._asked_for)
         return super().connect_socket(socket, timeout=timeout)
 
     def connect_stream(self, stream: Stream, *, timeout: float | None = None) -> Self:
         """Connect over a stream that is open already: for a pool of one. See `Client.connect_stream`."""
         self._legal("connect_stream")
-        self._refuse_several("connect_stream", "a stream is one connection")
+        refuse_several("connect_stream", "a stream is one connection", self._asked_for)
         return super().connect_stream(stream, timeout=timeout)
 
     def _connect(self, call: str, way: Way, *, timeout: float | None, wait: float | None = None, export: str = "") -> Self:
         if way.route.transport.starts_servers:
-            self._refuse_several(call, "each connection would start a server of its own")
+            refuse_several(call, "each connection would start a server of its own", self._asked_for)
         return super()._connect(call, way, timeout=timeout, wait=wait, export=export)
 
     def _attempt(self, way: Way, deadline: Deadline) -> None:
@@ -129,7 +128,7 @@ class Pool(BlockingCalls):
             self._opening = False
 
     def _open_further(self, way: Way, deadline: Deadline) -> None:
-        count = self._asked_for - 1 if self._engine.limits.flags & TransmissionFlag.CAN_MULTI_CONN else 0
+        count = how_many_more(self._engine, self._asked_for)
         if not count:
             return
         try:
@@ -158,10 +157,6 @@ class Pool(BlockingCalls):
     def _is_wanted(self) -> bool:
         return not self._closed
 
-    def _refuse_several(self, call: str, why: str) -> None:
-        if self._asked_for > 1:
-            raise refusal_of_several(call, why, self._asked_for)
-
 
 def checked_connections(connections: Any, options: ClientOptions) -> int:
     """Return the number of connections asked for. Raises UsageError unless it is 1 to 128, and for options of no pool."""
@@ -173,9 +168,10 @@ def checked_connections(connections: Any, options: ClientOptions) -> int:
     return number
 
 
-def refusal_of_several(call: str, why: str, number: int) -> UsageError:
-    """Return the error of a call that leads to one connection only, where more were asked for."""
-    return UsageError(errno.EINVAL, f"{call}: {why}, and a pool of {number} was asked for; use a client, or connections=1")
+def refuse_several(call: str, why: str, number: int) -> None:
+    """Raise UsageError where a call leads to one connection only, and more were asked for."""
+    if number > 1:
+        raise UsageError(errno.EINVAL, f"{call}: {why}, and a pool of {number} was asked for; use a client, or connections=1")
 
 
 def refuse_pool(call: str, options: ClientOptions) -> None:

@@ -14,9 +14,15 @@ from nbdcore.clients.connecting import Way, check_wanted, look_up
 from nbdcore.clients.polled import PolledClient
 from nbdcore.clients.session import Session
 from nbdcore.errors import Error
+from nbdcore.protocol.constants import TransmissionFlag
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.waiting import Deadline, wait_any
+
+
+def how_many_more(first: Engine, asked_for: int) -> int:
+    """Return how many connections to open after the first: none unless the server says that they see each other's writes."""
+    return asked_for - 1 if first.limits.flags & TransmissionFlag.CAN_MULTI_CONN else 0
 
 
 def open_further(way: Way, first: Engine, count: int, deadline: Deadline, wanted: Callable[[], bool]) -> list[Session]:
