@@ -8,6 +8,7 @@ nothing is known here.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, MutableSequence, Sequence
@@ -29,7 +30,7 @@ Described = tuple[Numbers, Numbers]
 # ---------------------------------------------------------------------------------------------- the outcome
 
 
-class _Columns:
+class _Columns(ABC):
     """What both kinds of columns share."""
 
     __slots__ = ()
@@ -44,8 +45,9 @@ class _Columns:
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {len(self)} extents>"
 
+    @abstractmethod
     def _columns(self) -> list[Column]:
-        raise NotImplementedError
+        """Return them one by one."""
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self) or not isinstance(other, _Columns):
