@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar, Unpack, overload
 
 from nbdcore.clients.arguments import deadline_after
 from nbdcore.clients.asynchronous import AsyncClient
+from nbdcore.clients.asynchronous_calls import AsyncCalls
 from nbdcore.clients.asynchronous_pool import AsyncPool
 from nbdcore.clients.asynchronous_ways import VSOCK_HOST
 from nbdcore.clients.pool import refuse_pool
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 
-AnyClient = TypeVar("AnyClient", bound=AsyncClient)
+AnyClient = TypeVar("AnyClient", bound=AsyncCalls)
 
 
 class Connecting(Generic[AnyClient]):
@@ -317,7 +318,7 @@ async def list_exports(
         return await client.opt_list(timeout=timeout if wait else deadline.remaining())
 
 
-def _new(connections: int | None, options: ClientOptions) -> AsyncClient:
+def _new(connections: int | None, options: ClientOptions) -> AsyncClient | AsyncPool:
     return AsyncClient(**options) if connections is None else AsyncPool(connections=connections, **options)
 
 

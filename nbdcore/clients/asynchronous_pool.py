@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Self, Unpack
 
 from nbdcore.clients.asynchronous import AsyncClient
+from nbdcore.clients.asynchronous_calls import AsyncCalls
 from nbdcore.clients.asynchronous_session import LoopSession, LoopSessions, call_in
 from nbdcore.clients.connecting import Way, sooner
 from nbdcore.clients.pool import CONNECTIONS, GRACE, checked_connections, refuse_several
@@ -92,11 +93,11 @@ def _pending(session: LoopSession) -> int:
     return session.engine.pending
 
 
-class AsyncPool(AsyncClient):
+class AsyncPool(AsyncCalls):
     """Up to so many connections to one export, used as one: `nbdcore.Pool` for asyncio.
 
-    Has the calls, properties and errors of `AsyncClient`; those of opt mode are never legal. How many connections there are, what
-    a flush covers, and what is lost with a connection, is as `nbdcore.Pool` has it.
+    Has the calls, properties and errors of `AsyncClient`, but for opt mode and `list_exports`. How many connections there are,
+    what a flush covers, and what is lost with a connection, is as `nbdcore.Pool` has it.
 
     Args:
         connections: how many to open, 1 to 128.
@@ -107,7 +108,7 @@ class AsyncPool(AsyncClient):
         self._asked_for = checked_connections(connections, options)
         self._live = None  # the engine is asked for by way of it
         self._opening: list[AsyncClient] = []
-        super().__init__(**options)
+        super().__init__(options)
 
     def __repr__(self) -> str:
         where = f", {self.connections} to {self._where}" if self._where else ""

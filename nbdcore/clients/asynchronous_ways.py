@@ -16,11 +16,11 @@ from functools import partial
 from typing import Any, Self
 
 from nbdcore.clients.arguments import deadline_after, text
-from nbdcore.clients.asynchronous_options import AsyncOptionCalls
 from nbdcore.clients.asynchronous_session import LoopSession, LoopSessions, call_in
 from nbdcore.clients.asynchronous_waiting import LoopWait, check_loop
 from nbdcore.clients.connecting import Route, Way, adopt, route_by_name, route_by_uri, sooner
 from nbdcore.clients.encryption import Encryption
+from nbdcore.clients.knowledge import Knowledge
 from nbdcore.clients.session import Session, StartTLS
 from nbdcore.clients.settings import ClientOptions, checked_encryption, checked_permissions, checked_settings
 from nbdcore.errors import DeadlineExceeded, Disconnected, Error, TransportError, UsageError
@@ -41,7 +41,7 @@ VSOCK_HOST = 2  # VMADDR_CID_HOST: seen from a virtual machine, the machine that
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5
 
 
-class AsyncConnectCalls(AsyncOptionCalls):
+class AsyncConnectCalls(Knowledge):
     """The `connect` calls, legal in a newly created client, once.
 
     Each returns the client, by default with the export open. Raises UsageError, with nothing opened and the client as it was, for

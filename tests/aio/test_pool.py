@@ -17,6 +17,7 @@ from nbdcore import DeadlineExceeded, Disconnected, Phase, ProtocolViolation, Us
 from nbdcore.aio import AsyncClient, AsyncPool
 from nbdcore.clients import asynchronous_pool
 from nbdcore.protocol.constants import CommandType, TransmissionFlag
+from nbdcore.protocol.state import LEGAL
 from nbdcore.streams.memory import memory_pair
 from nbdcore.testing.scripted import (
     EVERYTHING,
@@ -309,6 +310,12 @@ def test_a_new_pool_is_not_connected(run):
         await pool.close()
 
     run(main())
+
+
+def test_a_pool_has_what_a_client_has_but_opt_mode_and_listing():
+    public = {name for name in dir(AsyncClient) if not name.startswith("_")}
+    missing = public - {name for name in dir(AsyncPool) if not name.startswith("_")}
+    assert missing == {"list_exports"} | {name for name in LEGAL if name.startswith("opt_")}
 
 
 @pytest.mark.parametrize("options", [{"connections": 0}, {"connections": 129}, {"connections": "2"}, {"opt_mode": True}])
