@@ -102,16 +102,22 @@ def writes(limits: Limits, items: Iterable[tuple[int, Any]], *, fua: bool) -> Ge
 
 def zeroes(limits: Limits, ranges: Iterable[tuple[int, int]], *, fua: bool, no_hole: bool, fast_zero: bool) -> Generator[Command]:
     """Yield the commands that write zeroes to (offset, count) ranges."""
-    for offset, count in _pairs("zero_many", "offset and count", ranges):
+    for offset, count in _ranges("zero_many", ranges):
         request = requests.zero(limits, count, offset, fua=fua, no_hole=no_hole, fast_zero=fast_zero, call="zero_many")
         yield from _commands_of(request, Whole(offset, _NO_MEMORY))
 
 
 def trims(limits: Limits, ranges: Iterable[tuple[int, int]], *, fua: bool) -> Generator[Command]:
     """Yield the commands that trim (offset, count) ranges."""
-    for offset, count in _pairs("trim_many", "offset and count", ranges):
+    for offset, count in _ranges("trim_many", ranges):
         request = requests.trim(limits, count, offset, fua=fua, call="trim_many")
         yield from _commands_of(request, Whole(offset, _NO_MEMORY))
+
+
+def _ranges(call: str, ranges: Iterable[Any]) -> Iterator[tuple[int, int]]:
+    for offset, count in _pairs(call, "offset and count", ranges):
+        count, offset = whole_numbers(call, count, offset)  # noqa: PLW2901 (made plain)
+        yield offset, count
 
 
 def _pairs(call: str, what: str, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:

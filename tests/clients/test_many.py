@@ -57,6 +57,24 @@ def test_nothing_to_do_is_done(name, items):
         assert list(getattr(client, name)(items)) == []
 
 
+class Offset:
+    """An integer of somebody else's, as numpy's are."""
+
+    def __index__(self) -> int:
+        return 512
+
+
+@every_call
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_an_offset_that_is_as_good_as_an_integer_is_yielded_as_one(name, in_pieces):
+    count = (5 << 30 if name == "trim_many" else 50_000) if in_pieces else 16
+    with talk(serve(good), size=1 << 40, block_size=(1, 4096, 1 << 14)) as (client, connection):
+        (result,) = start(client, name, [Offset()], count)
+        (offset,) = offsets_of(name, [result])
+        assert (type(offset), offset) == (int, 512)
+        assert (len(connection.requests) > 1) == in_pieces
+
+
 def test_results_come_in_the_order_in_which_they_finish():
     with talk(backwards, drain) as (client, _):
         results = list(client.pread_many([(offset, 4) for offset in range(10)]))
