@@ -25,7 +25,7 @@ StartTLS = Callable[[Stream], Stream]
 # Receives in one go before the owner is heard again: a server that always has more must not lock out a deadline. With 256 KiB of
 # scratch at a time, these are 16 MiB at most.
 _RECEIVES = 64
-# What half-closing comes to where the server has hung up.
+# What sending and half-closing come to where the server has hung up.
 _HUNG_UP = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 _OVER = (Phase.CLOSED, Phase.DEAD)
 _NOTHING, _READ, _WRITE = Want.NOTHING, int(Want.READ), int(Want.WRITE)
@@ -112,7 +112,25 @@ class Session:
             elif (owed := stream.wants()) is not _NOTHING and owed & Want.WRITE:
                 stream.send([])
         except OSError as exc:
+            if exc.errno in _HUNG_UP:
+                self._receive_the_rest()
             self._broken(exc)
+
+    def _receive_the_rest(self) -> None:
+        """The server takes no more, since it has hung up; what it answered before counts."""
+        engine = self.engine
+        for _ in range(_RECEIVES):
+            room = engine.room()
+            try:
+                count = self._stream.recv_into(room) if len(room) else None
+            except OSError:
+                return
+            if count is None:
+                return
+            if not count:
+                engine.received_eof()
+                return
+            engine.received(count)
 
     def _finish_sending(self) -> None:
         """Everything has been sent, and the goodbye was the last of it."""

@@ -18,6 +18,7 @@ from tests.clients.many import (
     RANGES,
     WRONG_OPTIONS,
     backwards,
+    dying,
     every_call,
     every_wrong_item,
     failing,
@@ -233,6 +234,23 @@ def test_a_server_that_dies_in_the_middle_ends_it(run, name):
             with pytest.raises(Disconnected):
                 await collect(start(client, name, range(0, 1600, 16), depth=8), results)
             assert offsets_of(name, results) == [0, 16]
+
+    run(main())
+
+
+@every_call
+def test_an_answer_that_came_before_the_server_died_counts_though_sending_fails_first(run, name):
+    first_taken, dead = threading.Event(), threading.Event()
+
+    async def main():
+        async with talk(dying(first_taken, dead)) as (client, _):
+            results = start(client, name, range(0, 1600, 16), depth=8)
+            taken = [await anext(results)]
+            first_taken.set()
+            assert dead.wait(PATIENCE)  # nothing else runs meanwhile: the loop sends before it receives
+            with pytest.raises(Disconnected):
+                await collect(results, taken)
+            assert offsets_of(name, taken) == [0, 16]
 
     run(main())
 

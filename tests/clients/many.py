@@ -72,6 +72,20 @@ def first_only(event: threading.Event) -> Step:
     return step
 
 
+def dying(first_taken: threading.Event, dead: threading.Event) -> Step:
+    """Answer the first of eight requests; when that was taken, the second one, and hang up."""
+
+    def step(connection: Connection) -> None:
+        requests = [connection.receive_request() for _ in range(8)]
+        connection.send(good(requests[0]))
+        assert first_taken.wait(PATIENCE)
+        connection.send(good(requests[1]))
+        connection.close()
+        dead.set()
+
+    return step
+
+
 # ---------------------------------------------------------------------------------------------- a disk in pieces
 
 SIZE = 1 << 20

@@ -19,6 +19,7 @@ from tests.clients.many import (
     RANGES,
     WRONG_OPTIONS,
     backwards,
+    dying,
     every_call,
     every_wrong_item,
     failing,
@@ -254,6 +255,19 @@ def test_a_server_that_dies_in_the_middle_ends_it(name):
             collect(start(client, name, range(0, 1600, 16), depth=8), results)
         assert offsets_of(name, results) == [0, 16]
         assert client.phase in (Phase.CLOSED, Phase.DEAD)
+
+
+@every_call
+def test_an_answer_that_came_before_the_server_died_counts_though_sending_fails_first(name):
+    first_taken, dead = threading.Event(), threading.Event()
+    with talk(dying(first_taken, dead)) as (client, _):
+        results = start(client, name, range(0, 1600, 16), depth=8)
+        taken = [next(results)]
+        first_taken.set()
+        assert dead.wait(PATIENCE)
+        with pytest.raises(Disconnected):
+            collect(results, taken)
+        assert offsets_of(name, taken) == [0, 16]
 
 
 @every_call
