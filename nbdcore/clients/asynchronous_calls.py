@@ -15,7 +15,6 @@ from nbdcore.clients import batches, requests
 from nbdcore.clients.arguments import deadline_after, texts, whole_numbers
 from nbdcore.clients.asynchronous_many import Many
 from nbdcore.clients.asynchronous_pipeline import run_all
-from nbdcore.clients.asynchronous_session import LoopSessions
 from nbdcore.clients.asynchronous_ways import AsyncConnectCalls
 from nbdcore.clients.batches import DEPTH
 from nbdcore.clients.columns import CombinedExtentColumns, ExtentColumns
@@ -78,9 +77,13 @@ class AsyncCalls(AsyncConnectCalls):
 
         A count larger than the server's maximum is split, unless `df` asks for an answer in one piece.
         """
-        live = self._ready("pread")
+        live = self._live
+        if live is None or live.engine.phase is not _CONNECTED:
+            self._legal("pread")
+            live = self._session()
         limits = live.engine.limits
-        count, offset = whole_numbers("pread", count, offset)
+        if count.__class__ is not int or offset.__class__ is not int:  # as a rule they are, which saves a call
+            count, offset = whole_numbers("pread", count, offset)
         if count <= limits.data or df:
             command = commands.read(limits, count, offset, flags=CommandFlag.DF if df else 0)
             await live.run(command, timeout)
@@ -305,14 +308,6 @@ class AsyncCalls(AsyncConnectCalls):
         return walk.columns()
 
     # ------------------------------------------------------------------------------------------ running
-
-    def _ready(self, call: str) -> LoopSessions:
-        """Return the session of a connection that takes commands. Small reads ask for it: so all is looked at in one go."""
-        live = self._live
-        if live is None or live.engine.phase is not _CONNECTED or not live.loop.is_running():
-            self._legal(call)
-            return self._session()
-        return live
 
     def _connected(self, call: str) -> Limits:
         if self._engine.phase is not _CONNECTED:

@@ -24,7 +24,7 @@ from typing import Protocol
 from nbdcore.clients.arguments import deadline_after
 from nbdcore.clients.asynchronous_waiter import Waiter
 from nbdcore.clients.session import Session
-from nbdcore.errors import DeadlineExceeded, Disconnected, Error
+from nbdcore.errors import DeadlineExceeded, Disconnected, Error, UsageError
 from nbdcore.protocol.commands import Command, disconnect
 from nbdcore.protocol.engine import Engine, Exchange
 from nbdcore.protocol.state import Phase
@@ -98,19 +98,23 @@ class LoopSession:
     # ------------------------------------------------------------------------------------------ commands
 
     def submit(self, command: Command) -> None:
-        """Queue a command; it is sent in the loop's next turn, together with all others of this one."""
-        self.engine.submit(command)
+        """Queue a command; it is sent in the loop's next turn, together with all others of this one.
+
+        Raises UsageError in any loop but its own, whose thread alone may touch it.
+        """
         if not self._sending:
-            self._sending = True
-            self.loop.call_soon(self._send)
+            self._send_soon()
+        self.engine.submit(command)
 
     @types.coroutine
     def run(self, command: Command, timeout: float | None) -> Generator[Waiter, None, None]:
         """Run one command and raise its error. At the deadline, or when the task is cancelled, it is abandoned."""
         seconds = None if timeout is None else deadline_after(timeout).remaining()
-        waiter = command.tag = Waiter(self.loop)
+        if not self._sending:  # as `submit` does: this is once a small read
+            self._send_soon()
+        self.engine.submit(command)
         command.completion = self._finish
-        self.submit(command)
+        waiter = command.tag = Waiter(self.loop)
         alarm = None if seconds is None else self.loop.call_later(seconds, self.expire, command)
         try:
             yield waiter
@@ -243,6 +247,11 @@ class LoopSession:
             if self.engine.has_outgoing:
                 self._move(self._session.send)
 
+    def _send_soon(self) -> None:
+        check_runs(self.loop)
+        self._sending = True
+        self.loop.call_soon(self._send)
+
     def _send(self) -> None:
         self._sending = False
         self._move(self._session.send)
@@ -310,6 +319,13 @@ class LoopSession:
         for waiter in self._ends:
             settle(waiter)
         self._ends.clear()
+
+
+def check_runs(loop: asyncio.AbstractEventLoop) -> None:
+    """Raise UsageError unless this loop is running: then the caller is in it, or asyncio finds out that it is not."""
+    # Before Python 3.12 asking which loop runs here costs a system call.
+    if not loop.is_running():
+        raise UsageError(errno.EINVAL, "the client belongs to the event loop that it was connected in, and this is another")
 
 
 def call_in(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Self
 
 from nbdcore.clients.arguments import deadline_after, text
-from nbdcore.clients.asynchronous_session import LoopSession, LoopSessions, call_in
+from nbdcore.clients.asynchronous_session import LoopSession, LoopSessions, call_in, check_runs
 from nbdcore.clients.asynchronous_waiting import LoopWait, check_loop
 from nbdcore.clients.connecting import Route, Way, adopt, route_by_name, route_by_uri, sooner
 from nbdcore.clients.encryption import Encryption
@@ -323,9 +323,7 @@ class AsyncConnectCalls(Knowledge):
         live = self._live
         if live is None:
             raise UsageError(errno.ENOTCONN, "not connected")
-        # Before Python 3.12 asking which loop runs here costs a system call. That its own runs elsewhere, asyncio finds out.
-        if not live.loop.is_running():
-            raise UsageError(errno.EINVAL, "the client belongs to the event loop that it was connected in, and this is another")
+        check_runs(live.loop)
         return live
 
     def _close(self) -> None:
