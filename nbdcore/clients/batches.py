@@ -53,7 +53,7 @@ def checked_depth(call: str, depth: Any) -> int:
 def reads(limits: Limits, ranges: Iterable[tuple[int, int]]) -> Generator[Command]:
     """Yield the commands that read (offset, count) ranges."""
     most, read = limits.data, commands.read
-    for item in ranges:
+    for item in _iterator("pread_many", "offset and count", ranges):
         try:
             offset, count = item
         except (TypeError, ValueError):
@@ -121,12 +121,20 @@ def _ranges(call: str, ranges: Iterable[Any]) -> Iterator[tuple[int, int]]:
 
 
 def _pairs(call: str, what: str, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    for item in items:
+    for item in _iterator(call, what, items):
         try:
             first, second = item
         except (TypeError, ValueError):
             raise _no_pair(call, what, item) from None
         yield first, second
+
+
+def _iterator(call: str, what: str, items: Iterable[Any]) -> Iterator[Any]:
+    try:
+        return iter(items)
+    except TypeError:
+        message = f"{call}: pairs of {what} are needed, as a list or anything else that `for` takes, not {type(items).__name__}"
+        raise UsageError(errno.EINVAL, message) from None
 
 
 def _no_pair(call: str, what: str, item: object) -> UsageError:

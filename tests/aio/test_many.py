@@ -20,6 +20,7 @@ from tests.clients.many import (
     backwards,
     dying,
     every_call,
+    every_wrong_input,
     every_wrong_item,
     failing,
     first_only,
@@ -222,6 +223,30 @@ def test_wrong_arguments_are_told_at_the_call(run, name):
             for options in WRONG_OPTIONS:
                 with pytest.raises(UsageError, match=r"depth|timeout"):
                     getattr(client, name)([], **options)
+
+    run(main())
+
+
+@every_call
+@every_wrong_input
+def test_what_cannot_be_iterated_is_a_usage_error(run, name, wrong):
+    async def main():
+        async with talk(drain) as (client, _):
+            with pytest.raises(UsageError, match=f"^{name}: pairs of offset and .* are needed"):
+                await everything(getattr(client, name)(wrong))
+
+    run(main())
+
+
+@every_call
+def test_an_asynchronous_input_is_a_usage_error(run, name):
+    async def ranges():
+        yield 0, 4096
+
+    async def main():
+        async with talk(drain) as (client, _):
+            with pytest.raises(UsageError, match=f"^{name}: pairs of offset and .* are needed.*not async_generator"):
+                await everything(getattr(client, name)(ranges()))
 
     run(main())
 

@@ -111,6 +111,7 @@ every_wrong_item = pytest.mark.parametrize(
         (5, "pread_many: each item is a pair"),
     ],
 )
+every_wrong_input = pytest.mark.parametrize("wrong", [None, 4096, lambda: [(0, 4096)]], ids=["None", "a number", "a function"])
 WRONG_OPTIONS: list[dict[str, Any]] = [
     {"depth": 0},
     {"depth": -1},

@@ -21,6 +21,7 @@ from tests.clients.many import (
     backwards,
     dying,
     every_call,
+    every_wrong_input,
     every_wrong_item,
     failing,
     first_only,
@@ -245,6 +246,13 @@ def test_wrong_arguments_are_told_at_the_call(name):
         for options in WRONG_OPTIONS:
             with pytest.raises(UsageError, match=r"depth|timeout"):
                 getattr(client, name)([], **options)
+
+
+@every_call
+@every_wrong_input
+def test_what_cannot_be_iterated_is_a_usage_error(name, wrong):
+    with talk(drain) as (client, _), pytest.raises(UsageError, match=f"^{name}: pairs of offset and .* are needed"):
+        list(getattr(client, name)(wrong))
 
 
 @every_call
