@@ -10,6 +10,7 @@ The iterator and its pipeline are two objects, so that nothing but the caller ho
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
 from itertools import islice
@@ -18,6 +19,7 @@ from typing import Generic, TypeVar
 from nbdcore.clients.asynchronous_pipeline import Pipeline
 from nbdcore.clients.asynchronous_session import LoopSessions, call_in
 from nbdcore.clients.batches import Whole
+from nbdcore.errors import UsageError
 from nbdcore.protocol.commands import Command
 
 Item = TypeVar("Item")
@@ -56,7 +58,7 @@ class _ManyPipeline(Pipeline):
 
 
 class Many(AsyncIterator[Item], Generic[Item]):
-    """What a `_many` call returns: to be used with `async for`, by one task.
+    """What a `_many` call returns: to be used with `async for`, by one task. A second one that waits in it gets a UsageError.
 
     A step that is cancelled, or that takes longer than its timeout, is the last one.
     """
@@ -88,12 +90,15 @@ class Many(AsyncIterator[Item], Generic[Item]):
             self._taken += 1
             return self._pick(whole.popleft())
         except BaseException:
-            self._stop()
+            if not self._pipeline.waited_for:  # or another task is here, which goes on
+                self._stop()
             raise
 
     async def _go_on(self) -> None:
         """Begin what there is room for, and wait until something has finished. Raises when nothing is left."""
         pipeline, whole = self._pipeline, self._whole
+        if pipeline.waited_for:
+            raise UsageError(errno.EBUSY, "a loop over many requests is for one task, and another one waits in it")
         self._taken = 0
         while True:
             room = self._depth - pipeline.under_way - len(whole)

@@ -37,6 +37,11 @@ class Pipeline:
         """How many commands have not finished."""
         return len(self._under_way)
 
+    @property
+    def waited_for(self) -> bool:
+        """Whether somebody waits."""
+        return self._waiter is not None
+
     def begin(self, commands: Iterable[Command]) -> None:
         """Queue commands. Raises as the engine does."""
         finish, submit, count = self._finish, self._session.submit, self._under_way.add
@@ -69,10 +74,12 @@ class Pipeline:
                 alarm.cancel()
 
     def abandon(self) -> None:
-        """Give up whatever is under way: no memory of the caller's is touched any more."""
+        """Give up whatever is under way: no memory of the caller's is touched any more. Whoever waits is woken."""
         under_way, self._under_way = self._under_way, set()
         for command in under_way:
             self._session.abandon(command, "the rest is not wanted any more")
+        if self._waiter is not None:
+            settle(self._waiter)
 
 
 async def run_all(session: LoopSessions, commands: Pieces, deadline: Deadline, *, depth: int) -> None:

@@ -359,6 +359,42 @@ def test_a_loop_that_is_dropped_in_another_thread_is_given_up_by_the_event_loop(
     run(main())
 
 
+def test_a_loop_is_for_one_task_and_a_second_one_is_told_so(run):
+    event = threading.Event()
+
+    async def main():
+        async with talk(first_only(event), drain) as (client, _):
+            reads = client.pread_many((offset, 8) for offset in range(8))
+            assert await anext(reads) == (0, expected(0, 8))
+            first = asyncio.create_task(anext(reads))
+            await asyncio.sleep(0)
+            with pytest.raises(UsageError, match="for one task"):
+                await anext(reads)
+            event.set()
+            assert await first == (1, expected(1, 8))
+            assert [offset for offset, _ in await everything(reads)] == [*range(2, 8)]
+
+    run(main())
+
+
+def test_closing_a_loop_in_which_another_task_waits_ends_it_there(run):
+    event = threading.Event()
+
+    async def main():
+        async with talk(first_only(event), answer(DONE, kind=CommandType.FLUSH)) as (client, _):
+            reads = client.pread_many((offset, 8) for offset in range(8))
+            assert await anext(reads) == (0, expected(0, 8))
+            waiting = asyncio.create_task(everything(reads))
+            await asyncio.sleep(0)
+            await reads.aclose()
+            async with asyncio.timeout(PATIENCE):
+                assert await waiting == []
+            event.set()
+            await client.flush(timeout=PATIENCE)
+
+    run(main())
+
+
 def test_the_memory_of_what_was_yielded_is_free(run):
     async def main():
         async with talk(serve(good)) as (client, _):
