@@ -453,6 +453,81 @@ def test_room_is_filled_from_many_records_at_once(modern):
         assert room == data
 
 
+class Hoard:
+    """A stream below which much has arrived already, and perhaps an error behind it."""
+
+    def __init__(self, stream, arrived, error=None):
+        self._stream = stream
+        self._arrived = memoryview(arrived)
+        self._error = error
+
+    def recv_into(self, room):
+        count = min(len(room), len(self._arrived))
+        room[:count] = self._arrived[:count]
+        self._arrived = self._arrived[count:]
+        if not count and self._error is not None:
+            raise self._error
+        return count or self._stream.recv_into(room)
+
+    def __str__(self):
+        return str(self._stream)
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+def encrypted(end, other_below, data):
+    """Return the ciphertext of `data` from one end of a connection, received below the other."""
+    received, rest = b"", memoryview(data)
+    deadline = Deadline.after(PATIENCE)
+    while rest or end.wants() & Want.WRITE:
+        assert not deadline.expired
+        rest = rest[end.send([rest] if rest else []) or 0 :]
+        received += receive(other_below, 1 << 20)
+    return received
+
+
+def test_room_is_filled_from_what_several_receives_bring(modern):
+    plain = memory_pair()
+    with connected(*modern, lambda: plain) as (near, far):
+        data = random.Random(5).randbytes(3 * tls_stream._PIECE)
+        near._stream = Hoard(near._stream, encrypted(far, plain[0], data))
+        room = memoryview(bytearray(len(data)))
+        assert near.recv_into(room) == len(data)
+        assert room == data
+
+
+def test_one_call_decrypts_no_more_than_its_share(modern):
+    plain = memory_pair()
+    with connected(*modern, lambda: plain) as (near, far):
+        data = random.Random(5).randbytes(1 << 20)
+        near._stream = Hoard(near._stream, encrypted(far, plain[0], data))
+        room = memoryview(bytearray(len(data)))
+        assert near.recv_into(room) == tls_stream._MOST_AT_ONCE
+        assert receive_exactly(near, len(data) - tls_stream._MOST_AT_ONCE) == data[tls_stream._MOST_AT_ONCE :]
+
+
+@pytest.mark.parametrize("broken", ["changed on the way", "reset"])
+def test_what_came_before_the_connection_broke_is_received_first(starters, broken):
+    plain = memory_pair()
+    data = random.Random(6).randbytes(2 * tls_stream._PIECE - 32768)
+    room = memoryview(bytearray(len(data) + 1))
+    with connected(*starters, lambda: plain) as (near, far):
+        arrived = encrypted(far, plain[0], data)
+        if broken == "reset":
+            near._stream = Hoard(near._stream, arrived, Disconnected(errno.ECONNRESET, f"{near} broke"))
+        else:
+            near._stream = Hoard(near._stream, arrived + bytes(100))
+        count = near.recv_into(room)
+        assert count is not None
+        assert count > tls_stream._PIECE - 2 * 16384
+        assert room[:count] == data[:count]
+        assert near.buffered()  # the descriptor may be quiet, and there is the error to tell
+        for call in (lambda: near.recv_into(room), lambda: near.send([memoryview(b"x")]), near.finish_sending):
+            with pytest.raises(TLSError if broken == "changed on the way" else Disconnected, match=str(near)):
+                call()
+
+
 def test_rest_of_a_record_is_buffered(modern):
     with connected(*modern) as (near, far):
         send(far, b"abcdef")
