@@ -86,17 +86,22 @@ def reads_into(limits: Limits, items: Iterable[tuple[int, Any]]) -> Generator[Co
 
 def writes(limits: Limits, items: Iterable[tuple[int, Any]], *, fua: bool) -> Generator[Command]:
     """Yield the commands that write (offset, data) pairs."""
-    most, flags = limits.data, CommandFlag.FUA.value if fua else 0
-    for offset, data in _pairs("pwrite_many", "offset and data", items):
+    most, flags, write = limits.data, CommandFlag.FUA.value if fua else 0, commands.write
+    for item in _iterator("pwrite_many", "offset and data", items):
+        try:
+            offset, data = item
+        except (TypeError, ValueError):
+            raise _no_pair("pwrite_many", "offset and data", item) from None
         if offset.__class__ is not int:
-            offset = whole_number("pwrite_many", "offset", offset)  # noqa: PLW2901 (made plain)
-        view = bytes_view("pwrite_many", data, writable=False)
+            offset = whole_number("pwrite_many", "offset", offset)
+        # Bytes need no view, which costs as much as half a command.
+        view = data if data.__class__ is bytes else bytes_view("pwrite_many", data, writable=False)
         if len(view) <= most:
-            command = commands.write(limits, view, offset, flags=flags)
+            command = write(limits, view, offset, flags=flags)
             del view
             yield command
         else:
-            request = requests.write(limits, view, offset, fua=fua, call="pwrite_many")
+            request = requests.write(limits, memoryview(view), offset, fua=fua, call="pwrite_many")
             yield from _commands_of(request, Whole(offset, _NO_MEMORY))
 
 

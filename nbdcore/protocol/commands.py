@@ -165,7 +165,7 @@ class Command:
         # Nothing but an int gets past here: what is no integer is a TypeError now, not an accident while packing.
         self.offset = offset if offset.__class__ is int else index(offset)
         self.count = count if count.__class__ is int else index(count)
-        self.payload: memoryview | None = None
+        self.payload: bytes | memoryview | None = None
         self.target: memoryview | None = None
         self.data: bytes | None = None
         self.chunks: list[StatusChunk] = []
@@ -228,8 +228,8 @@ def read(limits: Limits, count: int, offset: int, *, target: memoryview | None =
     return command
 
 
-def write(limits: Limits, data: memoryview, offset: int, *, flags: int = 0) -> Command:
-    """Build NBD_CMD_WRITE. `data` is a view of bytes that must not change until the command is done; flags: FUA."""
+def write(limits: Limits, data: bytes | memoryview, offset: int, *, flags: int = 0) -> Command:
+    """Build NBD_CMD_WRITE. `data`, bytes or a view of them, must not change until the command is done; flags: FUA."""
     command = Command(_WRITE, flags, offset, len(data))
     offset, count = command.offset, command.count
     if not command.flags and 0 < count <= limits.payload and 0 <= offset <= limits.plain_writes - count:

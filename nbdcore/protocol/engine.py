@@ -284,30 +284,28 @@ class Engine(Exchanges):
         self.traffic.chunks_sent += burst
         for _ in range(burst):
             command = queue.popleft()
-            payload = command.payload
-            if payload is None and command.type != _DISC:
-                gathered.append(pack(magic, command.flags, command.type, command.cookie, command.offset, command.count))
-                in_flight[command.cookie] = command
-                if command.count >= LARGE and command.type == _READ and self._replies is not None:
+            kind, length, payload = command.type, command.count, command.payload
+            if payload is not None and kind == _BLOCK_STATUS:
+                length = len(payload)
+            gathered.append(pack(magic, command.flags, kind, command.cookie, command.offset, length))
+            if payload is None:
+                if kind == _DISC:
+                    command.done = True  # it has no reply
+                    goodbye.append(command)
+                    continue
+                if length >= LARGE and kind == _READ and self._replies is not None:
                     self._replies.large += 1
-                continue
-            filtered = payload is not None and command.type == _BLOCK_STATUS
-            length = len(payload) if filtered and payload is not None else command.count
-            gathered.append(pack(magic, command.flags, command.type, command.cookie, command.offset, length))
-            if payload is not None:
-                if len(payload) <= INLINE_PAYLOAD:
-                    gathered.append(payload)
-                else:
-                    parts += (memoryview(b"".join(gathered)), payload)
-                    gathered.clear()
-            if command.type == _DISC:
-                command.done = True  # it has no reply
-                goodbye.append(command)
+            elif len(payload) <= INLINE_PAYLOAD:
+                gathered.append(payload)
             else:
-                in_flight[command.cookie] = command
+                command.payload = payload = memoryview(payload)
+                parts += (memoryview(b"".join(gathered)), payload)
+                gathered.clear()
+            in_flight[command.cookie] = command
         if gathered:
             parts.append(memoryview(b"".join(gathered)))
-        self._complete(goodbye)
+        if goodbye:
+            self._complete(goodbye)
 
     def _let_go(self, command: Command) -> None:
         """Free the caller's memory of a payload: what is still to be sent of it is copied."""
@@ -426,14 +424,14 @@ class Engine(Exchanges):
         """Run completions. One that raises keeps no other from running; its exception then goes to whoever moves the bytes."""
         raised: BaseException | None = None
         for command in completed:
-            payload = command.payload
+            payload, completion = command.payload, command.completion
             if payload is not None:
                 if len(payload) > INLINE_PAYLOAD:
                     self._let_go(command)
                 command.payload = None
-            if command.completion is not None and not command.discard:
+            if completion is not None and not command.discard:
                 try:
-                    command.completion(command)
+                    completion(command)
                 except BaseException as exc:  # noqa: BLE001 (raised again when every other command had its turn)
                     raised = raised or exc
         if raised is not None:
