@@ -104,7 +104,7 @@ def run_many(  # noqa: C901 (its inner loop runs once a request, where a call co
                     failed = failed or shared.own(command.error)
                 elif whole is None:
                     item = pick(command)
-                    command.target = None  # the caller's memory is theirs again
+                    command.target = command.data = None  # the caller's memory is theirs again
                     yield item
                 elif not whole.left:
                     yield pick(whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 import nbdcore
 from nbdcore import Client, CommandError, DeadlineExceeded, Disconnected, Phase, UsageError
+from nbdcore.protocol.commands import Command
 from nbdcore.protocol.constants import CommandType
 from nbdcore.server import Server
 from nbdcore.testing.choppy import ChoppyStream
@@ -344,6 +346,12 @@ def test_data_are_free_once_their_offset_was_yielded():
         blocks = [bytearray(1 << 16) for _ in range(8)]
         for number in client.pwrite_many(((number, block) for number, block in enumerate(blocks)), depth=4):
             assert not held(blocks[number])
+
+
+def test_what_was_read_is_the_callers_alone():
+    with talk(serve(good)) as (client, _):
+        for _, data in client.pread_many([(number, 1 << 10) for number in range(50)], depth=4):
+            assert [one for one in gc.get_referrers(data) if isinstance(one, Command)] == []
 
 
 @pytest.mark.parametrize("name", ["pread_into_many", "pwrite_many"])
