@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from nbdcore import aio
 from nbdcore.aio import AsyncClient
 from nbdcore.streams.base import Stream
-from nbdcore.testing.scripted import Connection, Reply, ScriptedServer, Step
+from nbdcore.testing.scripted import Connection, ScriptedServer, Step
 from tests.clients import talking
-from tests.clients.talking import DISK, DONE, PATIENCE, held, script
+from tests.clients.talking import DISK, DONE, PATIENCE, held, late, script
 
 __all__ = ["CALLS", "DISK", "DONE", "PATIENCE", "SHORT", "held", "late", "talk", "until"]
 
@@ -49,18 +48,6 @@ async def talk(
             yield client, server.connections[0]
         finally:
             await client.close()
-
-
-def late(event: threading.Event, *replies: Reply) -> Step:
-    """Receive a request, and answer it when the event has happened."""
-
-    def step(connection: Connection) -> None:
-        request = connection.receive_request()
-        assert event.wait(PATIENCE)
-        for reply in replies:
-            connection.send(reply(request))
-
-    return step
 
 
 async def until(condition: Callable[[], object], what: str) -> None:

@@ -13,6 +13,7 @@ from nbdcore.aio import AsyncClient
 from nbdcore.protocol.constants import CommandType
 from nbdcore.testing.scripted import Connection, ScriptedServer, answer, data, drain, serve, wait_for
 from tests.aio.talking import CALLS, DISK, DONE, PATIENCE, SHORT, held, late, talk, until
+from tests.clients.talking import in_two_parts, slow_to_receive
 
 LARGE = 200_000
 
@@ -55,17 +56,11 @@ def test_a_call_that_is_cancelled_after_any_number_of_turns_harms_nothing(run, n
 
 @pytest.mark.parametrize("part", [0, 10, 40, 100_020], ids=["nothing", "half a header", "some data", "most data"])
 def test_a_late_reply_does_not_touch_the_buffer_of_a_cancelled_read(run, part):
-    whole = data(b"x" * LARGE)
     event = threading.Event()
-
-    def in_two_parts(connection: Connection) -> None:
-        reply = whole(connection.receive_request())
-        connection.send(reply[:part])
-        assert event.wait(PATIENCE)
-        connection.send(reply[part:])
+    step = in_two_parts(data(b"x" * LARGE), part, event)
 
     async def main():
-        async with talk(in_two_parts, answer(data(b"y" * 8), kind=CommandType.READ)) as (client, connection):
+        async with talk(step, answer(data(b"y" * 8), kind=CommandType.READ)) as (client, connection):
             buffer = bytearray(LARGE)
             received = client._engine.traffic.bytes_received
             task = asyncio.create_task(client.pread_into(buffer, 0))
@@ -133,14 +128,8 @@ def test_a_write_that_was_half_sent_is_finished_from_a_copy(run):
     contents = bytearray(b"a" * (8 << 20))
     event, received = threading.Event(), []
 
-    def slow(connection: Connection) -> None:
-        wait_for(event)(connection)
-        request = connection.receive_request()
-        received.append(request.payload)
-        connection.send(DONE(request))
-
     async def main():
-        async with talk(slow, answer(DONE, kind=CommandType.FLUSH), size=16 << 20) as (client, _):
+        async with talk(slow_to_receive(event, received), answer(DONE, kind=CommandType.FLUSH), size=16 << 20) as (client, _):
             task = asyncio.create_task(client.pwrite(contents, 0))
             await until(lambda: client._engine.in_flight and client._engine.has_outgoing, "part of it was sent")
             await cancelled(task)

@@ -14,7 +14,7 @@ from nbdcore.aio import AsyncClient
 from nbdcore.protocol.constants import CommandType
 from nbdcore.testing.scripted import Connection, ScriptedServer, answer, data, drain, first, goodbye, serve, unless_gone, wait_for
 from tests.aio.talking import CALLS, DISK, DONE, PATIENCE, SHORT, held, late, talk
-from tests.clients.talking import HANDSHAKES, OPTION_CALLS, OPTION_MODE, ready_for_options
+from tests.clients.talking import HANDSHAKES, OPTION_CALLS, OPTION_MODE, in_two_parts, odd_ones_first, ready_for_options
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -47,17 +47,11 @@ def test_the_message_names_the_command(run):
 
 @pytest.mark.parametrize("part", [0, 10, 40, 100_020], ids=["nothing", "half a header", "some data", "most data"])
 def test_a_late_reply_does_not_touch_the_buffer_of_an_abandoned_read(run, part):
-    whole = data(b"x" * 200_000)
     event = threading.Event()
-
-    def in_two_parts(connection: Connection) -> None:
-        reply = whole(connection.receive_request())
-        connection.send(reply[:part])
-        assert event.wait(PATIENCE)
-        connection.send(reply[part:])
+    step = in_two_parts(data(b"x" * 200_000), part, event)
 
     async def main():
-        async with talk(in_two_parts, answer(data(b"y" * 8), kind=CommandType.READ)) as (client, _):
+        async with talk(step, answer(data(b"y" * 8), kind=CommandType.READ)) as (client, _):
             buffer = bytearray(200_000)
             with pytest.raises(DeadlineExceeded):
                 await client.pread_into(buffer, 0, timeout=SHORT)
@@ -132,16 +126,8 @@ def test_an_endless_deadline_is_one(run):
 def test_one_task_s_deadline_does_not_disturb_the_others(run):
     event = threading.Event()
 
-    def answers_the_odd_ones(connection: Connection) -> None:
-        requests = [connection.receive_request() for _ in range(8)]
-        odd = [request for request in requests if request.offset % 2]
-        event.wait(PATIENCE)
-        for request in odd:
-            connection.send(data(b"%d" % (request.offset % 10))(request))
-        connection.send(b"".join(data(b"-")(request) for request in requests if request not in odd))
-
     async def main():
-        async with talk(answers_the_odd_ones, answer(DONE, kind=CommandType.FLUSH)) as (client, _):
+        async with talk(odd_ones_first(event), answer(DONE, kind=CommandType.FLUSH)) as (client, _):
             tasks = [
                 asyncio.create_task(client.pread(1, offset, timeout=PATIENCE if offset % 2 else SHORT)) for offset in range(8)
             ]

@@ -27,6 +27,7 @@ from nbdcore.testing.scripted import (
     option_reply,
     simple,
     status,
+    wait_for,
 )
 
 #: Seconds that any one wait may take. No test takes so long unless it fails.
@@ -98,6 +99,59 @@ def good(request: Request) -> bytes:
 def expected(offset: int, count: int) -> bytes:
     """Return what is read from a good server."""
     return bytes([offset % 251]) * count
+
+
+# ---------------------------------------------------------------------------------------------- servers that take their time
+
+
+def late(event: threading.Event, *replies: Reply) -> Step:
+    """Receive a request, and answer it when the event has happened."""
+
+    def step(connection: Connection) -> None:
+        request = connection.receive_request()
+        wait_for(event)(connection)
+        for reply in replies:
+            connection.send(reply(request))
+
+    return step
+
+
+def in_two_parts(reply: Reply, part: int, event: threading.Event) -> Step:
+    """Answer a request with so many bytes of a reply, and with the rest when the event has happened."""
+
+    def step(connection: Connection) -> None:
+        whole = reply(connection.receive_request())
+        connection.send(whole[:part])
+        wait_for(event)(connection)
+        connection.send(whole[part:])
+
+    return step
+
+
+def odd_ones_first(event: threading.Event) -> Step:
+    """Receive eight reads. When the event has happened, answer those at odd offsets, each with its digit, then the others."""
+
+    def step(connection: Connection) -> None:
+        requests = [connection.receive_request() for _ in range(8)]
+        odd = [request for request in requests if request.offset % 2]
+        wait_for(event)(connection)
+        for request in odd:
+            connection.send(data(b"%d" % (request.offset % 10))(request))
+        connection.send(b"".join(data(b"-")(request) for request in requests if request not in odd))
+
+    return step
+
+
+def slow_to_receive(event: threading.Event, payloads: list[bytes]) -> Step:
+    """Receive a write when the event has happened, append its payload, and answer it."""
+
+    def step(connection: Connection) -> None:
+        wait_for(event)(connection)
+        request = connection.receive_request()
+        payloads.append(request.payload)
+        connection.send(DONE(request))
+
+    return step
 
 
 # ---------------------------------------------------------------------------------------------- every call that waits

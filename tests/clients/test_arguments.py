@@ -12,12 +12,10 @@ import pytest
 
 import nbdcore
 from nbdcore import TLS, Client, Phase, TLSPolicy, UsageError
-from nbdcore.protocol.constants import Chunk, CommandType
+from nbdcore.protocol.constants import CommandType
 from nbdcore.streams.sockets import connected_pair
-from nbdcore.testing.scripted import EVERYTHING, Request, answer, chunk, data, goodbye, serve
-from tests.clients.talking import DISK, PATIENCE, talk
-
-DONE = chunk(Chunk.NONE)
+from nbdcore.testing.scripted import EVERYTHING, Request, answer, data, goodbye, serve
+from tests.clients.talking import DISK, DONE, PATIENCE, talk
 
 
 class Index:

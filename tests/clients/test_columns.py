@@ -27,9 +27,9 @@ from nbdcore import (
 )
 from nbdcore.clients.extents import ExtentWalk
 from nbdcore.protocol.commands import Command, StatusChunk
-from nbdcore.protocol.constants import Chunk, CommandType
-from nbdcore.testing.scripted import answer, chunk, drain, error, goodbye, serve, status
-from tests.clients.talking import PATIENCE, talk
+from nbdcore.protocol.constants import CommandType
+from nbdcore.testing.scripted import answer, drain, error, goodbye, serve, status
+from tests.clients.talking import DONE, PATIENCE, talk
 from tests.clients.test_extents import BITMAP, KIB, SIZE, TWO, WHOLE, kib, not_done, of_map, plain, replies
 
 ways = pytest.mark.parametrize("installed", [True, False], ids=["numpy", "no numpy"])
@@ -186,11 +186,9 @@ def test_columns_of_an_empty_range_ask_nothing_and_are_empty(installed):
 
 
 @ways
-@pytest.mark.parametrize(
-    "said", [chunk(Chunk.NONE), status(9, kib((64, 0))), status(1, [(0, 0)])], ids=["nothing", "a stranger", "no bytes"]
-)
+@pytest.mark.parametrize("said", [DONE, status(9, kib((64, 0))), status(1, [(0, 0)])], ids=["nothing", "a stranger", "no bytes"])
 def test_a_server_that_does_not_advance_is_an_error_and_no_endless_loop(said, installed):
-    with numpy_if(installed), talk(answer(said), answer(chunk(Chunk.NONE), kind=CommandType.FLUSH), size=SIZE) as (client, _):
+    with numpy_if(installed), talk(answer(said), answer(DONE, kind=CommandType.FLUSH), size=SIZE) as (client, _):
         with pytest.raises(CommandError) as caught:
             client.extents(columns=True, timeout=PATIENCE)
         assert caught.value.errno == 71

@@ -11,13 +11,11 @@ import pytest
 
 import nbdcore
 from nbdcore import Client, DeadlineExceeded, Phase, UsageError
-from nbdcore.protocol.constants import Chunk, CommandType
+from nbdcore.protocol.constants import CommandType
 from nbdcore.testing.scripted import (
     Connection,
-    Reply,
     ScriptedServer,
     answer,
-    chunk,
     data,
     drain,
     first,
@@ -29,29 +27,20 @@ from nbdcore.testing.scripted import (
 from tests.clients.talking import (
     CALLS,
     DISK,
+    DONE,
     HANDSHAKES,
     OPTION_CALLS,
     OPTION_MODE,
     PATIENCE,
     SHORT,
     in_background,
+    in_two_parts,
+    late,
+    odd_ones_first,
     ready_for_options,
+    slow_to_receive,
     talk,
 )
-
-DONE = chunk(Chunk.NONE)
-
-
-def late(event: threading.Event, *replies: Reply) -> Any:
-    """Receive a request, and answer it when the event has happened."""
-
-    def step(connection: Connection) -> None:
-        request = connection.receive_request()
-        wait_for(event)(connection)
-        for reply in replies:
-            connection.send(reply(request))
-
-    return step
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -76,16 +65,10 @@ def test_the_message_names_the_command():
 
 @pytest.mark.parametrize("part", [0, 10, 40, 100_020], ids=["nothing", "half a header", "some data", "most data"])
 def test_a_late_reply_does_not_touch_the_buffer_of_an_abandoned_read(part):
-    whole = data(b"x" * 200_000)
     event = threading.Event()
+    step = in_two_parts(data(b"x" * 200_000), part, event)
 
-    def in_two_parts(connection: Connection) -> None:
-        reply = whole(connection.receive_request())
-        connection.send(reply[:part])
-        wait_for(event)(connection)
-        connection.send(reply[part:])
-
-    with talk(in_two_parts, answer(data(b"y" * 8), kind=CommandType.READ)) as (client, _):
+    with talk(step, answer(data(b"y" * 8), kind=CommandType.READ)) as (client, _):
         buffer = bytearray(200_000)
         with pytest.raises(DeadlineExceeded):
             client.pread_into(buffer, 0, timeout=SHORT)
@@ -99,14 +82,7 @@ def test_a_late_reply_does_not_touch_the_buffer_of_an_abandoned_read(part):
 def test_a_write_that_was_half_sent_is_finished_from_a_copy():
     contents = bytearray(b"a" * (8 << 20))
     event, received = threading.Event(), []
-
-    def slow(connection: Connection) -> None:
-        wait_for(event)(connection)
-        request = connection.receive_request()
-        received.append(request.payload)
-        connection.send(DONE(request))
-
-    with talk(slow, answer(DONE, kind=CommandType.FLUSH), size=16 << 20) as (client, _):
+    with talk(slow_to_receive(event, received), answer(DONE, kind=CommandType.FLUSH), size=16 << 20) as (client, _):
         with pytest.raises(DeadlineExceeded):
             client.pwrite(contents, 0, timeout=SHORT)
         contents[:] = b"b" * len(contents)
@@ -284,16 +260,7 @@ def test_a_wrong_timeout_is_a_usage_error_everywhere(timeout):
 
 def test_one_thread_s_deadline_does_not_disturb_the_others():
     event = threading.Event()
-
-    def answers_the_odd_ones(connection: Connection) -> None:
-        requests = [connection.receive_request() for _ in range(8)]
-        odd = [request for request in requests if request.offset % 2]
-        event.wait(PATIENCE)
-        for request in odd:
-            connection.send(data(b"%d" % (request.offset % 10))(request))
-        connection.send(b"".join(data(b"-")(request) for request in requests if request not in odd))
-
-    with talk(answers_the_odd_ones, answer(DONE, kind=CommandType.FLUSH)) as (client, _):
+    with talk(odd_ones_first(event), answer(DONE, kind=CommandType.FLUSH)) as (client, _):
         outcomes: dict[int, Any] = {}
 
         def read(offset: int) -> None:

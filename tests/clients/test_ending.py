@@ -31,13 +31,12 @@ from nbdcore import (
     TransportUnavailable,
     UsageError,
 )
-from nbdcore.protocol.constants import Chunk, CommandType
+from nbdcore.protocol.constants import CommandType
 from nbdcore.streams.memory import memory_pair
 from nbdcore.testing.scripted import (
     Negotiation,
     ScriptedServer,
     answer,
-    chunk,
     data,
     drain,
     error,
@@ -48,9 +47,7 @@ from nbdcore.testing.scripted import (
     serve,
     wait_for,
 )
-from tests.clients.talking import CONTEXTS, DISK, PATIENCE, SHORT, script, talk
-
-DONE = chunk(Chunk.NONE)
+from tests.clients.talking import CONTEXTS, DISK, DONE, PATIENCE, SHORT, script, talk
 
 # ---------------------------------------------------------------------------------------------- leaving
 

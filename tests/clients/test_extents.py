@@ -8,15 +8,14 @@ from typing import Any
 import pytest
 
 from nbdcore import CombinedExtent, CommandError, Extent, Phase, UsageError
-from nbdcore.protocol.constants import Chunk, CommandFlag, CommandType
-from nbdcore.testing.scripted import EVERYTHING, Reply, Request, answer, chunk, error, goodbye, serve, status
-from tests.clients.talking import PATIENCE, talk
+from nbdcore.protocol.constants import CommandFlag, CommandType
+from nbdcore.testing.scripted import EVERYTHING, Reply, Request, answer, error, goodbye, serve, status
+from tests.clients.talking import DONE, PATIENCE, talk
 
 KIB = 1 << 10
 SIZE = 64 * KIB
 BITMAP = "qemu:dirty-bitmap:b"
 TWO = {"contexts": {1: "base:allocation", 7: BITMAP}, "options": {"contexts": ("base:allocation", BITMAP)}}
-DONE = chunk(Chunk.NONE)
 Map = Sequence[tuple[int, int]]
 
 

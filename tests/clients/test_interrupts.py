@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from nbdcore import Client, Disconnected, Phase
-from nbdcore.protocol.constants import Chunk
 from nbdcore.streams.sockets import SocketStream
 from nbdcore.testing.scripted import (
     Connection,
     Negotiation,
     ScriptedServer,
     answer,
-    chunk,
     data,
     drain,
     greeting,
@@ -28,9 +26,8 @@ from nbdcore.testing.scripted import (
     unless_gone,
     wait_for,
 )
-from tests.clients.talking import CALLS, OPTION_CALLS, OPTION_MODE, PATIENCE, in_background, ready_for_options, script, talk
+from tests.clients.talking import CALLS, DONE, OPTION_CALLS, OPTION_MODE, PATIENCE, in_background, ready_for_options, script, talk
 
-DONE = chunk(Chunk.NONE)
 MAIN = threading.main_thread().ident
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from nbdcore import Client, CommandError, Phase, UsageError
-from nbdcore.protocol.constants import Chunk, CommandFlag, CommandType
-from nbdcore.testing.scripted import EVERYTHING, Reply, Request, answer, chunk, data, error, serve, simple
-from tests.clients.talking import DISK, PATIENCE, talk
+from nbdcore.protocol.constants import CommandFlag, CommandType
+from nbdcore.testing.scripted import EVERYTHING, Reply, Request, answer, data, error, serve, simple
+from tests.clients.talking import DISK, DONE, PATIENCE, talk
 
 KIB = 1 << 10
 LIMIT = 64 * KIB
@@ -26,7 +26,7 @@ def disk_reply(disk: bytes | bytearray) -> Reply:
             return data(bytes(disk[request.offset : request.offset + request.count]))(request)
         if request.kind == CommandType.WRITE:
             disk[request.offset : request.offset + request.count] = request.payload
-        return chunk(Chunk.NONE)(request)
+        return DONE(request)
 
     return reply
 
@@ -97,7 +97,7 @@ def test_without_a_maximum_pieces_are_32_mib():
     ids=["zero", "zero with flags", "cache"],
 )
 def test_zero_and_cache_obey_the_maximum_where_lengths_have_32_bits(make, flags):
-    with talk(serve(chunk(Chunk.NONE)), **SMALL) as (client, connection):
+    with talk(serve(DONE), **SMALL) as (client, connection):
         make(client)
         assert pieces(connection.requests) == [(512, LIMIT, flags), (512 + LIMIT, 512, flags)]
 
@@ -112,7 +112,7 @@ def test_zero_and_cache_obey_the_maximum_where_lengths_have_32_bits(make, flags)
 )
 def test_requests_without_data_fill_32_bits_with_whole_sectors(make):
     most = (1 << 32) - 512
-    with talk(serve(chunk(Chunk.NONE)), size=8 << 30, **SMALL) as (client, connection):
+    with talk(serve(DONE), size=8 << 30, **SMALL) as (client, connection):
         make(client)
         assert [(offset, count) for offset, count, _ in pieces(connection.requests)] == [
             (512, most),
@@ -122,7 +122,7 @@ def test_requests_without_data_fill_32_bits_with_whole_sectors(make):
 
 @pytest.mark.parametrize("name", ["trim", "zero", "cache"])
 def test_extended_headers_need_no_pieces(name):
-    with talk(serve(chunk(Chunk.NONE)), size=1 << 40, extended=True, **SMALL) as (client, connection):
+    with talk(serve(DONE), size=1 << 40, extended=True, **SMALL) as (client, connection):
         getattr(client, name)(1 << 40, 0, timeout=PATIENCE)
         assert pieces(connection.requests) == [(0, 1 << 40, 0)]
 
@@ -144,9 +144,9 @@ def test_no_more_than_four_pieces_are_under_way_at_a_time():
             type(connection)(connection._sock, 0.05).receive_request()
         waiting.append(len(requests))
         for request in requests:
-            connection.send(chunk(Chunk.NONE)(request))
+            connection.send(DONE(request))
 
-    with talk(in_bursts, serve(chunk(Chunk.NONE)), **SMALL) as (client, connection):
+    with talk(in_bursts, serve(DONE), **SMALL) as (client, connection):
         client.cache(6 * LIMIT, 0, timeout=PATIENCE)
         assert len(connection.requests) == 6
     assert waiting == [4]
@@ -165,7 +165,7 @@ def failing_at(*numbers: int, errors: tuple[int, ...]) -> Reply:
             return error(errors[numbers.index(len(seen))], f"piece {len(seen)}")(request)
         if request.kind == CommandType.READ:
             return data(bytes(request.count))(request)
-        return chunk(Chunk.NONE)(request)
+        return DONE(request)
 
     return reply
 
@@ -217,7 +217,7 @@ def test_an_error_in_the_first_piece_stops_the_rest():
     ],
 )
 def test_a_split_request_is_checked_as_a_whole_before_anything_is_sent(make, said):
-    with talk(answer(chunk(Chunk.NONE), kind=CommandType.FLUSH), **SMALL) as (client, _):
+    with talk(answer(DONE, kind=CommandType.FLUSH), **SMALL) as (client, _):
         with pytest.raises(UsageError, match=said):
             make(client)
         client.flush(timeout=PATIENCE)  # the first that the server hears

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from nbdcore import Client, CommandError, Disconnected, Error, Phase, TransportError, UsageError
-from nbdcore.protocol.constants import Chunk, CommandType
+from nbdcore.protocol.constants import CommandType
 from nbdcore.server import MemoryDisk, Server
 from nbdcore.streams.memory import memory_pair
 from nbdcore.streams.sockets import SocketStream, connected_pair
@@ -23,7 +23,6 @@ from nbdcore.testing.scripted import (
     Negotiation,
     ScriptedServer,
     answer,
-    chunk,
     data,
     drain,
     error,
@@ -34,9 +33,8 @@ from nbdcore.testing.scripted import (
     unless_gone,
     wait_for,
 )
-from tests.clients.talking import CALLS, PATIENCE, in_background, script, talk
+from tests.clients.talking import CALLS, DONE, PATIENCE, in_background, script, talk
 
-DONE = chunk(Chunk.NONE)
 THREADS = 16
 AREA = 256 << 10  # what each thread writes and reads, alone
 
