@@ -1,4 +1,4 @@
-"""What a test session may have left behind: child processes, open descriptors, listening unix sockets.
+"""What a test, or a session of them, may have left behind: child processes, open descriptors, threads, listening unix sockets.
 
 Each function names what it finds, so that the message leads to the test that did it. On a platform without /proc and /dev/fd
 there is nothing to look at, and nothing is found; Linux is where leaks are caught.
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import socket
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-Found = TypeVar("Found", dict[int, str], list[Path])
+Found = TypeVar("Found", dict[int, str], list[Path], list[str])
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
@@ -103,3 +105,17 @@ def settled(look: Callable[[], Found], *, seconds: float = 5) -> Found:
     while (found := look()) and time.monotonic() < end:
         time.sleep(0.02)
     return found
+
+
+@contextlib.contextmanager
+def none_left_open(*, seconds: float = 5) -> Iterator[None]:
+    """Fail where, `seconds` after the end of the block, a descriptor is open or a thread runs that was not at its beginning."""
+    before = open_descriptors()
+    threads = set(threading.enumerate())
+    yield
+    gc.collect()
+    left = settled(lambda: {number: what for number, what in open_descriptors().items() if number not in before}, seconds=seconds)
+    assert not left, f"descriptors left open: {left}"
+    # What reaps a child process ends with it.
+    running = settled(lambda: [thread.name for thread in set(threading.enumerate()) - threads], seconds=seconds)
+    assert not running, f"threads left running: {running}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,26 @@ def test_what_settles_in_time_is_no_leak():
 
 def test_what_does_not_settle_is_a_leak():
     assert leaks.settled(lambda: {1: "stays"}, seconds=0) == {1: "stays"}
+
+
+@linux_only
+def test_a_block_after_which_a_descriptor_is_open_fails():
+    said = f"descriptors left open: .*{Path(__file__).name}"
+    with contextlib.ExitStack() as later, pytest.raises(AssertionError, match=said), leaks.none_left_open(seconds=0):
+        later.enter_context(Path(__file__).open("rb"))
+
+
+def test_a_block_after_which_a_thread_runs_fails():
+    event = threading.Event()
+    thread = threading.Thread(target=event.wait, args=(10,), name="a thread that waits")
+    with pytest.raises(AssertionError, match=r"threads left running: .*a thread that waits"), leaks.none_left_open(seconds=0):
+        thread.start()
+    event.set()
+    thread.join()
+    assert not thread.is_alive()
+
+
+def test_a_block_after_which_all_is_as_before_passes():
+    with leaks.none_left_open():
+        thread = threading.Thread(target=Path(__file__).read_bytes)
+        thread.start()

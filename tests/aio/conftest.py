@@ -6,7 +6,6 @@ import asyncio
 import gc
 import logging
 import sys
-import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -63,15 +62,7 @@ def run(new_loop) -> Callable[[Coroutine[Any, Any, Any]], Any]:
 @pytest.fixture(autouse=True)
 def _nothing_left_open(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     registry.statuses()  # the scan happens once a process, and is no test's own
-    before = leaks.open_descriptors()
-    threads = set(threading.enumerate())
-    yield
-    gc.collect()
-    left = leaks.settled(lambda: {number: what for number, what in leaks.open_descriptors().items() if number not in before})
-    assert left == {}, "descriptors left open"
-    # What reaps a child process ends with it.
-    assert leaks.settled(lambda: {t.ident: t.name for t in threading.enumerate() if t not in threads}) == {}, (
-        "threads left running"
-    )
+    with leaks.none_left_open():
+        yield
     # A step of the loop that took long is a busy machine's, and is told as a warning.
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []

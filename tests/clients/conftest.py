@@ -5,10 +5,8 @@ A platform without unix sockets, or without signals for threads, has fewer tests
 
 from __future__ import annotations
 
-import gc
 import signal
 import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,11 +31,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _nothing_left_open() -> Iterator[None]:
     registry.statuses()  # the scan happens once a process, and is no test's own
-    before = leaks.open_descriptors()
-    threads = set(threading.enumerate())
-    yield
-    gc.collect()
-    left = leaks.settled(lambda: {number: what for number, what in leaks.open_descriptors().items() if number not in before})
-    assert left == {}, "descriptors left open"
-    running = leaks.settled(lambda: [thread.name for thread in set(threading.enumerate()) - threads])
-    assert running == [], "threads left running"
+    with leaks.none_left_open():
+        yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import socket
 from collections.abc import Callable, Iterator
 
@@ -84,8 +83,5 @@ def in_state(handles: Callable[[], NBD], server: str) -> Iterator[Callable[[str]
 
 @pytest.fixture(autouse=True)
 def _nothing_left_open(server: str) -> Iterator[None]:
-    before = leaks.open_descriptors()
-    yield
-    gc.collect()
-    left = leaks.settled(lambda: {number: what for number, what in leaks.open_descriptors().items() if number not in before})
-    assert left == {}, "descriptors left open"
+    with leaks.none_left_open():
+        yield
