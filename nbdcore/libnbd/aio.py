@@ -9,11 +9,12 @@ from typing import Any
 from nbdcore.errors import UsageError
 from nbdcore.libnbd import arguments
 from nbdcore.libnbd.buffer import Buffer
-from nbdcore.libnbd.calls import CONNECTED, COUNTING, call, question, transfer
+from nbdcore.libnbd.calls import CONNECTED, COUNTING, call, check, listed, question, transfer
 from nbdcore.libnbd.commands import CommandBuilders
 from nbdcore.libnbd.constants import CMD_FLAG_DF
 from nbdcore.libnbd.errors import command_failure
-from nbdcore.protocol.commands import Command
+from nbdcore.protocol import commands
+from nbdcore.protocol.commands import Command, Limits
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import Want
 
@@ -34,11 +35,13 @@ class AioCommandCalls(CommandBuilders):
         return client.submit(command)
 
     @transfer("1.0")
-    def aio_pread(self, buf: Any, offset: int, completion: Callback | None = None, flags: int = 0) -> int:
+    def aio_pread(self, limits: Limits, buf: Any, offset: int, flags: int) -> Command:
         """Start reading into an `nbd.Buffer` or any writable buffer."""
         clear = self._wishes.pread_initialize
         target = buf.writable(clear=clear) if buf.__class__ is Buffer else arguments.target(buf, clear=clear)
-        return self._queue(self._read(target, len(target), offset, flags), completion)
+        if flags or flags.__class__ is not int:
+            flags = self._flags(flags, 0)
+        return commands.read(limits, len(target), offset, target=target, flags=flags)
 
     @call("1.0", CONNECTED)
     def aio_pread_structured(
@@ -52,9 +55,9 @@ class AioCommandCalls(CommandBuilders):
         return self._queue(command, completion)
 
     @transfer("1.0")
-    def aio_pwrite(self, buf: Any, offset: int, completion: Callback | None = None, flags: int = 0) -> int:
+    def aio_pwrite(self, limits: Limits, buf: Any, offset: int, flags: int) -> Command:
         """Start writing an `nbd.Buffer` or any buffer, which must not change until the command is done."""
-        return self._queue(self._write(arguments.source(buf), offset, flags), completion)
+        return self._write(limits, arguments.source(buf), offset, flags)
 
     @call("1.0", CONNECTED)
     def aio_flush(self, completion: Callback | None = None, flags: int = 0) -> int:
@@ -140,18 +143,16 @@ class AioCalls(CommandBuilders):
         """
         for cookie in self._ledger.finished:
             return cookie
-        if self._under_way():
+        if self._phase is _CONNECTED and self.aio_in_flight():
             return 0
         raise UsageError(errno.EINVAL, "no commands are in flight")
 
-    @question("1.0", COUNTING)
+    @listed("1.0", COUNTING)
     def aio_in_flight(self) -> int:
         """Return how many commands are under way, the goodbye included."""
-        return self._under_way()
-
-    def _under_way(self) -> int:
         client = self._client
-        if client is None or client.engine.phase is not _CONNECTED:
+        if self._closed or client is None or client.engine.phase is not _CONNECTED:
+            check(AioCalls.aio_in_flight, self)
             return 0
         engine = client.engine
         pending = len(engine.queue) + len(engine.in_flight)

@@ -17,14 +17,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from nbdcore.errors import Error as CoreError
+from nbdcore.libnbd import arguments
 from nbdcore.libnbd.errors import ClosedHandle, Error, failure, translated
 from nbdcore.protocol.state import Phase
 
 if TYPE_CHECKING:
     from nbdcore.clients.polled import PolledClient
     from nbdcore.libnbd.ledger import Ledger
+    from nbdcore.protocol.commands import Command, Limits
 
-__all__ = ["ANY", "CALLS", "ELSEWHERE", "Call", "call", "question", "transfer"]
+__all__ = ["ANY", "CALLS", "ELSEWHERE", "Call", "call", "check", "listed", "question", "transfer"]
 
 _CREATED, _CONNECTED = Phase.CREATED, Phase.CONNECTED
 CREATED = frozenset({_CREATED})
@@ -108,7 +110,19 @@ class Handle(Protocol):
     def _say(self, call: str, message: str) -> None: ...
 
 
+class CommandHandle(Handle, Protocol):
+    """What the decorator of calls that start a command needs of it."""
+
+    _complete_command: Callable[[Command], None]
+
+    @property
+    def _connection(self) -> PolledClient: ...
+
+    def _queue(self, command: Command, completion: Any) -> int: ...
+
+
 H = TypeVar("H", bound=Handle)
+C = TypeVar("C", bound=CommandHandle)
 
 
 def call(
@@ -163,30 +177,41 @@ def _unlocked(row: Call, function: Callable[Concatenate[H, P], R]) -> Callable[C
 
 
 # To hand any arguments on costs as much as the shortest calls themselves. Those that a program makes for each block have their
-# parameters in the wrapper, or none.
+# parameters in the wrapper, or none, or not even a wrapper.
 
 
-def transfer(first_version: str) -> Callable[[Callable[[H, Any, int, Any, int], int]], Callable[..., int]]:
-    """Make a method that starts to move a block a call of libnbd's API, permitted while connected; else as `call` does."""
+def transfer(first_version: str) -> Callable[[Callable[[C, Limits, Any, int, int], Command]], Callable[..., int]]:
+    """Make a method that builds the command to move a block libnbd's call that starts it, permitted while connected.
 
-    def decorate(function: Callable[[H, Any, int, Any, int], int]) -> Callable[..., int]:
-        row = CALLS[function.__name__] = Call(function.__name__, first_version, CONNECTED)
+    The method gets the limits of the connection, the buffer, the offset and the flags. All else is as `call` has it.
+    """
+
+    def decorate(build: Callable[[C, Limits, Any, int, int], Command]) -> Callable[..., int]:
+        row = CALLS[build.__name__] = Call(build.__name__, first_version, CONNECTED)
         name = f"nbd_{row.name}"
 
-        @functools.wraps(function)
-        def wrapper(self: H, buf: Any, offset: int, completion: Any = None, flags: int = 0) -> int:
+        def start(self: C, buf: Any, offset: int, completion: Any = None, flags: int = 0) -> int:
+            return self._queue(build(self, self._connection.engine.limits, buf, offset, flags), completion)
+
+        def wrapper(self: C, buf: Any, offset: int, completion: Any = None, flags: int = 0) -> int:
             with self._lock:
                 client = self._client
                 if self._unusual or client is None or client.engine.phase is not _CONNECTED:
-                    return _unusually(row, function, self, buf, offset, completion, flags)
-                try:
-                    return function(self, buf, offset, completion, flags)
+                    return _unusually(row, start, self, buf, offset, completion, flags)
+                try:  # what `start` does
+                    command = build(self, client.engine.limits, buf, offset, flags)
+                    if completion is not None:
+                        command.tag = completion if callable(completion) else arguments.callback(completion, "completion")
+                    command.completion = self._complete_command
+                    return client.submit(command)
                 except CoreError as exc:
                     raise translated(name, exc) from exc
                 finally:
                     if self._ledger.interruption is not None:
                         self._ledger.interrupt()
 
+        # Not `functools.wraps`: the arguments are the wrapper's own.
+        wrapper.__name__, wrapper.__qualname__, wrapper.__doc__ = build.__name__, build.__qualname__, build.__doc__
         return wrapper
 
     return decorate
@@ -211,6 +236,25 @@ def question(first_version: str, permitted: frozenset[Phase] = ANY) -> Callable[
         return wrapper
 
     return decorate
+
+
+def listed(first_version: str, permitted: frozenset[Phase] = ANY) -> Callable[[Callable[[H], R]], Callable[[H], R]]:
+    """Make a method without arguments a call that takes no lock, and has no wrapper: it has to call `check` by itself."""
+
+    def decorate(function: Callable[[H], R]) -> Callable[[H], R]:
+        CALLS[function.__name__] = Call(function.__name__, first_version, permitted, lock_free=True)
+        return function
+
+    return decorate
+
+
+def check(function: Callable[[H], Any], self: H) -> None:
+    """Raise as the wrapper of a `listed` call would: ClosedHandle, and Error where the handle's state does not permit it."""
+    row = CALLS[function.__name__]
+    if self._closed:
+        raise ClosedHandle
+    if self._phase not in row.permitted:
+        raise _wrong_state(row, function, self, (), {})
 
 
 def _unusually(row: Call, function: Callable[Concatenate[H, P], R], self: H, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -24,7 +24,7 @@ from nbdcore.libnbd.constants import (
 from nbdcore.libnbd.core import Core
 from nbdcore.libnbd.errors import command_failure
 from nbdcore.protocol import commands
-from nbdcore.protocol.commands import Command
+from nbdcore.protocol.commands import Command, Limits
 from nbdcore.protocol.constants import TransmissionFlag
 from nbdcore.protocol.state import Phase
 
@@ -50,9 +50,9 @@ class CommandBuilders(Core):
         wanted = self._flags(flags, accepted) if flags or flags.__class__ is not int else 0
         return commands.read(client.engine.limits, count, offset, target=target, flags=wanted)
 
-    def _write(self, data: memoryview, offset: int, flags: int) -> Command:
+    def _write(self, limits: Limits, data: memoryview, offset: int, flags: int) -> Command:
         wanted = self._flags(flags, CMD_FLAG_FUA | CMD_FLAG_PAYLOAD_LEN)
-        return commands.write(self._connection.engine.limits, data, offset, flags=wanted)
+        return commands.write(limits, data, offset, flags=wanted)
 
     def _ranged(self, build: Callable[..., Command], count: int, offset: int, flags: int, accepted: int) -> Command:
         """Build a command that has an offset and a count, and no data."""
@@ -146,7 +146,7 @@ class CommandCalls(CommandBuilders):
     @call("1.0", CONNECTED)
     def pwrite(self, buf: Any, offset: int, flags: int = 0) -> None:
         """Write a bytes-like object at `offset`."""
-        self._run("nbd_pwrite", self._write(arguments.payload(buf), offset, flags))
+        self._run("nbd_pwrite", self._write(self._connection.engine.limits, arguments.payload(buf), offset, flags))
 
     @call("1.0", CONNECTED)
     def flush(self, flags: int = 0) -> None:

@@ -44,7 +44,9 @@ class Core:
         self._closed = False
         self._lock = threading.RLock()
         self._ledger = Ledger()
-        self._complete_command = self._ledger.complete  # one for all commands, rather than a new bound method for each
+        self._complete_command: Callable[[Command], None] = (
+            self._ledger.complete
+        )  # one for all commands, rather than a new bound method for each
         self._wishes = Wishes()
         self._client: PolledClient | None = None
         self._host: str | None = None  # of this very connection, for TLS: never one of an attempt before
