@@ -5,14 +5,13 @@ What it does with an open export is in `asynchronous_calls`, how it gets there i
 
 from __future__ import annotations
 
-import errno
 from typing import Unpack
 
 from nbdcore.clients.arguments import deadline_after
 from nbdcore.clients.asynchronous_calls import AsyncCalls
 from nbdcore.clients.asynchronous_options import AsyncOptionCalls
+from nbdcore.clients.connecting import way_to_another
 from nbdcore.clients.settings import ClientOptions
-from nbdcore.errors import UsageError
 from nbdcore.protocol.agreement import Export
 from nbdcore.protocol.state import Phase
 
@@ -51,14 +50,8 @@ class AsyncClient(AsyncCalls, AsyncOptionCalls):
         """
         if self.phase is Phase.NEGOTIATING:
             return await self.opt_list(timeout=timeout)
-        if self._way is None and self.phase is Phase.CREATED:
-            raise UsageError(errno.ENOTCONN, "list_exports: the connection is newly created, so there is no server to ask")
-        if self._way is None:
-            raise UsageError(
-                errno.EINVAL,
-                "list_exports: the client was connected over a stream, and cannot open another; ask with a client in opt mode",
-            )
+        way = way_to_another(self._way, self.phase)
         deadline = deadline_after(timeout)
         async with AsyncClient(opt_mode=True) as other:
-            await other._go("connect", self._way, timeout=timeout, deadline=deadline)
+            await other._go("connect", way, timeout=timeout, deadline=deadline)
             return await other.opt_list(timeout=deadline.remaining())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,11 +16,11 @@ from typing import Any, Self, Unpack
 from nbdcore.clients.asynchronous import AsyncClient
 from nbdcore.clients.asynchronous_calls import AsyncCalls
 from nbdcore.clients.asynchronous_session import LoopSession, LoopSessions, call_in
-from nbdcore.clients.connecting import Way, sooner
+from nbdcore.clients.connecting import Way, check_wanted, given_up, sooner
 from nbdcore.clients.pool import CONNECTIONS, GRACE, checked_connections, refuse_several
 from nbdcore.clients.pool_opening import agree, how_many_more
 from nbdcore.clients.settings import ClientOptions
-from nbdcore.errors import DeadlineExceeded, Disconnected, Error
+from nbdcore.errors import DeadlineExceeded, Error
 from nbdcore.protocol.commands import Command
 from nbdcore.protocol.engine import Engine, Exchange
 from nbdcore.protocol.state import Phase
@@ -161,7 +160,7 @@ class AsyncPool(AsyncCalls):
         try:
             further = await self._open_further(way, count, sooner(deadline, patience))
         except BaseException as exc:
-            self._session().close(Disconnected(errno.ECONNABORTED, f"connecting to {self._where} was given up ({exc!r})"))
+            self._session().close(given_up(self._where, exc))
             raise
         first = self._live
         assert isinstance(first, LoopSession), "what an attempt leaves"
@@ -173,8 +172,7 @@ class AsyncPool(AsyncCalls):
         tasks = [asyncio.create_task(client._connect_alike(way, self._engine.settings, deadline)) for client in clients]  # noqa: SLF001 (of the same family)
         try:
             await asyncio.wait(tasks, timeout=deadline.remaining())
-            if self._closed:
-                raise Disconnected(errno.ENOTCONN, "the connection was closed by this program while connecting")
+            check_wanted(self._is_wanted)
             agreeing = [client for client in clients if client.phase is Phase.CONNECTED and agree(client._engine, self._engine)]  # noqa: SLF001 (likewise)
             return [client._release() for client in agreeing]  # noqa: SLF001 (likewise)
         finally:
@@ -185,6 +183,9 @@ class AsyncPool(AsyncCalls):
                 with contextlib.suppress(DeadlineExceeded):  # the goodbye is sent, and nobody waits for the server's end
                     await client.disconnect(timeout=0)
             self._opening = []
+
+    def _is_wanted(self) -> bool:
+        return not self._closed
 
     def _close(self) -> None:
         super()._close()

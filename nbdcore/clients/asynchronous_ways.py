@@ -18,12 +18,12 @@ from typing import Any, Self
 from nbdcore.clients.arguments import deadline_after, text
 from nbdcore.clients.asynchronous_session import LoopSession, LoopSessions, call_in, check_runs
 from nbdcore.clients.asynchronous_waiting import LoopWait, check_loop
-from nbdcore.clients.connecting import Route, Way, adopt, route_by_name, route_by_uri, sooner
+from nbdcore.clients.connecting import Route, Way, adopt, given_up, route_by_name, route_by_uri, sooner
 from nbdcore.clients.encryption import Encryption
 from nbdcore.clients.knowledge import Knowledge
 from nbdcore.clients.session import Session, StartTLS
 from nbdcore.clients.settings import ClientOptions, checked_encryption, checked_permissions, checked_settings
-from nbdcore.errors import DeadlineExceeded, Disconnected, Error, TransportError, UsageError
+from nbdcore.errors import DeadlineExceeded, Disconnected, Error, UsageError
 from nbdcore.plugins.registry import registry
 from nbdcore.protocol.agreement import Settings, TLSPolicy
 from nbdcore.protocol.constants import DEFAULT_PORT
@@ -284,8 +284,7 @@ class AsyncConnectCalls(Knowledge):
             self._waiting = None
 
     def _give_up(self, exc: BaseException) -> None:
-        error = exc if isinstance(exc, Error) else TransportError(0, f"connecting to {self._where} was given up ({exc!r})")
-        self._engine.fail(error)
+        self._engine.fail(given_up(self._where, exc))
 
     def _begin_connecting(self, call: str, where: str, tls: TLSPolicy, *, way: Way | None = None, export: str = "") -> None:
         """Take the one step from newly created to connecting that a client has."""

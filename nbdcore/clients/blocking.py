@@ -5,14 +5,13 @@ What it does with an open export is in `calls`, how it gets there in `ways` and 
 
 from __future__ import annotations
 
-import errno
 from typing import Unpack
 
 from nbdcore.clients.arguments import deadline_after
 from nbdcore.clients.calls import BlockingCalls
+from nbdcore.clients.connecting import way_to_another
 from nbdcore.clients.options import OptionCalls
 from nbdcore.clients.settings import ClientOptions
-from nbdcore.errors import UsageError
 from nbdcore.protocol.agreement import Export
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import Stream
@@ -77,14 +76,8 @@ class Client(BlockingCalls, OptionCalls):
         """
         if self.phase is Phase.NEGOTIATING:
             return self.opt_list(timeout=timeout)
-        if self._way is None and self.phase is Phase.CREATED:
-            raise UsageError(errno.ENOTCONN, "list_exports: the connection is newly created, so there is no server to ask")
-        if self._way is None:
-            raise UsageError(
-                errno.EINVAL,
-                "list_exports: the client was connected over a stream, and cannot open another; ask with a client in opt mode",
-            )
+        way = way_to_another(self._way, self.phase)
         deadline = deadline_after(timeout)
         with Client(opt_mode=True) as other:
-            other._connect("connect", self._way, timeout=timeout)
+            other._connect("connect", way, timeout=timeout)
             return other.opt_list(timeout=deadline.remaining())

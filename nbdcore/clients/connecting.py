@@ -17,6 +17,7 @@ from nbdcore.clients.session import StartTLS
 from nbdcore.errors import DeadlineExceeded, Disconnected, Error, TransportError, TransportUnavailable, UsageError, printable
 from nbdcore.plugins.registry import registry
 from nbdcore.protocol.agreement import TLSPolicy
+from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import Address, Stream, Want
 from nbdcore.streams.sockets import SocketStream
 from nbdcore.streams.waiting import Deadline, wait, wait_any
@@ -185,6 +186,23 @@ def check_wanted(wanted: Callable[[], bool]) -> None:
     """Raise Disconnected when the connection is not wanted any more."""
     if not wanted():
         raise Disconnected(errno.ENOTCONN, "the connection was closed by this program while connecting")
+
+
+def given_up(where: str, exc: BaseException) -> Error:
+    """Return what ends a connection whose connecting was broken off by `exc`: an error of ours, or Ctrl-C and the like."""
+    return exc if isinstance(exc, Error) else TransportError(0, f"connecting to {where} was given up ({exc!r})")
+
+
+def way_to_another(way: Way | None, phase: Phase) -> Way:
+    """Return the way on which one more connection can be opened, to ask for exports. Raises UsageError where there is none."""
+    if way is not None:
+        return way
+    if phase is Phase.CREATED:
+        raise UsageError(errno.ENOTCONN, "list_exports: the connection is newly created, so there is no server to ask")
+    raise UsageError(
+        errno.EINVAL,
+        "list_exports: the client was connected over a stream, and cannot open another; ask with a client in opt mode",
+    )
 
 
 def look_up(deadline: Deadline) -> Deadline:

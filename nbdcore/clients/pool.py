@@ -25,11 +25,11 @@ from typing import Any, Self, Unpack
 
 from nbdcore.clients.arguments import whole_number
 from nbdcore.clients.calls import BlockingCalls
-from nbdcore.clients.connecting import Way, check_wanted, sooner
+from nbdcore.clients.connecting import Way, check_wanted, given_up, sooner
 from nbdcore.clients.pool_opening import how_many_more, open_further
 from nbdcore.clients.session import Session
 from nbdcore.clients.settings import ClientOptions
-from nbdcore.errors import Error, TransportError, UsageError
+from nbdcore.errors import UsageError
 from nbdcore.protocol.commands import Limits
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
@@ -134,8 +134,7 @@ class Pool(BlockingCalls):
         try:
             self._join(open_further(way, self._engine, count, deadline, self._is_wanted))
         except BaseException as exc:
-            error = exc if isinstance(exc, Error) else TransportError(0, f"connecting to {self._where} was given up ({exc!r})")
-            self._session().close(error)
+            self._session().close(given_up(self._where, exc))
             raise
 
     def _connected(self, call: str) -> Limits:

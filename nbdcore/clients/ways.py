@@ -15,12 +15,12 @@ from dataclasses import replace
 from typing import Any, Self
 
 from nbdcore.clients.arguments import deadline_after, text
-from nbdcore.clients.connecting import Way, adopt, check_wanted, pause, route_by_name, route_by_uri, sooner
+from nbdcore.clients.connecting import Way, adopt, check_wanted, given_up, pause, route_by_name, route_by_uri, sooner
 from nbdcore.clients.knowledge import Knowledge
 from nbdcore.clients.session import Session, StartTLS
 from nbdcore.clients.settings import ClientOptions, checked_encryption, checked_permissions, checked_settings
 from nbdcore.clients.sharing import SharedSession
-from nbdcore.errors import DeadlineExceeded, Error, TransportError, UsageError
+from nbdcore.errors import DeadlineExceeded, Error, UsageError
 from nbdcore.protocol.agreement import TLSPolicy
 from nbdcore.protocol.constants import DEFAULT_PORT
 from nbdcore.protocol.engine import Engine, Exchange
@@ -234,8 +234,7 @@ class ConnectCalls(Knowledge):
         self._shake_hands(stream, way.start_tls, deadline)
 
     def _give_up(self, exc: BaseException) -> None:
-        error = exc if isinstance(exc, Error) else TransportError(0, f"connecting to {self._where} was given up ({exc!r})")
-        self._engine.fail(error)
+        self._engine.fail(given_up(self._where, exc))
 
     def _is_connecting(self) -> bool:
         return self._engine.phase is Phase.CONNECTING
