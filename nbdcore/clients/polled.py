@@ -193,7 +193,7 @@ class PolledClient(PolledConnectCalls):
         if not want:
             raise UsageError(errno.EINVAL, f"there is nothing to wait for while {self.phase.value}")
         if timeout is None and also < 0 and want is _READ:
-            self._watch.wait(fd, NEVER)
+            self._watch.wait((fd,), NEVER)
         else:
             waiting = ((fd, want),) if also < 0 else ((fd, want), (also, _READ))
             ready = wait_any(waiting, NEVER if timeout is None else Deadline.after(timeout))
@@ -273,7 +273,8 @@ class PolledClient(PolledConnectCalls):
 
     def _receive_once(self, session: Session) -> None:
         """Wait, and receive, where an answer is all that is missing: what `poll` comes to then, in half the time."""
-        self._watch.wait(session.fileno(), NEVER)
+        if not session.wait():
+            self._watch.wait((session.fileno(),), NEVER)
         self._advancing = True
         try:
             session.receive(1)

@@ -60,6 +60,10 @@ class Session:
         """Whether the connection has ended."""
         return self.engine.phase in _OVER
 
+    def wait(self) -> bool:
+        """Wait until there is something to receive, if the stream has a way of its own to wait: else return False."""
+        return self._stream.wait()
+
     def interest(self) -> Want:
         """Return what to wait for before `advance()` can do more."""
         return _WANTS[self.wanted()]

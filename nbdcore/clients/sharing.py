@@ -171,17 +171,14 @@ class SharedSession:
             with self._lock:
                 if session.waited_for or crowd.asleep or crowd.awake:
                     return (command,)
-                try:
-                    session.engine.submit(command)
-                except UsageError:
-                    self._refuse_if_over()
-                    raise
+                self._submit((command,))
                 self._move(session, session.send)
                 if session.wanted() != _READ or session.buffered:
                     return ()
                 session.waited_for = _READ
                 watched = True
-            self._watch.wait(session.fileno(), NEVER)
+            if not session.wait():
+                self._watch.wait((session.fileno(),), NEVER)
             with self._lock:
                 session.waited_for &= ~_READ
                 watched = False
@@ -240,10 +237,10 @@ class SharedSession:
 
     def _look(self, watched: Sequence[tuple[Session, int]], deadline: Deadline) -> Sequence[tuple[Session, int]]:
         """Wait for what this caller watches. Returns what of it is worth a look at the stream, which says what happened."""
-        if len(self._sessions) == 1 and watched[0][1] == _READ:
-            self._watch.wait(watched[0][0].fileno(), deadline)
-            return watched
-        ready = dict(wait_any([(session.fileno(), _WANTS[wanted]) for session, wanted in watched], deadline))
+        if all(wanted == _READ for _, wanted in watched):
+            ready = self._watch.wait(tuple([session.fileno() for session, _ in watched]), deadline)
+        else:
+            ready = [fd for fd, _ in wait_any([(session.fileno(), _WANTS[wanted]) for session, wanted in watched], deadline)]
         return [(session, wanted) for session, wanted in watched if session.fileno() in ready]
 
     # ------------------------------------------------------------------------------------------ with the lock held

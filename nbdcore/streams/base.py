@@ -25,7 +25,7 @@ class Want(enum.IntFlag):
 
 
 class Stream(ABC):
-    """An open, ordered, two-way byte pipe. No method waits.
+    """An open, ordered, two-way byte pipe. No method waits, except the one that is called so.
 
     Calls come from one thread at a time, except `hang_up` and `close`, which may come from any. A method that fails raises an
     `OSError` (an `nbdcore.Error` is one too); after that only `close` may be called. None means "not now": wait on `fileno()`,
@@ -54,6 +54,14 @@ class Stream(ABC):
 
     def buffered(self) -> bool:
         """Return whether `recv_into` would return bytes now though the descriptor may be quiet (TLS)."""
+        return False
+
+    def wait(self) -> bool:
+        """Wait until `recv_into` is worth calling, for ever if need be, if the stream has a faster way than to poll `fileno()`.
+
+        Returns False, at once, where it has none. The one method that waits; other threads may send meanwhile, and `hang_up` and
+        `close` end it. An error is for the next `recv_into` to report.
+        """
         return False
 
     def wants(self) -> Want:

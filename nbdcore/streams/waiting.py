@@ -1,11 +1,8 @@
 """The one module that waits: for descriptors, until a deadline. Everything else here returns at once.
 
 It knows descriptors, `Want` and the monotonic clock, and never what the bytes mean. Blocking callers wait here for one descriptor
-(`wait`), servers for many (`wait_any`), and `drive` runs a generator that says by itself what it must wait for.
-
-A small answer often comes sooner than a thread falls asleep and is woken again, which costs many times a look at the
-descriptor on a virtual machine. So whoever waits for answers uses a `Watch`, which looks a few times before it sleeps, as long
-as that pays.
+(`wait`), or for a few again and again (`Watch`), servers for many (`wait_any`), and `drive` runs a generator that says by itself
+what it must wait for. A stream may have a faster way to wait for its own bytes, for ever (`Stream.wait`).
 
 Readiness is the operating system's own, so it may be stale by the time the caller acts on it: a stream then answers None and the
 caller waits again. An error or a hang-up counts as ready, so that the next receive or send reports what really happened. A
@@ -17,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 import select
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -32,24 +28,8 @@ __all__ = ["NEVER", "Deadline", "Watch", "drive", "wait", "wait_any"]
 Result = TypeVar("Result")
 
 
-def _processors() -> int:
-    """How many processors this program may use: on a single one, who looks keeps the server from answering."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 #: The longest single wait in seconds: poll takes its milliseconds as a C int. Longer ones go round the loop again.
 _LONGEST = (2**31 - 1) / 1000
-
-
-# Looks before sleeping: together about 30 us, in which nbdkit answers nine of ten single reads of 4 KiB.
-_LOOKS = range(48) if _processors() > 1 else range(0)
-# Most waits in a row that sleep at once after looking did not pay: what looking can cost a slow server's client is 1 us a wait.
-_LONGEST_REST = 32
-# Looking and sleeping are compared by the shortest of 8 runs of 8 waits; the slower one has every 32nd trial, which costs 3%
-# where it takes twice as long.
-_RUN, _TRIAL, _TRIALS = 8, 8, 32
-# Looks that take so many seconds together were held up by other threads of this program.
-_CROWDED = 0.001
 _HAS_POLL = hasattr(select, "poll")
 
 
@@ -154,77 +134,28 @@ def drive(generator: Generator[tuple[int, Want], None, Result], deadline: Deadli
 
 
 class Watch:
-    """One descriptor that is waited for again and again until it is readable, by one thread at a time.
+    """Descriptors that are waited for again and again until one is readable, by one thread at a time.
 
-    Either looks at it a number of times before it sleeps, or sleeps at once. Which is faster depends on where the system runs the
-    server: on the processor that a sleeping client leaves free, and then the two take turns at little cost; or on another one,
-    which takes long to wake. So both are tried now and then, and what took less time from wait to wait is kept.
-
-    Where the answer did not come while looking, more and more of the next waits do without, up to `_LONGEST_REST`, so that a slow
-    server costs no processor time; and also where another thread wants the interpreter, since each look gives it away and may get
-    it back late.
+    The system is told which only when they are others than the last time: that is most of what a short wait costs in Python.
     """
 
-    __slots__ = ("_begin", "_costs", "_fastest", "_fd", "_left", "_look", "_looks", "_misses", "_rest", "_runs")
+    __slots__ = ("_fds", "_poll")
 
     def __init__(self) -> None:
-        self._fd = -1
-        self._look: Callable[[int | None], list[tuple[int, int]]] | None = None
-        self._misses = 0  # waits in a row in which the answer came too late for looking
-        self._rest = 0  # waits to come that sleep at once
-        self._looks = len(_LOOKS) > 0  # which of the two is tried now
-        self._costs = [math.inf, math.inf]  # seconds from wait to wait, last time: of sleeping, and of looking
-        self._runs = 0  # how many there have been, of `_RUN` waits each
-        self._left = 0  # waits left of this one
-        self._begin = self._fastest = math.inf  # when it began, and the shortest one of this trial
+        self._fds: tuple[int, ...] = ()
+        self._poll: Callable[[int | None], list[tuple[int, int]]] | None = None
 
-    def wait(self, fd: int, deadline: Deadline) -> None:
-        """Wait until `fd` is readable, broken or not open, or the deadline has passed: the caller looks which."""
-        if not _HAS_POLL or fd < 0:
-            wait_any(((fd, Want.READ),), deadline)
-            return
-        if fd != self._fd or self._look is None:
+    def wait(self, fds: tuple[int, ...], deadline: Deadline) -> list[int]:
+        """Wait until any of `fds` is readable, broken or not open, and return those that are; [] at the deadline, or before."""
+        if not _HAS_POLL or min(fds) < 0:
+            return [fd for fd, _ in wait_any([(fd, Want.READ) for fd in fds], deadline)]
+        if fds != self._fds or self._poll is None:
             poll = select.poll()
-            poll.register(fd, select.POLLIN)
-            self._fd, self._look = fd, poll.poll
-        if not self._left:
-            self._choose()
-        self._left -= 1
-        if self._rest:
-            self._rest -= 1
-        elif self._looks and self._look_often(self._look):
-            return
+            for fd in fds:
+                poll.register(fd, select.POLLIN)
+            self._fds, self._poll = fds, poll.poll
         remaining = deadline.remaining()
-        self._look(None if remaining is None else math.ceil(min(remaining, _LONGEST) * 1000))
-
-    def _choose(self) -> None:
-        """A run of waits is over. At the end of a trial, which is a few of them, choose what to do in the next."""
-        now = time.monotonic()
-        self._fastest = min(self._fastest, now - self._begin)  # the others held a pause of the program's own
-        self._runs += 1
-        self._begin, self._left = now, _RUN
-        if self._runs % _TRIAL or not _LOOKS:
-            return
-        self._costs[self._looks] = self._fastest
-        self._fastest = math.inf
-        faster = self._costs[True] <= self._costs[False]
-        self._looks = faster if self._runs % (_TRIAL * _TRIALS) else not faster
-
-    def _look_often(self, look: Callable[[int | None], list[tuple[int, int]]]) -> bool:
-        """Look until there is something, but not for long. Returns whether there is."""
-        if look(0):
-            return True
-        begin = time.monotonic()
-        for _ in _LOOKS:
-            if look(0):
-                self._misses = 0
-                break
-        else:
-            self._misses = min(self._misses + 1, _LONGEST_REST)
-            self._rest = self._misses
-        if time.monotonic() - begin > _CROWDED:
-            self._rest = _LONGEST_REST
-        return not self._rest
+        return [fd for fd, _ in self._poll(None if remaining is None else math.ceil(min(remaining, _LONGEST) * 1000))]
 
 
 # --- the system's own calls: one look, however long; (fd, NOTHING) stands for a descriptor that is not open ---

@@ -140,6 +140,23 @@ def _closes_once_and_for_all(near: Stream, far: Stream) -> None:
     require(not _receive_all(far), "the peer of a closed stream sees the end")
 
 
+def _waits_and_takes_nothing(near: Stream, far: Stream) -> None:
+    _send(far, b"x")
+    waiting = _Waiting(near)
+    waiting.ends("wait() ends when something has come")
+    if not waiting.answer:
+        return  # it has no way of its own
+    room = bytearray(2)
+    require(near.recv_into(memoryview(room)) == 1 and room[:1] == b"x", "wait() leaves what has come to recv_into()")
+    waiting = _Waiting(near)
+    _send(far, b"y")
+    waiting.ends("wait() ends when something comes")
+    require(near.recv_into(memoryview(room)) == 1, "wait() ends only when recv_into() has something to say")
+    waiting = _Waiting(near)
+    near.hang_up()
+    waiting.ends("hang_up() in another thread ends wait()")
+
+
 def _closes_from_another_thread(near: Stream, far: Stream) -> None:
     del far
     fd = near.fileno()
@@ -183,6 +200,7 @@ CLAUSES: tuple[Callable[[Stream, Stream], None], ...] = (
     _delivers_all_before_the_end,
     _tells_the_peer_that_it_is_finished,
     _closes_once_and_for_all,
+    _waits_and_takes_nothing,
     _closes_from_another_thread,
     _survives_a_peer_that_leaves,
 )
@@ -249,6 +267,24 @@ def _finish(stream: Stream) -> None:
     deadline = Deadline.after(PATIENCE)
     while not stream.finish_sending():
         _pause(stream, Want.WRITE, deadline, "finish_sending() returns True some time")
+
+
+class _Waiting(threading.Thread):
+    """A thread in `stream.wait()`."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__(daemon=True)
+        self.answer: object = None
+        self._stream = stream
+        self.start()
+
+    def run(self) -> None:
+        self.answer = self._stream.wait()
+
+    def ends(self, clause: str) -> None:
+        self.join(PATIENCE)
+        require(not self.is_alive(), clause)
+        require(isinstance(self.answer, bool), "wait() returns a bool, and raises nothing")
 
 
 class _Way:

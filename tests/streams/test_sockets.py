@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -96,6 +97,33 @@ def test_reset_by_peer_is_a_disconnect_with_errno_cause_and_name(tcp):
     assert "ECONNRESET" in str(caught.value)
 
 
+def test_reset_that_a_wait_met_is_still_told_by_the_next_receive(tcp):
+    stream, far = tcp
+    reset(far)
+    wait(stream.fileno(), Want.READ, Deadline.after(SOON), "late")
+    stream.wait()
+    with pytest.raises(Disconnected) as caught:
+        stream.recv_into(memoryview(bytearray(10)))
+    assert caught.value.errno == errno.ECONNRESET
+
+
+@pytest.mark.skipif(not hasattr(socket, "MSG_DONTWAIT"), reason="there, streams have no way of their own to wait")
+def test_duplicate_in_the_other_mode_makes_a_wait_give_up(tcp):
+    stream, _ = tcp
+    with stream._sock.dup() as duplicate:
+        duplicate.setblocking(False)
+        assert stream.wait() is False
+
+
+def test_platform_without_the_flag_has_sockets_that_never_wait(monkeypatch):
+    monkeypatch.setattr(sockets, "_DONT_WAIT", 0)
+    monkeypatch.setattr(sockets, "_SEND_FLAGS", 0)
+    check_stream(memory_pair)
+    near, far = memory_pair()
+    with contextlib.closing(near), contextlib.closing(far):
+        assert near.wait() is False
+
+
 def test_sending_to_a_peer_that_reset_is_a_disconnect(tcp):
     stream, far = tcp
     reset(far)
@@ -162,7 +190,7 @@ def test_signal_that_interrupts_a_call_means_not_now(monkeypatch):
     near, far = memory_pair()
 
     class Interrupted:
-        def recv_into(self, _):
+        def recv_into(self, *_):
             raise InterruptedError
 
         def sendmsg(self, *_):
