@@ -72,6 +72,27 @@ def in_background(call: Callable[[], Any]) -> Iterator[list[Any]]:
         assert not thread.is_alive(), "the call hangs"
 
 
+def together(count: int, work: Any) -> list[Any]:
+    """Run `work(number)` in so many threads at once; returns what they returned or raised."""
+    outcomes: list[Any] = [None] * count
+    start = threading.Barrier(count)
+
+    def run(number: int) -> None:
+        start.wait(PATIENCE)
+        try:
+            outcomes[number] = work(number)
+        except BaseException as exc:  # noqa: BLE001 (the test looks at it)
+            outcomes[number] = exc
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(4 * PATIENCE)
+    assert not any(thread.is_alive() for thread in threads), "a call hangs"
+    return outcomes
+
+
 def held(buffer: bytearray) -> bool:
     """Return whether anybody has a view of the buffer."""
     try:

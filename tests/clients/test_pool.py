@@ -53,8 +53,7 @@ from nbdcore.testing.scripted import (
     unless_gone,
     wait_for,
 )
-from tests.clients.talking import CALLS, DISK, DONE, PATIENCE, SHORT, expected, good, in_background, script
-from tests.clients.test_threads import together
+from tests.clients.talking import CALLS, DISK, DONE, PATIENCE, SHORT, expected, good, in_background, script, together
 
 READ, WRITE, FLUSH = CommandType.READ, CommandType.WRITE, CommandType.FLUSH
 

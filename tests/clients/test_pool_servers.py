@@ -12,8 +12,7 @@ import nbdcore
 from nbdcore import TLS, Disconnected, Phase, Pool
 from nbdcore.clients import pool as pool_module
 from tests.certificates import CertificateAuthority
-from tests.clients.talking import PATIENCE
-from tests.clients.test_threads import together
+from tests.clients.talking import PATIENCE, together
 from tests.interop.servers import nbd_server, nbdkit, qemu_nbd
 
 SIZE = 8 << 20

@@ -33,7 +33,7 @@ from nbdcore.testing.scripted import (
     unless_gone,
     wait_for,
 )
-from tests.clients.talking import CALLS, DONE, PATIENCE, in_background, script, talk
+from tests.clients.talking import CALLS, DONE, PATIENCE, in_background, script, talk, together
 
 THREADS = 16
 AREA = 256 << 10  # what each thread writes and reads, alone
@@ -48,27 +48,6 @@ def disk(request: pytest.FixtureRequest) -> Iterator[Client]:
         stream = near if request.param == "whole" else ChoppyStream(near, most=50_000, quiet=0.05)
         with Client(stream, timeout=PATIENCE) as client:
             yield client
-
-
-def together(count: int, work: Any) -> list[Any]:
-    """Run `work(number)` in so many threads at once; returns what they returned or raised."""
-    outcomes: list[Any] = [None] * count
-    start = threading.Barrier(count)
-
-    def run(number: int) -> None:
-        start.wait(PATIENCE)
-        try:
-            outcomes[number] = work(number)
-        except BaseException as exc:  # noqa: BLE001 (the test looks at it)
-            outcomes[number] = exc
-
-    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(4 * PATIENCE)
-    assert not any(thread.is_alive() for thread in threads), "a call hangs"
-    return outcomes
 
 
 def test_nobody_is_remembered_once_loops_and_single_reads_have_ended(disk):
