@@ -329,11 +329,15 @@ class TLSStream(Stream):
         """Fill `room` as far as what was received allows: 0 at the end, and where no record is there in whole."""
         if self._kept:
             return self._give_kept(room)
+        if self._ended:
+            return 0
         read, incoming, size, filled = self._tls.read, self._incoming, len(room), 0
         try:
-            while filled < size and not self._ended:
-                count = int(read(size - filled, room[filled:]))  # declared as for a call without a buffer
-                self._ended = not count
+            while filled < size:
+                count: int = read(size - filled, room[filled:])  # type: ignore[assignment]  # as without a buffer
+                if not count:
+                    self._ended = True
+                    break
                 filled += count
                 if not incoming.pending:
                     break
@@ -344,12 +348,16 @@ class TLSStream(Stream):
         except ssl.SSLError as exc:
             raise self._failure(exc) from exc
         finally:
-            # The answer to a change of keys (RFC 8446 section 4.6.3), which the peer may ask for at any time.
-            if self._outgoing.pending and not self._flush() and len(self._unsent) > _MOST_ANSWERS:
-                raise TLSError(errno.EPROTO, f"{self} asks for new keys without end, and receives none of the answers")
+            if self._outgoing.pending:
+                self._answer()
         if filled:
             self._heard = True
         return filled
+
+    def _answer(self) -> None:
+        """Send the answer to a change of keys (RFC 8446 section 4.6.3), which the peer may ask for at any time."""
+        if not self._flush() and len(self._unsent) > _MOST_ANSWERS:
+            raise TLSError(errno.EPROTO, f"{self} asks for new keys without end, and receives none of the answers")
 
     def _give_kept(self, room: memoryview) -> int:
         count = min(len(room), len(self._kept))
@@ -391,7 +399,8 @@ class TLSStream(Stream):
                 count -= len(self._unsent.pop(0))
             if count:
                 self._unsent[0] = self._unsent[0][count:]
-        if self._stream.wants() & Want.WRITE:
+        owed = self._stream.wants()
+        if owed is not Want.NOTHING and owed & Want.WRITE:  # operations on flags are slow
             self._stream.send([])
         return True
 
