@@ -277,7 +277,7 @@ class TLSStream(Stream):
             while True:
                 # Asking for more than there is costs an exception each time: 8 us, a tenth of what decrypting 100 KiB takes.
                 if self._decryptable():
-                    filled += self._decrypt(room[filled:])
+                    filled += self._give_kept(room[filled:]) if self._kept else self._decrypt(room[filled:])
                     if self._ended or filled == len(room) or (filled and not self._plenty):
                         return filled
                 if not self._pull():
@@ -327,8 +327,6 @@ class TLSStream(Stream):
 
     def _decrypt(self, room: memoryview) -> int:
         """Fill `room` as far as what was received allows: 0 at the end, and where no record is there in whole."""
-        if self._kept:
-            return self._give_kept(room)
         if self._ended:
             return 0
         read, incoming, size, filled = self._tls.read, self._incoming, len(room), 0
