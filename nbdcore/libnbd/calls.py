@@ -3,7 +3,7 @@
 A method of NBD that is a call of libnbd's API is decorated with `call`, and so gets its row in CALLS; the documentation and the
 tests read that table. What all calls share happens in the decorator, in this order: the handle is not closed, the handle's lock
 is held, its state permits the call, and any error of nbdcore leaves as libnbd's `Error`, named after the call. Calls that libnbd
-promises never to block take no lock.
+promises never to block take no lock; those that wait for one command, and call nothing back, share it (`shared`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from nbdcore.errors import Error as CoreError
+from nbdcore.errors import UsageError
 from nbdcore.libnbd import arguments
-from nbdcore.libnbd.errors import ClosedHandle, Error, failure, translated
+from nbdcore.libnbd.errors import ClosedHandle, Error, command_failure, failure, translated
 from nbdcore.protocol.state import Phase
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from nbdcore.libnbd.ledger import Ledger
     from nbdcore.protocol.commands import Command, Limits
 
-__all__ = ["ANY", "CALLS", "ELSEWHERE", "Call", "call", "check", "listed", "question", "transfer"]
+__all__ = ["ANY", "CALLS", "ELSEWHERE", "Call", "call", "check", "listed", "question", "shared", "transfer"]
 
 _CREATED, _CONNECTED = Phase.CREATED, Phase.CONNECTED
 CREATED = frozenset({_CREATED})
@@ -121,8 +122,17 @@ class CommandHandle(Handle, Protocol):
     def _queue(self, command: Command, completion: Any) -> int: ...
 
 
+class WaitingHandle(Handle, Protocol):
+    """What the decorator of calls that run a command needs of it."""
+
+    def _run(self, call: str, command: Command) -> None: ...
+
+    def _run_with_others(self, client: PolledClient, command: Command) -> None: ...
+
+
 H = TypeVar("H", bound=Handle)
 C = TypeVar("C", bound=CommandHandle)
+W = TypeVar("W", bound=WaitingHandle)
 
 
 def call(
@@ -158,6 +168,47 @@ def _locked(row: Call, function: Callable[Concatenate[H, P], R]) -> Callable[Con
                     self._ledger.interrupt()
 
     return wrapper
+
+
+def shared(
+    first_version: str,
+) -> Callable[[Callable[Concatenate[W, P], tuple[Command, R]]], Callable[Concatenate[W, P], R]]:
+    """Make a method that builds a command, and what to return, libnbd's call that runs it, permitted while connected.
+
+    As `call` has it, but that the lock is not held before the command is built: what several threads ask is sent together.
+    """
+
+    def decorate(build: Callable[Concatenate[W, P], tuple[Command, R]]) -> Callable[Concatenate[W, P], R]:
+        row = CALLS[build.__name__] = Call(build.__name__, first_version, CONNECTED)
+        name = f"nbd_{row.name}"
+
+        @functools.wraps(build)
+        def run(self: W, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            command, result = build(self, *args, **kwargs)
+            self._run(name, command)
+            return result
+
+        run_alone = _locked(row, run)
+
+        @functools.wraps(build)
+        def wrapper(self: W, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            client = self._client
+            if self._unusual or client is None or client.engine.phase is not _CONNECTED:
+                return run_alone(self, *args, **kwargs)
+            try:
+                command, result = build(self, *args, **kwargs)
+                self._run_with_others(client, command)
+            except CoreError as exc:
+                raise translated(name, exc) from exc
+            if isinstance(command.error, UsageError):  # it was not sent: another thread has changed the state meanwhile
+                return run_alone(self, *args, **kwargs)
+            if command.error is not None:
+                raise command_failure(name, command) from command.error
+            return result
+
+        return wrapper
+
+    return decorate
 
 
 def _unlocked(row: Call, function: Callable[Concatenate[H, P], R]) -> Callable[Concatenate[H, P], R]:

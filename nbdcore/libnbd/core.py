@@ -11,6 +11,7 @@ import itertools
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,7 @@ class Core:
     def __init__(self) -> None:
         self._closed = False
         self._lock = threading.RLock()
+        self._inbox: deque[Command] = deque()  # what waits, with its callers, for the lock: whoever has it submits them all
         self._ledger = Ledger()
         self._complete_command: Callable[[Command], None] = (
             self._ledger.complete

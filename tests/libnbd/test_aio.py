@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import select
 import socket
-import threading
 
 import pytest
 
@@ -226,19 +225,6 @@ def test_poll2_wakes_for_another_descriptor_and_reads_nothing_from_it(connected)
         assert connected.poll2(near.fileno(), -1) == 1
         assert near.recv(1) == b"x"
     assert connected.poll2(-1, 0) == 0
-
-
-def test_calls_of_several_threads_on_one_handle_take_turns(connected):
-    def read() -> None:
-        for _ in range(50):
-            assert connected.pread(512, 0) == bytes(512)
-
-    threads = [threading.Thread(target=read) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert not any(thread.is_alive() for thread in threads)
 
 
 # ---------------------------------------------------------------------------------------------- callbacks within commands
