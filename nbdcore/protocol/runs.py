@@ -25,8 +25,9 @@ from nbdcore.protocol.constants import (
 
 #: Where fewer could follow, each is taken by itself: to begin a run costs as much as it saves for two.
 SHORTEST = 4
-#: Flags and type of a chunk that is the whole answer to a read.
+#: Flags and type of a chunk that is the whole answer to a read, and of one that is the answer to a command that gets no data.
 DATA_DONE = REPLY_FLAG_DONE << 16 | Chunk.OFFSET_DATA
+DONE = REPLY_FLAG_DONE << 16 | Chunk.NONE
 
 _READ = int(CommandType.READ)
 _ACKNOWLEDGEMENT = Struct(">IIQ")
@@ -89,5 +90,17 @@ def data_chunks(
             break
         del in_flight[cookie]
         command.data = data
+        command.done = True
+        completed.append(command)
+
+
+def empty_chunks(in_flight: dict[int, Command], completed: list[Command], replies: memoryview, *, extended: bool) -> None:
+    """Take replies of one chunk without a payload to commands that get no data."""
+    shape, expected = (">IIQQQ", EXTENDED_REPLY_MAGIC) if extended else (">IIQ0sI", STRUCTURED_REPLY_MAGIC)
+    for magic, word, cookie, asked, length in _shape(shape).iter_unpack(replies):
+        command = in_flight[cookie]
+        if magic != expected or word != DONE or length or command.type == _READ or (extended and asked != command.offset):
+            break
+        del in_flight[cookie]
         command.done = True
         completed.append(command)

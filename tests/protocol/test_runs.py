@@ -14,7 +14,7 @@ from nbdcore.errors import DeadlineExceeded, ProtocolViolation
 from nbdcore.protocol import commands, constants, wire
 from nbdcore.protocol.commands import Command
 from nbdcore.protocol.constants import Chunk, CommandType
-from nbdcore.protocol.runs import SHORTEST, acknowledgements, data_chunks, simple_reads
+from nbdcore.protocol.runs import SHORTEST, acknowledgements, data_chunks, empty_chunks, simple_reads
 from nbdcore.protocol.state import Phase
 from tests.protocol.harness import MODES, broken_off, chunk, connected, data_chunk, everywhere, none, simple, success
 
@@ -228,6 +228,45 @@ def test_refused_write_among_acknowledgements_is_that_writes_own(mode, place):
     assert client.commands[place].error.errno == errno.ENOSPC
 
 
+@chunked
+@places
+def test_odd_answer_among_acknowledgements_in_chunks_is_that_writes_own(mode, place):
+    def odd(command):
+        if mode == "extended":
+            header = constants.EXTENDED_REPLY_MAGIC, 1, Chunk.NONE, command.cookie, command.offset + 1, 0
+            return wire.EXTENDED_REPLY.pack(*header)
+        return chunk(mode, command, Chunk.NONE, b"?" * 3, done=True)
+
+    def build():
+        client = connected(mode)
+        for number in range(MANY):
+            client.queue(commands.write(client.engine.limits, bytes(COUNT), 4096 * number))
+        client.speak()
+        answers = [odd(one) if number == place else good(mode, one) for number, one in enumerate(client.commands)]
+        return client, b"".join(answers)
+
+    client = everywhere(build, most=60)
+    check_others(client, place)
+    assert client.commands[place].error.errno == errno.EPROTO
+
+
+@chunked
+@places
+def test_end_without_data_among_acknowledgements_fails_the_read(mode, place):
+    def build():
+        client = connected(mode)
+        limits = client.engine.limits
+        for number in range(MANY):
+            write = commands.write(limits, bytes(COUNT), 4096 * number)
+            client.queue(commands.read(limits, COUNT, 77) if number == place else write)
+        client.speak()
+        return client, b"".join(none(mode, command) for command in client.commands)
+
+    client = everywhere(build, most=60)
+    check_others(client, place)
+    assert client.commands[place].error.errno == errno.EPROTO
+
+
 # ---------------------------------------------------------------------------------------------- a run by itself
 
 
@@ -268,6 +307,8 @@ def test_same_answer_twice_is_nobodys_the_second_time(mode):
     with pytest.raises(KeyError):
         acknowledgements(in_flight(5, kind=CommandType.WRITE), completed, memoryview(simple(5) * 2))
     assert [command.cookie for command in completed] == [5]
+    with pytest.raises(KeyError):
+        empty_chunks({}, completed, memoryview(none("extended", 5)), extended=True)
 
 
 @chunked
