@@ -25,13 +25,13 @@ import contextlib
 import errno
 import os
 import ssl
-import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from nbdcore.errors import Disconnected, TLSError
 from nbdcore.streams.base import Stream, Want
 from nbdcore.streams.tls.explanations import explain
+from nbdcore.streams.tls.records import RECORD, end_of_records, pieces
 
 __all__ = ["TLSStream"]
 
@@ -42,16 +42,6 @@ _PIECE = _BATCH = 128 << 10
 _PLENTY = _PIECE // 2
 #: Most bytes decrypted in one call: a peer that always has more must not keep a program for long from all else it has to do.
 _MOST_AT_ONCE = 512 << 10
-#: Bytes in one TLS record (RFC 8446 section 5.1).
-_RECORD = 16 << 10
-# Most bytes of one record after its header: TLS 1.2 allows 2 KiB more than there are data in it (RFC 5246 section 6.2.3).
-_LONGEST_RECORD = _RECORD + 2048
-#: Types of records, from change_cipher_spec to heartbeat, and the first byte of the version that every one names.
-_RECORD_TYPES, _RECORD_VERSION = range(20, 25), 3
-#: Type, version, 16 bits length (RFC 8446 section 5.1).
-_HEADER = struct.Struct(">BBxH")
-#: Parts up to this size are copied together into one record: that costs less than a record more.
-_SMALL = 4 << 10
 #: Unsent pieces of ciphertext, of which this stream's own user makes two at most: the rest are answers that nobody receives.
 _MOST_ANSWERS = 1000
 #: What it is like to send to, or to receive from, somebody who has hung up.
@@ -315,7 +305,7 @@ class TLSStream(Stream):
             self._cut_off = count == 0
             return False
         end = self._begun + count
-        whole = _end_of_records(self._ciphertext, end)
+        whole = end_of_records(self._ciphertext, end)
         self._incoming.write(self._ciphertext[:whole])
         self._ciphertext[: end - whole] = self._ciphertext[whole:end]
         self._begun = end - whole
@@ -371,7 +361,7 @@ class TLSStream(Stream):
             raise Disconnected(errno.ENOTCONN, f"this program has finished sending to {self}")
         write, outgoing, taken = self._tls.write, self._outgoing, 0
         try:
-            for piece in _pieces(parts):
+            for piece in pieces(parts):
                 count = write(piece)
                 taken += count
                 # A peer may have asked for smaller records (RFC 6066 section 4); one write makes one record.
@@ -447,7 +437,7 @@ class TLSStream(Stream):
             with contextlib.suppress(OSError):
                 while self._pull():
                     pass
-            while self._tls.read(_RECORD):
+            while self._tls.read(RECORD):
                 pass
         except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
             return
@@ -458,34 +448,3 @@ class TLSStream(Stream):
         reason = explain(exc, self._peer, self._tls.server_hostname, psk=self._psk)
         doing = "TLS" if self._established else "the TLS handshake"
         return TLSError(errno.EPROTO, f"{doing} with {self} failed: {reason}")
-
-
-def _end_of_records(received: memoryview, end: int) -> int:
-    """Return where the last record ends that is there in whole. What is no TLS is for OpenSSL to refuse, and counts as whole."""
-    header_at, at, last = _HEADER.unpack_from, 0, end - _HEADER.size
-    while at <= last:
-        kind, version, length = header_at(received, at)
-        if kind not in _RECORD_TYPES or version != _RECORD_VERSION or length > _LONGEST_RECORD:
-            return end
-        after = at + _HEADER.size + length
-        if after > end:
-            break
-        at = after
-    return at
-
-
-def _pieces(parts: Sequence[memoryview]) -> Iterator[memoryview | bytes]:
-    """Cut `parts` into records: small neighbours joined, large parts as they are."""
-    small: list[memoryview] = []
-    size = 0
-    for part in parts:
-        if small and (len(part) > _SMALL or size + len(part) > _RECORD):
-            yield b"".join(small)
-            small, size = [], 0
-        if len(part) <= _SMALL:
-            small.append(part)
-            size += len(part)
-        else:
-            yield from (part[at : at + _RECORD] for at in range(0, len(part), _RECORD))
-    if size:
-        yield b"".join(small)
