@@ -41,8 +41,8 @@ class Case:
     extra: bool = False
 
 
-def _many(work: str, label: str) -> Script:
-    return Script(f"nbdcore {label}", "nbdcore_blocking", work, {"depth": DEPTH})
+def _many(work: str, label: str, **settings: Any) -> Script:
+    return Script(f"nbdcore {label}", "nbdcore_blocking", work, {"depth": DEPTH, **settings})
 
 
 def _module(work: str, *, ours: bool = False) -> Script:
@@ -87,8 +87,17 @@ CASES = (
         "4 KiB random reads, 64 in flight, one connection",
         "request",
         "memory",
-        {"ours": _many("reads", "pread_many"), "fio": Fio("fio, nbd engine", "randread", DEPTH)},
-        (Bar("ours", "fio", "speed", at_least=1.5), Bar("ours", "fio", "CPU time", at_most=0.6)),
+        {
+            "ours": _many("reads", "pread_many"),
+            "simple": _many("reads", "pread_many, simple replies", structured_replies=False),
+            "fio": Fio("fio, nbd engine", "randread", DEPTH),
+        },
+        (
+            Bar("ours", "fio", "speed", at_least=1.5),
+            Bar("ours", "fio", "CPU time", at_most=0.6),
+            Bar("simple", "fio", "speed"),
+            Bar("simple", "fio", "CPU time"),
+        ),
     ),
     Case(
         "tasks",

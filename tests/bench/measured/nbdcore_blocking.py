@@ -18,7 +18,7 @@ _THREADS = 16
 
 
 def connect(settings: SimpleNamespace, connections: int = 1) -> Any:
-    options = {"allow_local_files": True, "timeout": 30}
+    options = {"allow_local_files": True, "timeout": 30, "structured_replies": getattr(settings, "structured_replies", True)}
     return nbdcore.connect(settings.uri, **options, **({"connections": connections} if connections > 1 else {}))
 
 
