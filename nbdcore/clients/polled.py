@@ -273,7 +273,7 @@ class PolledClient(PolledConnectCalls):
 
     def _receive_once(self, session: Session) -> None:
         """Wait, and receive, where an answer is all that is missing: what `poll` comes to then, in half the time."""
-        if not session.wait():
+        if not session.wait(None):
             self._watch.wait((session.fileno(),), NEVER)
         self._advancing = True
         try:

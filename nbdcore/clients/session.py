@@ -60,9 +60,9 @@ class Session:
         """Whether the connection has ended."""
         return self.engine.phase in _OVER
 
-    def wait(self) -> bool:
-        """Wait until there is something to receive, if the stream has a way of its own to wait: else return False."""
-        return self._stream.wait()
+    def wait(self, seconds: float | None) -> bool:
+        """Wait until there is something to receive, or so long. Returns False, at once, if the stream cannot."""
+        return self._stream.wait(seconds)
 
     def interest(self) -> Want:
         """Return what to wait for before `advance()` can do more."""

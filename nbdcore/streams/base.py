@@ -56,11 +56,11 @@ class Stream(ABC):
         """Return whether `recv_into` would return bytes now though the descriptor may be quiet (TLS)."""
         return False
 
-    def wait(self) -> bool:
-        """Wait until `recv_into` is worth calling, for ever if need be, if the stream has a faster way than to poll `fileno()`.
+    def wait(self, seconds: float | None = None) -> bool:  # noqa: ARG002 (for those that can)
+        """Wait until `recv_into` is worth calling, or so many seconds, if the stream has a faster way than to poll `fileno()`.
 
-        Returns False, at once, where it has none. The one method that waits; other threads may send meanwhile, and `hang_up` and
-        `close` end it. An error is for the next `recv_into` to report.
+        Returns False, at once, where it has none; None in `seconds` is for ever. The one method that waits: other threads may
+        send meanwhile, and `hang_up` and `close` end it. An error is for the next `recv_into` to report.
         """
         return False
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import socket
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -28,6 +30,9 @@ _MOST_PARTS = 1024
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 #: A peer that hangs up must not kill a program that has SIGPIPE at its default, as command-line tools do.
 _SEND_FLAGS = getattr(socket, "MSG_NOSIGNAL", 0) | _DONT_WAIT
+_TIMEVAL = struct.Struct("@ll")
+#: Microseconds that a receive waits at most: whoever waits for longer waits again.
+_LONGEST = 10**15
 _HAS_SENDMSG = hasattr(socket.socket, "sendmsg")
 
 #: What accept reports about the one connection that failed before it was taken (accept(2), "Error handling"): the next is fine.
@@ -77,6 +82,7 @@ class SocketStream(Stream):
         sock.setblocking(_DONT_WAIT != 0)
         self._sock = sock
         self._first = bytearray(1)
+        self._seconds: float | None = None  # how long a receive may wait now
         self._failed: OSError | None = None  # what `wait` met, which the system tells once only
         self._closed = False
         self._process = os.getpid()
@@ -99,16 +105,27 @@ class SocketStream(Stream):
             raise self._broken("receiving", None)
         return count
 
-    def wait(self) -> bool:
+    def wait(self, seconds: float | None = None) -> bool:
         """Wait in a receive that leaves everything where it is, unless the system has no flag for those that must not wait."""
-        if not _DONT_WAIT:
+        if not _DONT_WAIT or not self._will_wait(seconds):
             return False
         try:
             self._sock.recv_into(self._first, 1, socket.MSG_PEEK)
         except BlockingIOError:
-            return False  # the mode is shared with a duplicate, whose owner has changed it
+            # Without a time to pass: the mode is shared with a duplicate, whose owner has changed it.
+            return seconds is not None
         except OSError as exc:
             self._failed = exc
+        return True
+
+    def _will_wait(self, seconds: float | None) -> bool:
+        """Have receives wait so long. Returns False where the system takes no such option, or not in this form."""
+        if seconds != self._seconds:
+            try:
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
+            except OSError:
+                return False
+            self._seconds = seconds
         return True
 
     def send(self, parts: Sequence[memoryview]) -> int | None:
@@ -155,6 +172,12 @@ class SocketStream(Stream):
         if self._closed or exc is None:
             return Disconnected(errno.ENOTCONN, f"the connection to {self._peer} was closed by this program")
         return Disconnected(exc.errno or 0, f"the connection to {self._peer} broke while {doing}: {exc.strerror or exc}")
+
+
+def _timeval(seconds: float | None) -> bytes:
+    """Return a struct timeval: none at all is for ever, and nothing is how the system spells that."""
+    microseconds = 0 if seconds is None else max(1, math.ceil(min(seconds * 1e6, _LONGEST)))
+    return _TIMEVAL.pack(*divmod(microseconds, 1_000_000))
 
 
 class SocketListener(Listener):

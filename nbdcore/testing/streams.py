@@ -152,6 +152,8 @@ def _waits_and_takes_nothing(near: Stream, far: Stream) -> None:
     _send(far, b"y")
     waiting.ends("wait() ends when something comes")
     require(near.recv_into(memoryview(room)) == 1, "wait() ends only when recv_into() has something to say")
+    require(near.wait(0.01), "wait() with a time to pass says that it waited")
+    require(near.recv_into(memoryview(room)) is None, "wait() ends when its time has passed")
     waiting = _Waiting(near)
     near.hang_up()
     waiting.ends("hang_up() in another thread ends wait()")

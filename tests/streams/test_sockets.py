@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -113,6 +115,33 @@ def test_duplicate_in_the_other_mode_makes_a_wait_give_up(tcp):
     with stream._sock.dup() as duplicate:
         duplicate.setblocking(False)
         assert stream.wait() is False
+
+
+def test_system_that_takes_no_time_for_receives_makes_a_wait_give_up(tcp, monkeypatch):
+    stream, _ = tcp
+    monkeypatch.setattr(sockets, "_timeval", lambda _: b"?")
+    assert stream.wait(SOON) is False
+    assert stream.recv_into(memoryview(bytearray(1))) is None
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e-9, 0.02])
+def test_wait_without_an_answer_ends_when_its_time_has_passed(tcp, seconds):
+    stream, _ = tcp
+    begin = time.monotonic()
+    stream.wait(seconds)
+    assert time.monotonic() - begin >= seconds
+    assert stream.recv_into(memoryview(bytearray(1))) is None
+
+
+@pytest.mark.skipif(not hasattr(socket, "MSG_DONTWAIT"), reason="there, streams have no way of their own to wait")
+@pytest.mark.parametrize("seconds", [None, math.inf, 1e300, 3600.0])
+def test_wait_ends_when_something_comes(tcp, seconds):
+    stream, far = tcp
+    timer = threading.Timer(0.02, far.send, (b"x",))
+    timer.start()
+    assert stream.wait(seconds)
+    timer.join()
+    assert stream.recv_into(memoryview(bytearray(1))) == 1
 
 
 def test_platform_without_the_flag_has_sockets_that_never_wait(monkeypatch):
