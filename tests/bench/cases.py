@@ -59,7 +59,7 @@ def _aio(work: str) -> dict[str, Program]:
 # Settings for copies of the disk. nbdcopy spreads its connections over a thread for each processor; ours are all in one thread,
 # or each in one of its own. Our depth is that of a thread, nbdcopy's requests are those of a connection; its queue of 16 MiB is
 # made longer where that holds fewer.
-_SIZES, _DEPTHS = (256 * _KIB, _MIB, 2 * _MIB), (4, 16)
+_SIZES, _DEPTHS = (256 * _KIB, 512 * _KIB, _MIB, 2 * _MIB), (4, 16)
 _OURS_TO_TRY: tuple[Mapping[str, Any], ...] = tuple(
     {"threads": threads, "connections": connections, "request": request, "depth": depth}
     for (threads, connections), request, depth in product(((1, 1), (1, 2), (1, 4), (2, 1), (4, 1)), _SIZES, _DEPTHS)
