@@ -203,11 +203,10 @@ class Replies(Receiver):
                     acknowledgements(in_flight, completed, replies)
                 else:
                     empty_chunks(in_flight, completed, replies, extended=self._extended)
-            elif command.target is None:
-                if magic == SIMPLE_REPLY_MAGIC:
-                    simple_reads(in_flight, completed, replies, command.count)
-                else:
-                    data_chunks(in_flight, completed, replies, command.count, extended=self._extended)
+            elif magic == SIMPLE_REPLY_MAGIC:
+                simple_reads(in_flight, completed, replies, command.count)
+            else:
+                data_chunks(in_flight, completed, replies, command.count, extended=self._extended)
         except KeyError:
             return len(completed) - before
         return len(completed) - before

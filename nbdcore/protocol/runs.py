@@ -46,7 +46,7 @@ def acknowledgements(in_flight: dict[int, Command], completed: list[Command], re
 
 
 def simple_reads(in_flight: dict[int, Command], completed: list[Command], replies: memoryview, count: int) -> None:
-    """Take simple replies without error to reads of `count` bytes that brought no memory of their own."""
+    """Take simple replies without error to reads of `count` bytes."""
     for magic, error, cookie, data in _shape(f">IIQ{count}s").iter_unpack(replies):
         command = in_flight[cookie]
         if (
@@ -54,13 +54,16 @@ def simple_reads(in_flight: dict[int, Command], completed: list[Command], replie
             or error
             or command.count != count
             or command.type != _READ
-            or command.target is not None
             or command.error is not None
             or command.on_chunk is not None
         ):
             break
         del in_flight[cookie]
-        command.data = data
+        target = command.target
+        if target is None:
+            command.data = data
+        else:
+            target[:] = data
         command.done = True
         completed.append(command)
 
@@ -68,7 +71,7 @@ def simple_reads(in_flight: dict[int, Command], completed: list[Command], replie
 def data_chunks(
     in_flight: dict[int, Command], completed: list[Command], replies: memoryview, count: int, *, extended: bool
 ) -> None:
-    """Take replies of one chunk to reads of `count` bytes that brought no memory of their own."""
+    """Take replies of one chunk to reads of `count` bytes."""
     # Magic, flags and type, cookie, offset of the request (which only extended headers have), length, offset of the data, data.
     shape, expected = (">IIQQQQ", EXTENDED_REPLY_MAGIC) if extended else (">IIQ0sIQ", STRUCTURED_REPLY_MAGIC)
     whole = count + 8
@@ -83,13 +86,16 @@ def data_chunks(
             or asked != (offset if extended else b"")
             or command.type != _READ
             or command.received
-            or command.target is not None
             or command.error is not None
             or command.on_chunk is not None
         ):
             break
         del in_flight[cookie]
-        command.data = data
+        target = command.target
+        if target is None:
+            command.data = data
+        else:
+            target[:] = data
         command.done = True
         completed.append(command)
 
