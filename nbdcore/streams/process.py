@@ -265,6 +265,7 @@ def _pair() -> tuple[socket.socket, socket.socket]:
 def _start(arguments: Sequence[str], sock: socket.socket, *, activated: dict[str, str] | None = None) -> Child:
     """Start a program with a socket as its standard input, and as its output too unless it is to be `activated`."""
     what = f"run {_shown(arguments)}"
+    sock.setblocking(True)  # as programs expect their input; where this one has a default timeout for sockets, it is not
     with transport_errors(what):
         process = subprocess.Popen(  # noqa: S603 (the program is the caller's own choice)
             list(arguments),

@@ -163,6 +163,22 @@ listener.accept()[0].sendall(json.dumps(told).encode())"""
     return python(source)
 
 
+@pytest.fixture
+def _default_timeout() -> Iterator[None]:
+    """The program has given all sockets that it makes a timeout, and with that made them non-blocking."""
+    socket.setdefaulttimeout(PATIENCE)
+    yield
+    socket.setdefaulttimeout(None)
+
+
+@pytest.mark.usefixtures("_default_timeout")
+def test_default_timeout_of_sockets_leaves_what_a_program_is_given_blocking(folder):
+    with running(*tells("[os.get_blocking(0), os.get_blocking(1)]")) as stream:
+        assert json.loads(receive_all(stream)) == [True, True]
+    with contextlib.closing(activated(*_telling_through_socket("os.get_blocking(3)"))) as stream:
+        assert json.loads(receive_all(stream)) is True
+
+
 def test_program_that_takes_a_socket_over_gets_it_as_descriptor_3_and_nothing_else(folder, monkeypatch):
     monkeypatch.setenv("LISTEN_FDS", "7")  # of a service manager that started this very program
     told = """{
