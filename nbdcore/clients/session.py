@@ -61,7 +61,7 @@ class Session:
         return self.engine.phase in _OVER
 
     def wait(self, seconds: float | None) -> bool:
-        """Wait until there is something to receive, or so long. Returns False, at once, if the stream cannot."""
+        """Wait until there is something to receive, and return whether there is, as `Stream.wait` does: False, then poll."""
         return self._stream.wait(seconds)
 
     def interest(self) -> Want:

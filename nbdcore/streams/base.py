@@ -57,10 +57,11 @@ class Stream(ABC):
         return False
 
     def wait(self, seconds: float | None = None) -> bool:  # noqa: ARG002 (for those that can)
-        """Wait until `recv_into` is worth calling, or so many seconds, if the stream has a faster way than to poll `fileno()`.
+        """Wait until `recv_into` is worth calling, in a faster way than to poll `fileno()`, if the stream has one.
 
-        Returns False, at once, where it has none; None in `seconds` is for ever. The one method that waits: other threads may
-        send meanwhile, and `hang_up` and `close` end it. An error is for the next `recv_into` to report.
+        Returns whether it is. False where the stream has no such way, then at once, and where nothing has come in so many seconds
+        or fewer: who has time left polls. None in `seconds` is for ever. The one method that waits: other threads may send
+        meanwhile, and `hang_up` and `close` end it. An error is for the next `recv_into` to report.
         """
         return False
 

@@ -2,18 +2,18 @@
 
 It knows sockets of any family, and neither NBD nor any family's addresses: whoever opens a socket says how messages name the
 other end. A socket handed over belongs to the stream or listener from then on. No call but `wait` waits: each says so by a flag,
-or, where the system has none, the socket is non-blocking. A program that passes a duplicate of a socket elsewhere must know that
-the mode is shared by both.
+or, where the system has none to rely on, the socket is non-blocking. A program that passes a duplicate of a socket elsewhere must
+know that the mode is shared by both.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import math
 import os
 import socket
 import struct
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -25,14 +25,19 @@ __all__ = ["SocketListener", "SocketStream", "connected_pair", "transport_errors
 
 #: Buffers in one sendmsg: the smallest IOV_MAX of today's systems (Linux, the BSDs, macOS). More are refused with EMSGSIZE.
 _MOST_PARTS = 1024
-#: Where a call can be told not to wait, streams' sockets are in blocking mode, so that `wait` can wait in a receive: single reads
-#: of 4 KiB took a client of nbdkit 35 us each so, and 50 us with poll (Linux, unix socket, the server on another processor).
-_DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
+#: Where every call can be told not to wait, streams' sockets are in blocking mode, so that `wait` can wait in a receive: single
+#: reads of 4 KiB took a client of nbdkit 35 us each so, and 50 us with poll (unix socket, the server on another processor). Other
+#: systems have the flag and do not always heed it: macOS waits all the same in sending to a unix socket.
+_DONT_WAIT = socket.MSG_DONTWAIT if sys.platform == "linux" else 0
 #: A peer that hangs up must not kill a program that has SIGPIPE at its default, as command-line tools do.
 _SEND_FLAGS = getattr(socket, "MSG_NOSIGNAL", 0) | _DONT_WAIT
-_TIMEVAL = struct.Struct("@ll")
-#: Microseconds that a receive waits at most: whoever waits for longer waits again.
-_LONGEST = 10**15
+#: Seconds that a receive waits where a deadline is to be kept. Python begins a receive that a signal interrupts anew, with all of
+#: its time: a timer that fires more often than this would put the deadline off for ever. Profilers' timers fire every 10 ms.
+_SHORT = 0.005
+_TIMEVAL = struct.Struct("@ll")  # struct timeval: seconds and microseconds, and both 0 are for ever
+_FOR_EVER, _FOR_SHORT = _TIMEVAL.pack(0, 0), _TIMEVAL.pack(0, round(_SHORT * 1e6))
+#: What a receive answers that may not be made so: no such option, or not in this form, and no peeking (vsock under Hyper-V).
+_NO_SUCH_WAIT = frozenset({errno.ENOPROTOOPT, errno.EINVAL, errno.EOPNOTSUPP})
 _HAS_SENDMSG = hasattr(socket.socket, "sendmsg")
 
 #: What accept reports about the one connection that failed before it was taken (accept(2), "Error handling"): the next is fine.
@@ -82,7 +87,8 @@ class SocketStream(Stream):
         sock.setblocking(_DONT_WAIT != 0)
         self._sock = sock
         self._first = bytearray(1)
-        self._seconds: float | None = None  # how long a receive may wait now
+        self._can_wait = _DONT_WAIT != 0
+        self._limit = _FOR_EVER  # how long a receive waits now
         self._failed: OSError | None = None  # what `wait` met, which the system tells once only
         self._closed = False
         self._process = os.getpid()
@@ -106,26 +112,25 @@ class SocketStream(Stream):
         return count
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait in a receive that leaves everything where it is, unless the system has no flag for those that must not wait."""
-        if not _DONT_WAIT or not self._will_wait(seconds):
+        """Wait in a receive that leaves everything where it is: for ever, or, where there is a deadline, a few milliseconds."""
+        if not self._can_wait or (seconds is not None and seconds < _SHORT):
             return False
+        limit = _FOR_EVER if seconds is None else _FOR_SHORT
         try:
+            if limit is not self._limit:
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+                self._limit = limit
             self._sock.recv_into(self._first, 1, socket.MSG_PEEK)
         except BlockingIOError:
-            # Without a time to pass: the mode is shared with a duplicate, whose owner has changed it.
-            return seconds is not None
+            # Nothing has come. Or the mode, which is shared with a duplicate, was changed by that one's owner.
+            return False
         except OSError as exc:
-            self._failed = exc
-        return True
-
-    def _will_wait(self, seconds: float | None) -> bool:
-        """Have receives wait so long. Returns False where the system takes no such option, or not in this form."""
-        if seconds != self._seconds:
-            try:
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
-            except OSError:
+            if exc.__traceback__ is not None and exc.__traceback__.tb_next is not None:
+                raise  # a signal handler did, as many do with a TimeoutError: that is no error of this socket
+            if exc.errno in _NO_SUCH_WAIT:
+                self._can_wait = False
                 return False
-            self._seconds = seconds
+            self._failed = exc
         return True
 
     def send(self, parts: Sequence[memoryview]) -> int | None:
@@ -172,12 +177,6 @@ class SocketStream(Stream):
         if self._closed or exc is None:
             return Disconnected(errno.ENOTCONN, f"the connection to {self._peer} was closed by this program")
         return Disconnected(exc.errno or 0, f"the connection to {self._peer} broke while {doing}: {exc.strerror or exc}")
-
-
-def _timeval(seconds: float | None) -> bytes:
-    """Return a struct timeval: none at all is for ever, and nothing is how the system spells that."""
-    microseconds = 0 if seconds is None else max(1, math.ceil(min(seconds * 1e6, _LONGEST)))
-    return _TIMEVAL.pack(*divmod(microseconds, 1_000_000))
 
 
 class SocketListener(Listener):

@@ -2,7 +2,7 @@
 
 It knows descriptors, `Want` and the monotonic clock, and never what the bytes mean. Blocking callers wait here for one descriptor
 (`wait`), or for a few again and again (`Watch`), servers for many (`wait_any`), and `drive` runs a generator that says by itself
-what it must wait for. A stream may have a faster way to wait for its own bytes, for ever (`Stream.wait`).
+what it must wait for. A stream may have a faster way to wait for its own bytes alone (`Stream.wait`).
 
 Readiness is the operating system's own, so it may be stale by the time the caller acts on it: a stream then answers None and the
 caller waits again. An error or a hang-up counts as ready, so that the next receive or send reports what really happened. A

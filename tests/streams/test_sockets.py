@@ -12,7 +12,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -21,7 +20,7 @@ from nbdcore.streams import sockets
 from nbdcore.streams.base import Want
 from nbdcore.streams.memory import memory_pair
 from nbdcore.streams.sockets import SocketListener, SocketStream, connected_pair, transport_errors
-from nbdcore.streams.waiting import Deadline, wait
+from nbdcore.streams.waiting import NEVER, Deadline, wait
 from nbdcore.streams.wakeup import Wakeup
 from nbdcore.testing.streams import check_stream
 
@@ -109,39 +108,104 @@ def test_reset_that_a_wait_met_is_still_told_by_the_next_receive(tcp):
     assert caught.value.errno == errno.ECONNRESET
 
 
-@pytest.mark.skipif(not hasattr(socket, "MSG_DONTWAIT"), reason="there, streams have no way of their own to wait")
-def test_duplicate_in_the_other_mode_makes_a_wait_give_up(tcp):
+waits = pytest.mark.skipif(not sockets._DONT_WAIT, reason="there, streams have no way of their own to wait")
+
+
+@waits
+@pytest.mark.parametrize("seconds", [None, SOON])
+def test_duplicate_in_the_other_mode_makes_a_wait_give_up(tcp, seconds):
     stream, _ = tcp
     with stream._sock.dup() as duplicate:
         duplicate.setblocking(False)
-        assert stream.wait() is False
+        assert stream.wait(seconds) is False
 
 
-def test_system_that_takes_no_time_for_receives_makes_a_wait_give_up(tcp, monkeypatch):
+def test_system_that_takes_no_time_for_receives_makes_every_wait_give_up(tcp, monkeypatch):
     stream, _ = tcp
-    monkeypatch.setattr(sockets, "_timeval", lambda _: b"?")
+    monkeypatch.setattr(sockets, "_FOR_SHORT", b"?")
     assert stream.wait(SOON) is False
+    assert stream.wait() is False
     assert stream.recv_into(memoryview(bytearray(1))) is None
 
 
-@pytest.mark.parametrize("seconds", [0.0, 1e-9, 0.02])
-def test_wait_without_an_answer_ends_when_its_time_has_passed(tcp, seconds):
-    stream, _ = tcp
-    begin = time.monotonic()
-    stream.wait(seconds)
-    assert time.monotonic() - begin >= seconds
-    assert stream.recv_into(memoryview(bytearray(1))) is None
-
-
-@pytest.mark.skipif(not hasattr(socket, "MSG_DONTWAIT"), reason="there, streams have no way of their own to wait")
-@pytest.mark.parametrize("seconds", [None, math.inf, 1e300, 3600.0])
-def test_wait_ends_when_something_comes(tcp, seconds):
+def test_socket_that_cannot_be_peeked_at_makes_every_wait_give_up(tcp, monkeypatch):
     stream, far = tcp
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "MSG_PEEK", socket.MSG_OOB)  # which TCP refuses where nothing is urgent
+        assert stream.wait() is False
+    assert stream.wait() is False
+    far.send(b"x")
+    wait(stream.fileno(), Want.READ, Deadline.after(SOON), "late")
+    assert stream.recv_into(memoryview(bytearray(1))) == 1
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e-9, 0.02, 3600.0])
+def test_wait_with_a_deadline_says_that_nothing_has_come_and_leaves_the_rest_to_poll(tcp, seconds):
+    stream, _ = tcp
+    assert stream.wait(seconds) is False
+    assert stream.recv_into(memoryview(bytearray(1))) is None
+
+
+@waits
+@pytest.mark.parametrize("seconds", [math.inf, 1e300, 3600.0])
+def test_wait_with_a_deadline_says_when_something_is_there(tcp, seconds):
+    stream, far = tcp
+    far.send(b"x")
+    wait(stream.fileno(), Want.READ, Deadline.after(SOON), "late")
+    assert stream.wait(seconds)
+    assert stream.recv_into(memoryview(bytearray(1))) == 1
+
+
+@waits
+def test_wait_for_ever_after_one_with_a_deadline_ends_when_something_comes(tcp):
+    stream, far = tcp
+    assert not stream.wait(SOON)
     timer = threading.Timer(0.02, far.send, (b"x",))
     timer.start()
-    assert stream.wait(seconds)
+    assert stream.wait()
     timer.join()
     assert stream.recv_into(memoryview(bytearray(1))) == 1
+
+
+@pytest.fixture
+def alarm():
+    """Calls a function in the main thread again and again, until the test has ended."""
+
+    def ring(handler, *, every):
+        signal.signal(signal.SIGALRM, lambda *_: handler())
+        signal.setitimer(signal.ITIMER_REAL, every, every)
+
+    before = signal.getsignal(signal.SIGALRM)
+    yield ring
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_error_that_a_signal_handler_raises_ends_a_wait_and_is_none_of_the_socket(tcp, alarm):
+    stream, far = tcp
+
+    def late():
+        raise TimeoutError("the program's own")
+
+    def wait_for_ever(stream):
+        while not stream.wait():
+            wait(stream.fileno(), Want.READ, NEVER, "")
+
+    alarm(late, every=0.02)
+    with pytest.raises(TimeoutError, match="the program's own"):
+        wait_for_ever(stream)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    far.send(b"x")
+    wait(stream.fileno(), Want.READ, Deadline.after(SOON), "late")
+    assert stream.recv_into(memoryview(bytearray(1))) == 1
+
+
+def test_signals_without_end_do_not_put_a_deadline_off(tcp, alarm):
+    stream, far = tcp
+    rings = iter(range(100))
+    alarm(lambda: next(rings, None) is None and far.send(b"late"), every=0.02)
+    assert stream.wait(SOON) is False
+    assert next(rings, None) is not None
 
 
 def test_platform_without_the_flag_has_sockets_that_never_wait(monkeypatch):
