@@ -79,7 +79,8 @@ class Crowd:
     def needs_nobody(self, turn: Turn) -> bool:
         """Whether a caller that has its outcome may leave without the lock, since others are awake that see to the rest."""
         sleeper = turn.sleeper
-        if sleeper is None or not turn.pending.done:
+        # At its deadline it may be up with its outcome and not be woken yet: then it would be taken for awake ever after.
+        if sleeper is None or not turn.pending.done or sleeper not in self.awake:
             return False
         self.awake.pop(sleeper, None)
         return bool(self.awake)
