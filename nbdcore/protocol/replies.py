@@ -166,6 +166,8 @@ class Replies(Receiver):
                         command = None
             if command is None:
                 self._start = start
+                self._traffic.chunks_received += headers  # now: what follows may end the connection
+                headers = 0
                 if not self._other(magic, word, cookie, available):
                     break
                 headers += 1
