@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -15,8 +16,10 @@ import pytest
 from nbdcore import Client, CommandError, Disconnected, Error, Phase, TransportError, UsageError
 from nbdcore.protocol.constants import CommandType
 from nbdcore.server import MemoryDisk, Server
+from nbdcore.streams.base import Want
 from nbdcore.streams.memory import memory_pair
 from nbdcore.streams.sockets import SocketStream, connected_pair
+from nbdcore.streams.waiting import NEVER, wait
 from nbdcore.testing.choppy import ChoppyStream
 from nbdcore.testing.scripted import (
     Connection,
@@ -33,7 +36,7 @@ from nbdcore.testing.scripted import (
     unless_gone,
     wait_for,
 )
-from tests.clients.talking import CALLS, DONE, PATIENCE, in_background, script, talk, together
+from tests.clients.talking import CALLS, DONE, PATIENCE, SHORT, in_background, script, talk, together
 
 THREADS = 16
 AREA = 256 << 10  # what each thread writes and reads, alone
@@ -355,6 +358,57 @@ def test_the_polling_is_handed_over_at_a_deadline():
                 event.set()
         assert isinstance(one[0], TimeoutError)
         assert two == [b"2"]
+
+
+def test_answer_that_woke_a_caller_is_not_taken_by_another_that_sends():
+    """The system may take its time to run a thread that it has woken; where nothing is left by then, it waits on."""
+    may_run, given_up = threading.Event(), threading.Event()
+
+    class RunLate(SocketStream):
+        def wait(self, seconds: float | None = None) -> bool:
+            wait(self.fileno(), Want.READ, NEVER, "")
+            may_run.wait(PATIENCE)
+            return super().wait(seconds)
+
+    def answer_in_the_middle_of_a_request(connection: Connection) -> None:
+        one = connection.receive_request()
+        connection.receive(1 << 16)
+        connection.send(data(b"1")(one))
+        connection.receive(1 << 20)
+        wait_for(given_up)(connection)
+
+    with ScriptedServer(script(answer_in_the_middle_of_a_request, drain, size=1 << 30)) as server:
+        client = Client(RunLate(server.socket()), timeout=PATIENCE)
+        with contextlib.closing(client), in_background(lambda: client.pread(1, 1)) as outcome:
+            while not client._shared._sessions[0].waited_for:
+                time.sleep(0.001)
+            with pytest.raises(TimeoutError):
+                client.pwrite(bytes(16 << 20), 0, timeout=10 * SHORT)
+            may_run.set()
+            given_up.set()
+        assert outcome == [b"1"]
+
+
+def test_caller_that_sends_takes_the_receiving_over_from_one_that_left():
+    """A server that is sending a long answer, which its caller has given up, reads on only when it is rid of that."""
+    left = threading.Event()
+
+    def answer_late(connection: Connection) -> None:
+        one = connection.receive_request()
+        wait_for(left)(connection)
+        connection.send(data(bytes(one.count))(one))
+        connection.send(DONE(connection.receive_request()))
+
+    with talk(answer_late, size=1 << 30) as (client, connection):
+        with in_background(lambda: client.pread(16 << 20, 0, timeout=10 * SHORT)) as one:
+            while not connection.requests:
+                time.sleep(0.001)
+            with in_background(lambda: client.pwrite(bytes(16 << 20), 0)) as two:
+                while not one:
+                    time.sleep(0.001)
+                left.set()
+        assert isinstance(one[0], TimeoutError)
+        assert two == [None]
 
 
 def test_each_call_of_many_threads_ends_when_a_stream_breaks_its_contract():
