@@ -144,9 +144,11 @@ class Engine(Exchanges):
         if not isinstance(error, NegotiationError):
             self._parts.clear()
         self._begun = None
+        answered: list[Command] = []  # and not yet told so, where an exception broke off the decoding
         if self._replies is not None:
+            answered = self._replies.take_completed()
             self._replies.close()
-        pending = [*self.in_flight.values(), *self.queue]
+        pending = [*answered, *self.in_flight.values(), *self.queue]
         self.in_flight.clear()
         self.queue.clear()
         self._replies = None

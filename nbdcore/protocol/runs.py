@@ -58,12 +58,12 @@ def simple_reads(in_flight: dict[int, Command], completed: list[Command], replie
             or command.on_chunk is not None
         ):
             break
-        del in_flight[cookie]
         target = command.target
         if target is None:
             command.data = data
         else:
             target[:] = data
+        del in_flight[cookie]
         command.done = True
         completed.append(command)
 
@@ -90,12 +90,12 @@ def data_chunks(
             or command.on_chunk is not None
         ):
             break
-        del in_flight[cookie]
         target = command.target
         if target is None:
             command.data = data
         else:
             target[:] = data
+        del in_flight[cookie]
         command.done = True
         completed.append(command)
 

@@ -222,3 +222,22 @@ def test_completion_of_the_handshake_may_submit():
     assert list(engine.in_flight) == [1]
     client.hear(simple(1))
     assert engine.pending == 0
+
+
+@all_modes
+@pytest.mark.parametrize("place", [1, 9], ids=["by itself", "in a run"])
+def test_exception_in_the_middle_of_decoding_loses_no_outcome(mode, place):
+    """Ctrl-C may come anywhere; here it is memory that cannot be written to any more. Whoever moves bytes ends the connection."""
+    client = connected(mode)
+    reads = [commands.read(client.engine.limits, 8, 0, target=memoryview(bytearray(8))) for _ in range(12)]
+    client.submit(*reads)
+    reads[place].target.release()
+    reason = Disconnected(0, "given up")
+
+    with pytest.raises(ValueError, match="released"):
+        client.hear(b"".join(success(mode, read, b"12345678") for read in reads))
+    client.engine.fail(reason)
+
+    for number, read in enumerate(reads):
+        assert client.completed_once(read)
+        assert read.error is (None if number < place else reason)
