@@ -205,10 +205,21 @@ def test_simple_answer_for_nobody_in_the_middle_of_a_run_ends_the_connection_aft
 
 @all_modes
 @places
-def test_bytes_that_begin_no_reply_end_the_connection_after_those_before(mode, place):
-    client = reads(mode, place, answer=lambda mode, command: bytes(len(good(mode, command))))
-    assert client.engine.phase is Phase.DEAD
-    assert [command.error is None for command in client.commands] == [number < place for number in range(MANY)]
+@pytest.mark.parametrize("wrong", [1, 16], ids=["one byte", "magic and cookie"])
+def test_bytes_that_begin_no_reply_end_the_connection_after_those_before(mode, place, wrong):
+    def answer(mode, command):
+        return bytes(wrong) + good(mode, command)[wrong:]
+
+    def writes():
+        client = connected(mode)
+        for number in range(MANY):
+            client.queue(commands.write(client.engine.limits, bytes(COUNT), 4096 * number))
+        client.speak()
+        return client, b"".join((answer if number == place else good)(mode, one) for number, one in enumerate(client.commands))
+
+    for client in (reads(mode, place, answer=answer), everywhere(writes, most=60)):
+        assert client.engine.phase is Phase.DEAD
+        assert [command.error is None for command in client.commands] == [number < place for number in range(MANY)]
 
 
 @all_modes

@@ -125,6 +125,7 @@ ODD = {
     "halves": halves,
     "elsewhere": elsewhere,
     "another magic": another_magic,
+    "no magic": lambda mode, command: b"?" + good(mode, command)[1:],
     "zeroes": lambda mode, command: bytes(len(good(mode, command))),
     "silence": lambda *_: b"",
 }
