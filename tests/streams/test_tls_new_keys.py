@@ -1,4 +1,6 @@
-"""A peer may change its keys at any time (RFC 8446 section 4.6.3), and ask for the same in return: it costs us nothing unbounded.
+"""A peer may change its keys at any time (RFC 8446 section 4.6.3), ask for the same in return, and offer to resume the session.
+
+None of that costs us anything unbounded.
 
 Python cannot make such a peer. So records are made here by hand, with the secrets that the `ssl` module logs.
 """
@@ -44,6 +46,11 @@ class Writer:
         self.secret, self.number = self.derived(b"traffic upd", 48), 0
         return record
 
+    def ticket(self) -> bytes:
+        """Offer to resume the session (RFC 8446 section 4.6.1): a lifetime, an age, a nonce, the ticket, no extensions."""
+        body = struct.pack(">II", 1, 2) + b"\x01n" + b"\x00\x01t" + b"\x00\x00"
+        return self.record(HANDSHAKE, b"\x04" + len(body).to_bytes(3, "big") + body)
+
     def derived(self, label: bytes, length: int) -> bytes:
         label = b"tls13 " + label
         info = struct.pack(">HB", length, len(label)) + label + b"\0"
@@ -87,3 +94,33 @@ def test_answers_that_nobody_receives_are_bounded(ends):
     with pytest.raises(TLSError, match="asks for new keys without end"):
         flood()
     assert len(near._unsent) <= tls_stream._MOST_ANSWERS + 1
+
+
+class Tickets:
+    """A stream below on which there always is one ticket more, and some time data."""
+
+    def __init__(self, stream, writer):
+        self._stream = stream
+        self._writer = writer
+        self._left = 100
+
+    def recv_into(self, room):
+        self._left -= 1
+        record = self._writer.ticket() if self._left > 0 else self._writer.record(APPLICATION_DATA, b"data")
+        room[: len(record)] = record
+        return len(record)
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+def test_peer_that_always_has_another_ticket_does_not_keep_the_caller(ends):
+    near, _, writer = ends
+    near._stream = Tickets(near._stream, writer)
+    room = memoryview(bytearray(100))
+    answers = [near.recv_into(room)]
+    while answers[-1] is None:
+        assert not near.buffered()  # so that nobody comes again before looking at the time
+        answers.append(near.recv_into(room))
+    assert len(answers) > 2
+    assert answers[-1] == 4
