@@ -76,11 +76,12 @@ def reads_into(limits: Limits, items: Iterable[tuple[int, Any]]) -> Generator[Co
             offset = whole_number("pread_into_many", "offset", offset)  # noqa: PLW2901 (made plain)
         view = bytes_view("pread_into_many", buffer, writable=True)
         if len(view) <= most:
-            command = commands.read(limits, len(view), offset, target=view)
-            del view  # the caller's memory is theirs again when the command has finished
-            yield command
+            ready = [commands.read(limits, len(view), offset, target=view)]
+            del view  # nothing here holds on to it: the caller's memory is theirs again when the command has finished
+            yield ready.pop()
         else:
             _, request = requests.read_into(limits, view, offset, df=False, call="pread_into_many")
+            del view
             yield from _commands_of(request, Whole(offset, _NO_MEMORY))
 
 
@@ -102,6 +103,7 @@ def writes(limits: Limits, items: Iterable[tuple[int, Any]], *, fua: bool) -> Ge
             yield command
         else:
             request = requests.write(limits, memoryview(view), offset, fua=fua, call="pwrite_many")
+            del view
             yield from _commands_of(request, Whole(offset, _NO_MEMORY))
 
 
@@ -151,14 +153,18 @@ def _commands_of(request: Request, whole: Whole) -> Generator[Command]:
     if isinstance(request, Command):
         yield request
         return
-    piece = next(request)
-    for following in request:
-        whole.left += 1
+    following = next(request, None)
+    while following is not None:
+        piece, following = following, next(request, None)
         piece.tag = whole
-        yield piece
-        piece = following
-    piece.tag = whole
-    yield piece
+        if following is not None:
+            whole.left += 1
+        else:
+            request.close()
+        # Nothing here holds on to the caller's memory, which is theirs again when all pieces have finished.
+        ready = [piece]
+        del piece
+        yield ready.pop()
 
 
 _NO_MEMORY = bytearray()

@@ -106,8 +106,10 @@ def run_many(  # noqa: C901 (its inner loop runs once a request, where a call co
                     item = pick(command)
                     command.target = command.data = None  # the caller's memory is theirs again
                     yield item
-                elif not whole.left:
-                    yield pick(whole)
+                else:
+                    command.target = None
+                    if not whole.left:
+                        yield pick(whole)
         if failed is not None:
             raise failed
     finally:

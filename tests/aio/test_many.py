@@ -409,3 +409,16 @@ def test_the_memory_of_what_was_yielded_is_free(run):
                 await anext(reads)
 
     run(main())
+
+
+@pytest.mark.parametrize("depth", [1, 2, 64])
+@pytest.mark.parametrize("size", [64, 1500], ids=["whole", "in pieces"])
+@pytest.mark.parametrize("call", ["pread_into_many", "pwrite_many"])
+def test_no_buffer_is_held_once_its_offset_was_yielded(run, call, size, depth):
+    async def main():
+        async with talk(serve(good), block_size=(1, 512, 512), size=1 << 16) as (client, _):
+            buffers = {4096 * number: bytearray(size) for number in range(8)}
+            async for offset in getattr(client, call)(buffers.items(), depth=depth, timeout=PATIENCE):
+                assert not held(buffers[offset])
+
+    run(main())

@@ -361,3 +361,13 @@ def test_the_memory_of_the_last_item_is_free_though_the_input_has_not_ended(name
         loop = getattr(client, name)(enumerate(buffers), depth=4)
         assert {next(loop) for _ in buffers} == {0, 1, 2, 3}
         assert not any(map(held, buffers))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 64])
+@pytest.mark.parametrize("size", [64, 1500], ids=["whole", "in pieces"])
+@pytest.mark.parametrize("call", ["pread_into_many", "pwrite_many"])
+def test_no_buffer_is_held_once_its_offset_was_yielded(call, size, depth):
+    with talk(serve(good), block_size=(1, 512, 512), size=1 << 16) as (client, _):
+        buffers = {4096 * number: bytearray(size) for number in range(8)}
+        for offset in getattr(client, call)(buffers.items(), depth=depth, timeout=PATIENCE):
+            assert not held(buffers[offset])
