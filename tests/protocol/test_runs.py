@@ -163,6 +163,49 @@ def test_whole_read_without_its_end_in_the_middle_of_a_run_waits_for_it(mode, pl
 
 @chunked
 @places
+def test_data_of_the_usual_size_fail_a_longer_read_among_reads_alike(mode, place):
+    client = reads(
+        mode,
+        place,
+        odd=lambda client: commands.read(client.engine.limits, 2 * COUNT, 77),
+        answer=lambda mode, one: data_chunk(mode, one, one.offset, content(one)[:COUNT], done=True),
+    )
+    check_others(client, place)
+    assert client.commands[place].error.errno == errno.EPROTO
+
+
+@chunked
+@places
+def test_data_for_a_write_among_reads_alike_fail_it(mode, place):
+    client = reads(
+        mode,
+        place,
+        odd=lambda client: commands.write(client.engine.limits, bytes(COUNT), 4096 * place),
+        answer=lambda mode, one: data_chunk(mode, one, one.offset, bytes(COUNT), done=True),
+    )
+    check_others(client, place)
+    assert client.commands[place].error.errno == errno.EPROTO
+
+
+@chunked
+@places
+def test_data_that_came_before_already_fail_that_read_in_the_middle_of_a_run(mode, place):
+    def build():
+        client = connected(mode)
+        for number in range(MANY):
+            client.queue(commands.read(client.engine.limits, COUNT, 4096 * number))
+        client.speak()
+        twice = client.commands[place]
+        early = data_chunk(mode, twice, twice.offset, content(twice))
+        return client, early + b"".join(good(mode, command) for command in client.commands)
+
+    client = everywhere(build, most=60)
+    check_others(client, place)
+    assert client.commands[place].error.errno == errno.EPROTO
+
+
+@chunked
+@places
 def test_data_elsewhere_in_the_middle_of_a_run_end_the_connection_after_those_before(mode, place):
     client = reads(mode, place, answer=lambda mode, one: data_chunk(mode, one, one.offset + 1, content(one), done=True))
     assert isinstance(client.engine.error, ProtocolViolation)
@@ -259,6 +302,16 @@ def test_odd_answer_among_acknowledgements_in_chunks_is_that_writes_own(mode, pl
     client = everywhere(build, most=60)
     check_others(client, place)
     assert client.commands[place].error.errno == errno.EPROTO
+
+
+@chunked
+def test_empty_chunk_that_is_no_end_is_left_by_a_run_of_acknowledgements(mode):
+    for kind, done in ((Chunk.NONE, False), (Chunk.ERROR, True)):
+        waiting, completed = in_flight(1, 2, kind=CommandType.WRITE), []
+        answers = none(mode, waiting[1]) + chunk(mode, waiting[2], kind, done=done)
+        empty_chunks(waiting, completed, memoryview(answers), extended=mode == "extended")
+        assert [command.cookie for command in completed] == [1]
+        assert list(waiting) == [2]
 
 
 @chunked
