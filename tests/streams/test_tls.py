@@ -21,6 +21,7 @@ from nbdcore.streams.tls.stream import TLSStream
 from nbdcore.streams.waiting import Deadline, wait_any
 from nbdcore.testing import streams
 from nbdcore.testing.choppy import ChoppyStream
+from nbdcore.testing.moving import transfer
 from tests.certificates import CertificateAuthority
 from tests.streams.tls_pairs import (
     PAIRS,
@@ -403,7 +404,7 @@ def test_client_that_hangs_up_right_after_the_handshake_is_gone(starters):
 def test_much_both_ways_at_once_over_choppy_streams(starters):
     there, back = random.Random(1).randbytes(300_000), random.Random(2).randbytes(200_000)
     with connected(*starters, choppy_pair) as (near, far):
-        assert streams._transfer(near, far, there, back) == (there, back)
+        assert transfer(near, far, there, back) == (there, back)
 
 
 def test_small_parts_share_a_record(modern):
