@@ -239,6 +239,9 @@ class SharedSession:
 
     def _look(self, watched: Sequence[tuple[Session, int]], deadline: Deadline) -> Sequence[tuple[Session, int]]:
         """Wait for what this caller watches. Returns what of it is worth a look at the stream, which says what happened."""
+        session, wanted = watched[0]
+        if len(watched) == 1 and wanted == _READ and session.wait(deadline.remaining()):
+            return watched
         if all(wanted == _READ for _, wanted in watched):
             ready = self._watch.wait(tuple([session.fileno() for session, _ in watched]), deadline)
         else:

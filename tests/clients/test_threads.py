@@ -363,6 +363,7 @@ def test_the_polling_is_handed_over_at_a_deadline():
 def test_answer_that_woke_a_caller_is_not_taken_by_another_that_sends():
     """The system may take its time to run a thread that it has woken; where nothing is left by then, it waits on."""
     may_run, given_up = threading.Event(), threading.Event()
+    may_run.set()
 
     class RunLate(SocketStream):
         def wait(self, seconds: float | None = None) -> bool:
@@ -379,6 +380,7 @@ def test_answer_that_woke_a_caller_is_not_taken_by_another_that_sends():
 
     with ScriptedServer(script(answer_in_the_middle_of_a_request, drain, size=1 << 30)) as server:
         client = Client(RunLate(server.socket()), timeout=PATIENCE)
+        may_run.clear()
         with contextlib.closing(client), in_background(lambda: client.pread(1, 1)) as outcome:
             while not client._shared._sessions[0].waited_for:
                 time.sleep(0.001)
