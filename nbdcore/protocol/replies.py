@@ -196,7 +196,10 @@ class Replies(Receiver):
         self._traffic.chunks_received += headers
 
     def _run(self, magic: int, command: Command, replies: memoryview) -> int:
-        """Take what follows for more replies like the one to `command`, which began with `magic`. Returns how many were."""
+        """Take what follows for more replies like the one to `command`, which began with `magic`. Returns how many were.
+
+        No large reads are among them, which would have to be counted: the scratch buffer does not hold `SHORTEST` of these.
+        """
         in_flight, completed = self._in_flight, self._completed
         before = len(completed)
         try:
