@@ -137,6 +137,9 @@ class CommandCalls(CommandBuilders):
                     if not command.done:
                         client.check_may_wait()
                         self._submit_inbox(client)
+                        if not (command.cookie or command.done):  # who had taken it out was interrupted before submitting it
+                            inbox.append(command)
+                            self._submit_inbox(client)
                         client.wait_for(command)
                 finally:
                     self._ledger.interrupt()

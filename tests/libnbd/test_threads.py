@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -153,3 +154,29 @@ def test_ctrl_c_while_another_thread_has_the_handle_takes_the_call_back(handles)
             assert [request.offset for request in connection.requests] == [0, 10]
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_call_that_an_interrupted_thread_had_taken_over_is_sent_all_the_same(handles):
+    class Interrupted(deque):
+        """Ctrl-C comes right after the first command was taken out, to be submitted."""
+
+        armed = True
+
+        def popleft(self):
+            command = super().popleft()
+            if self.armed:
+                self.armed = False
+                raise KeyboardInterrupt
+            return command
+
+    with ScriptedServer([greeting(), Negotiation(size=SIZE), serve(data(b"other"))]) as server, ThreadPoolExecutor(1) as pool:
+        handle = handles()
+        handle._inbox = Interrupted()
+        handle.connect_socket(server.socket().detach())
+        with handle._lock:
+            other = pool.submit(handle.pread, 5, 5)
+            until(lambda: handle._inbox)
+            with pytest.raises(KeyboardInterrupt):
+                handle.pread(5, 0)
+        assert other.result(PATIENCE) == b"other"
+        handle.close()
