@@ -289,6 +289,7 @@ class SharedSession:
         if not self._crowd.awake:
             turn.watched = self._unwatched()
         if not turn.watched:
+            self._refuse_if_over()  # what an exception in the middle of moving bytes has lost, nobody would wake this one for
             self._crowd.lie_down(turn)
             return
         for session, wanted in turn.watched:

@@ -391,6 +391,19 @@ def test_answer_that_woke_a_caller_is_not_taken_by_another_that_sends():
         assert outcome == [b"1"]
 
 
+def test_caller_whose_command_an_interrupted_decoding_lost_is_told_of_the_end():
+    """Ctrl-C in another thread may come when a reply has been taken for a command's, and before that is known to be done."""
+    with talk(drain) as (client, _):
+        shared, engine = client._shared, client._shared.engine
+        with in_background(lambda: client.pread(1, 1)) as first, in_background(lambda: client.pread(1, 2)) as second:
+            while len(engine.in_flight) < 2 or not shared._crowd.asleep:
+                time.sleep(0.001)
+            with shared._lock:
+                engine.in_flight.clear()
+            shared.close(Disconnected(0, "interrupted"))
+        assert [str(outcome[0]) for outcome in (first, second)] == ["interrupted", "interrupted"]
+
+
 def test_caller_that_sends_takes_the_receiving_over_from_one_that_left():
     """A server that is sending a long answer, which its caller has given up, reads on only when it is rid of that."""
     left = threading.Event()
