@@ -36,8 +36,8 @@ _SEND_FLAGS = getattr(socket, "MSG_NOSIGNAL", 0) | _DONT_WAIT
 _SHORT = 0.005
 _TIMEVAL = struct.Struct("@ll")  # struct timeval: seconds and microseconds, and both 0 are for ever
 _FOR_EVER, _FOR_SHORT = _TIMEVAL.pack(0, 0), _TIMEVAL.pack(0, round(_SHORT * 1e6))
-#: What a receive answers that may not be made so: no such option, or not in this form, and no peeking (vsock under Hyper-V).
-_NO_SUCH_WAIT = frozenset({errno.ENOPROTOOPT, errno.EINVAL, errno.EOPNOTSUPP})
+#: What a receive answers where there is no peeking (vsock under Hyper-V).
+_NO_SUCH_WAIT = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
 _HAS_SENDMSG = hasattr(socket.socket, "sendmsg")
 
 #: What accept reports about the one connection that failed before it was taken (accept(2), "Error handling"): the next is fine.
@@ -89,6 +89,7 @@ class SocketStream(Stream):
         self._first = bytearray(1)
         self._can_wait = _DONT_WAIT != 0
         self._limit = _FOR_EVER  # how long a receive waits now
+        self._can_limit = True
         self._failed: OSError | None = None  # what `wait` met, which the system tells once only
         self._closed = False
         self._process = os.getpid()
@@ -115,11 +116,9 @@ class SocketStream(Stream):
         """Wait in a receive that leaves everything where it is: for ever, or, where there is a deadline, a few milliseconds."""
         if not self._can_wait or (seconds is not None and seconds < _SHORT):
             return False
-        limit = _FOR_EVER if seconds is None else _FOR_SHORT
+        if not self._limit_receives(_FOR_EVER if seconds is None else _FOR_SHORT):
+            return False
         try:
-            if limit is not self._limit:
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-                self._limit = limit
             self._sock.recv_into(self._first, 1, socket.MSG_PEEK)
         except BlockingIOError:
             # Nothing has come. Or the mode, which is shared with a duplicate, was changed by that one's owner.
@@ -131,6 +130,19 @@ class SocketStream(Stream):
                 self._can_wait = False
                 return False
             self._failed = exc
+        return True
+
+    def _limit_receives(self, limit: bytes) -> bool:
+        """Have receives wait so long. Returns False where that cannot be."""
+        if limit is not self._limit:
+            if not self._can_limit:
+                return False
+            try:
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            except (OSError, TypeError):  # TypeError: Python sets no option of a vsock socket but to a whole number
+                self._can_limit = False
+                return False
+            self._limit = limit
         return True
 
     def send(self, parts: Sequence[memoryview]) -> int | None:

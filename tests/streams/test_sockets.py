@@ -120,12 +120,20 @@ def test_duplicate_in_the_other_mode_makes_a_wait_give_up(tcp, seconds):
         assert stream.wait(seconds) is False
 
 
-def test_system_that_takes_no_time_for_receives_makes_every_wait_give_up(tcp, monkeypatch):
+@pytest.mark.parametrize("refused", [b"?", None], ids=["by the system", "by Python, as for vsock"])
+def test_socket_whose_receives_take_no_limit_makes_a_wait_with_a_deadline_give_up(tcp, monkeypatch, refused):
     stream, _ = tcp
-    monkeypatch.setattr(sockets, "_FOR_SHORT", b"?")
-    assert stream.wait(SOON) is False
-    assert stream.wait() is False
-    assert stream.recv_into(memoryview(bytearray(1))) is None
+    monkeypatch.setattr(sockets, "_FOR_SHORT", refused)
+    for _ in range(2):
+        assert stream.wait(SOON) is False
+        assert stream.recv_into(memoryview(bytearray(1))) is None
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_VSOCK"), reason="there are no vsock sockets")
+def test_vsock_socket_makes_a_wait_with_a_deadline_give_up(tcp, monkeypatch):
+    with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as vsock, monkeypatch.context() as patch:
+        patch.setattr(tcp[0], "_sock", vsock)
+        assert tcp[0].wait(SOON) is False
 
 
 def test_socket_that_cannot_be_peeked_at_makes_every_wait_give_up(tcp, monkeypatch):
