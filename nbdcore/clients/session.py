@@ -17,7 +17,7 @@ from collections.abc import Callable
 from nbdcore.errors import Disconnected, Error, TLSError
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
-from nbdcore.streams.base import Stream, Want
+from nbdcore.streams.base import WANTS, Stream, Want
 
 #: Swaps a plain stream for an encrypted one over it: a TLSStream, or any that shakes hands by itself before it moves bytes.
 StartTLS = Callable[[Stream], Stream]
@@ -29,7 +29,6 @@ _RECEIVES = 64
 _HUNG_UP = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 _OVER = (Phase.CLOSED, Phase.DEAD)
 _NOTHING, _READ, _WRITE = Want.NOTHING, int(Want.READ), int(Want.WRITE)
-_WANTS = (Want.NOTHING, Want.READ, Want.WRITE, Want.READ | Want.WRITE)
 _CONNECTED = Phase.CONNECTED
 
 
@@ -66,7 +65,7 @@ class Session:
 
     def interest(self) -> Want:
         """Return what to wait for before `advance()` can do more."""
-        return _WANTS[self.wanted()]
+        return WANTS[self.wanted()]
 
     def wanted(self) -> int:
         """Return the same as the bits of a Want, in a plain int: operations on flags are slow."""

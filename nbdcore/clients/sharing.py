@@ -26,11 +26,10 @@ from nbdcore.clients.session import Session
 from nbdcore.errors import DeadlineExceeded, Disconnected, Error, UsageError
 from nbdcore.protocol.commands import Command, disconnect
 from nbdcore.protocol.engine import Engine
-from nbdcore.streams.base import Want
+from nbdcore.streams.base import WANTS, Want
 from nbdcore.streams.waiting import Deadline, Watch, wait_any
 
 _READ = int(Want.READ)
-_WANTS = (Want.NOTHING, Want.READ, Want.WRITE, Want.READ | Want.WRITE)
 # So many commands are sent at once while other callers are awake that may have more. 16 threads that read 4 KiB each had 19
 # thousand answers a second with 4, 22 thousand with 8, and 26 thousand with 16.
 _SENT_TOGETHER = 16
@@ -179,8 +178,7 @@ class SharedSession:
                     return ()
                 session.waited_for = _READ
                 watched = True
-            if not session.wait(deadline.remaining()):
-                self._watch.wait((session.fileno(),), deadline)
+            self._look(((session, _READ),), deadline)
             with self._lock:
                 session.waited_for &= ~_READ
                 watched = False
@@ -249,7 +247,7 @@ class SharedSession:
             # is sending may read no more before somebody does.
             remaining = deadline.remaining()
             until = Deadline.after(_LOOK_AGAIN if remaining is None else min(remaining, _LOOK_AGAIN))
-            ready = [fd for fd, _ in wait_any([(session.fileno(), _WANTS[wanted]) for session, wanted in watched], until)]
+            ready = [fd for fd, _ in wait_any([(session.fileno(), WANTS[wanted]) for session, wanted in watched], until)]
         return [(session, wanted) for session, wanted in watched if session.fileno() in ready]
 
     # ------------------------------------------------------------------------------------------ with the lock held

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-__all__ = ["Address", "Listener", "Stream", "Want"]
+__all__ = ["WANTS", "Address", "Listener", "Stream", "Want"]
 
 
 class Want(enum.IntFlag):
@@ -22,6 +22,10 @@ class Want(enum.IntFlag):
     NOTHING = 0
     READ = 1
     WRITE = 2
+
+
+#: Every Want by its number: operations on flags cost more than the system calls that they are for.
+WANTS = (Want.NOTHING, Want.READ, Want.WRITE, Want.READ | Want.WRITE)
 
 
 class Stream(ABC):

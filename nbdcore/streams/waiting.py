@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from nbdcore.errors import DeadlineExceeded, Disconnected, UsageError
-from nbdcore.streams.base import Want
+from nbdcore.streams.base import WANTS, Want
 
 __all__ = ["NEVER", "Deadline", "Watch", "drive", "wait", "wait_any"]
 
@@ -161,8 +161,6 @@ class Watch:
 # --- the system's own calls: one look, however long; (fd, NOTHING) stands for a descriptor that is not open ---
 
 _READ_WRITE = Want.READ | Want.WRITE
-# By the number that a Want is: operations on flags cost more than the system call does.
-_WANTS = (Want.NOTHING, Want.READ, Want.WRITE, _READ_WRITE)
 
 
 def _by_select(wanted: Mapping[int, Want], seconds: float | None) -> list[tuple[int, Want]]:
@@ -218,7 +216,7 @@ if _HAS_POLL:
             return Want.NOTHING
         if events & _BROKEN:
             return want
-        return _WANTS[(1 if events & select.POLLIN else 0) | (2 if events & select.POLLOUT else 0)]
+        return WANTS[(1 if events & select.POLLIN else 0) | (2 if events & select.POLLOUT else 0)]
 
     _ready: Callable[[Mapping[int, Want], float | None], list[tuple[int, Want]]] = _by_poll
 else:
