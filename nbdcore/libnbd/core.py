@@ -46,9 +46,8 @@ class Core:
         self._lock = threading.RLock()
         self._inbox: deque[Command] = deque()  # what waits, with its callers, for the lock: whoever has it submits them all
         self._ledger = Ledger()
-        self._complete_command: Callable[[Command], None] = (
-            self._ledger.complete
-        )  # one for all commands, rather than a new bound method for each
+        # One for all commands, rather than a new bound method for each.
+        self._complete_command: Callable[[Command], None] = self._ledger.complete
         self._wishes = Wishes()
         self._client: PolledClient | None = None
         self._host: str | None = None  # of this very connection, for TLS: never one of an attempt before

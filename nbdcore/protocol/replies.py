@@ -11,6 +11,7 @@ methods outside it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable
 from struct import Struct, unpack_from
@@ -202,7 +203,7 @@ class Replies(Receiver):
         """
         in_flight, completed = self._in_flight, self._completed
         before = len(completed)
-        try:
+        with contextlib.suppress(KeyError):  # the loop finds out what a reply means that nobody waits for
             if command.type != _READ:
                 if magic == SIMPLE_REPLY_MAGIC:
                     acknowledgements(in_flight, completed, replies)
@@ -212,8 +213,6 @@ class Replies(Receiver):
                 simple_reads(in_flight, completed, replies, command.count)
             else:
                 data_chunks(in_flight, completed, replies, command.count, extended=self._extended)
-        except KeyError:
-            return len(completed) - before
         return len(completed) - before
 
     def _other(self, magic: int, word: int, cookie: int, available: int) -> bool:
