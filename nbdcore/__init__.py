@@ -15,10 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nbdcore.clients.blocking import Client
-    from nbdcore.clients.columns import CombinedExtentColumns, ExtentColumns
-    from nbdcore.clients.extents import CombinedExtent, Extent
-    from nbdcore.clients.functions import (
+    from nbdcore.clients.blocking.client import Client
+    from nbdcore.clients.blocking.functions import (
         connect,
         connect_command,
         connect_socket,
@@ -29,8 +27,10 @@ if TYPE_CHECKING:
         connect_vsock,
         list_exports,
     )
-    from nbdcore.clients.pool import Pool
-    from nbdcore.clients.settings import ClientOptions
+    from nbdcore.clients.blocking.pool import Pool
+    from nbdcore.clients.connect.options import ClientOptions
+    from nbdcore.clients.extents.columns import CombinedExtentColumns, ExtentColumns
+    from nbdcore.clients.extents.walking import CombinedExtent, Extent
     from nbdcore.errors import (
         CommandError,
         DeadlineExceeded,
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
         UsageError,
     )
     from nbdcore.plugins.registry import supports, supports_tcp, supports_unix, supports_vsock
-    from nbdcore.protocol.agreement import BlockSize, Export, ExportInfo, TLSPolicy
     from nbdcore.protocol.constants import BASE_ALLOCATION, DEFAULT_PORT, AllocationFlag, TransmissionFlag
+    from nbdcore.protocol.handshake.agreement import BlockSize, Export, ExportInfo, TLSPolicy
     from nbdcore.protocol.state import Phase
     from nbdcore.streams.tls.credentials import TLS, supports_tls, supports_tls_psk
     from nbdcore.uri import URI, is_uri, parse_uri
@@ -102,21 +102,21 @@ __version__ = "0.1.0"
 
 # Where each public name lives; a test holds it against the imports above and __all__.
 _HOMES = {
-    "nbdcore.clients.blocking": "Client",
-    "nbdcore.clients.functions": (
+    "nbdcore.clients.blocking.client": "Client",
+    "nbdcore.clients.blocking.functions": (
         "connect connect_command connect_socket connect_socket_activation connect_ssh connect_tcp connect_unix "
         "connect_vsock list_exports"
     ),
-    "nbdcore.clients.pool": "Pool",
-    "nbdcore.clients.columns": "CombinedExtentColumns ExtentColumns",
-    "nbdcore.clients.extents": "CombinedExtent Extent",
-    "nbdcore.clients.settings": "ClientOptions",
+    "nbdcore.clients.blocking.pool": "Pool",
+    "nbdcore.clients.extents.columns": "CombinedExtentColumns ExtentColumns",
+    "nbdcore.clients.extents.walking": "CombinedExtent Extent",
+    "nbdcore.clients.connect.options": "ClientOptions",
     "nbdcore.errors": (
         "CommandError DeadlineExceeded Disconnected Error NegotiationError ProtocolViolation TLSError TransportError "
         "TransportUnavailable UsageError"
     ),
     "nbdcore.plugins.registry": "supports supports_tcp supports_unix supports_vsock",
-    "nbdcore.protocol.agreement": "BlockSize Export ExportInfo TLSPolicy",
+    "nbdcore.protocol.handshake.agreement": "BlockSize Export ExportInfo TLSPolicy",
     "nbdcore.protocol.constants": "BASE_ALLOCATION DEFAULT_PORT AllocationFlag TransmissionFlag",
     "nbdcore.protocol.state": "Phase",
     "nbdcore.streams.tls.credentials": "TLS supports_tls supports_tls_psk",

@@ -13,15 +13,15 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Generator, Iterable
 from typing import Any, Generic, TypeVar, Unpack, overload
 
-from nbdcore.clients.arguments import deadline_after
-from nbdcore.clients.asynchronous import AsyncClient
-from nbdcore.clients.asynchronous_calls import AsyncCalls
-from nbdcore.clients.asynchronous_pool import AsyncPool
-from nbdcore.clients.asynchronous_ways import VSOCK_HOST
-from nbdcore.clients.pool import refuse_pool
-from nbdcore.clients.settings import ClientOptions
-from nbdcore.protocol.agreement import Export
+from nbdcore.clients.asyncio.calls import AsyncCalls
+from nbdcore.clients.asyncio.client import AsyncClient
+from nbdcore.clients.asyncio.methods import VSOCK_HOST
+from nbdcore.clients.asyncio.pool import AsyncPool
+from nbdcore.clients.blocking.pool import refuse_pool
+from nbdcore.clients.connect.options import ClientOptions
+from nbdcore.clients.requests.arguments import deadline_after
 from nbdcore.protocol.constants import DEFAULT_PORT
+from nbdcore.protocol.handshake.agreement import Export
 from nbdcore.streams.base import Stream
 
 __all__ = [

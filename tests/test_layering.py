@@ -53,7 +53,7 @@ TABLE = {
     ),
     "nbdcore.plugins": May(("nbdcore.streams", "nbdcore.uri", "nbdcore.errors"), ("pluggy", "importlib_metadata")),
     # Its stream comes as an argument.
-    "nbdcore.clients.session": May(
+    "nbdcore.clients.session.session": May(
         ("nbdcore.protocol", "nbdcore.streams.base", "nbdcore.streams.tls", "nbdcore.errors"), itself=False
     ),
     "nbdcore.clients": May(
@@ -69,7 +69,7 @@ TABLE = {
         ),
     ),
     # Extents in arrays, numpy's where it is installed.
-    "nbdcore.clients.columns": May(("nbdcore.protocol",), ("numpy",), itself=False),
+    "nbdcore.clients.extents.columns": May(("nbdcore.protocol",), ("numpy",), itself=False),
     # The client for asyncio, by its own name: `import nbdcore` does not bring it.
     "nbdcore.aio": May(("nbdcore.clients", "nbdcore.protocol", "nbdcore.streams.base"), itself=False),
     # It hands on what the clients do, under other names: it must know their values and errors.
@@ -182,14 +182,14 @@ def test_a_module_imports_only_what_the_table_allows(module):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("nbdcore.uri", "import nbdcore.clients.blocking"),
+        ("nbdcore.uri", "import nbdcore.clients.blocking.client"),
         ("nbdcore.uri", "import pluggy"),
         ("nbdcore.protocol.engine", "from nbdcore.streams.base import Stream"),
         ("nbdcore.protocol.engine", "def f():\n    from nbdcore import streams"),
         ("nbdcore.streams.sockets", "from nbdcore.streams.waiting import wait"),
         ("nbdcore.streams.sockets", "from .base import Stream"),
-        ("nbdcore.clients.session", "from nbdcore.clients.blocking import Client"),
-        ("nbdcore.clients.blocking", "import nbdcore_tcp"),
+        ("nbdcore.clients.session.session", "from nbdcore.clients.blocking.client import Client"),
+        ("nbdcore.clients.blocking.client", "import nbdcore_tcp"),
         ("nbdcore.server.serving", "from nbdcore.protocol.engine import Engine"),
         ("nbdcore_tcp", "import nbdcore_unix"),
         ("nbdcore_tcp", "import nbdcore"),

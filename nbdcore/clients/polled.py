@@ -13,17 +13,17 @@ from __future__ import annotations
 import errno
 from typing import Any, Self, Unpack
 
-from nbdcore.clients.encryption import Encryption, Permissions
+from nbdcore.clients.connect.options import ClientOptions, checked_encryption, checked_permissions, checked_settings
+from nbdcore.clients.connect.tls import Encryption, Permissions
 from nbdcore.clients.polled_ways import Connecting, PolledConnectCalls
-from nbdcore.clients.session import Session, StartTLS
-from nbdcore.clients.settings import ClientOptions, checked_encryption, checked_permissions, checked_settings
+from nbdcore.clients.session.session import Session, StartTLS
 from nbdcore.errors import Disconnected, Error, TransportError, UsageError
-from nbdcore.protocol import commands
-from nbdcore.protocol.agreement import Settings, Traffic
-from nbdcore.protocol.commands import ALL_STRICT, Command
 from nbdcore.protocol.engine import Engine, Exchange
-from nbdcore.protocol.negotiation import Conversation
+from nbdcore.protocol.handshake.agreement import Settings, Traffic
+from nbdcore.protocol.handshake.negotiation import Conversation
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission import commands
+from nbdcore.protocol.transmission.commands import ALL_STRICT, Command
 from nbdcore.streams.base import Stream, Want
 from nbdcore.streams.waiting import NEVER, Deadline, Watch, wait_any
 

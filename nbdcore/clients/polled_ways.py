@@ -12,15 +12,15 @@ from collections.abc import Generator, Iterable
 from dataclasses import replace
 from typing import Any
 
-from nbdcore.clients.arguments import text
-from nbdcore.clients.connecting import Way, adopt, route_by_name, route_by_uri
-from nbdcore.clients.encryption import Encryption, Permissions
-from nbdcore.clients.knowledge import Knowledge
-from nbdcore.clients.session import StartTLS
+from nbdcore.clients.connect.target import Way, adopt, route_by_name, route_by_uri
+from nbdcore.clients.connect.tls import Encryption, Permissions
+from nbdcore.clients.requests.arguments import text
+from nbdcore.clients.session.info import Knowledge
+from nbdcore.clients.session.session import StartTLS
 from nbdcore.errors import UsageError
-from nbdcore.protocol.agreement import TLSPolicy
 from nbdcore.protocol.constants import DEFAULT_PORT
 from nbdcore.protocol.engine import Engine
+from nbdcore.protocol.handshake.agreement import TLSPolicy
 from nbdcore.streams.base import Stream, Want
 from nbdcore.uri import parse_uri
 

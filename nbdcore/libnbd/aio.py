@@ -13,9 +13,9 @@ from nbdcore.libnbd.calls import CONNECTED, COUNTING, call, check, listed, quest
 from nbdcore.libnbd.commands import CommandBuilders
 from nbdcore.libnbd.constants import CMD_FLAG_DF
 from nbdcore.libnbd.errors import command_failure
-from nbdcore.protocol import commands
-from nbdcore.protocol.commands import Command, Limits
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission import commands
+from nbdcore.protocol.transmission.commands import Command, Limits
 from nbdcore.streams.base import Want
 
 Callback = Callable[..., Any]

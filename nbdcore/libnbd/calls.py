@@ -25,7 +25,7 @@ from nbdcore.protocol.state import Phase
 if TYPE_CHECKING:
     from nbdcore.clients.polled import PolledClient
     from nbdcore.libnbd.ledger import Ledger
-    from nbdcore.protocol.commands import Command, Limits
+    from nbdcore.protocol.transmission.commands import Command, Limits
 
 __all__ = ["ANY", "CALLS", "ELSEWHERE", "Call", "call", "check", "listed", "question", "shared", "transfer"]
 

@@ -25,10 +25,10 @@ from nbdcore.libnbd.constants import (
 )
 from nbdcore.libnbd.core import Core
 from nbdcore.libnbd.errors import command_failure
-from nbdcore.protocol import commands
-from nbdcore.protocol.commands import Command, Limits
 from nbdcore.protocol.constants import TransmissionFlag
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission import commands
+from nbdcore.protocol.transmission.commands import Command, Limits
 
 Callback = Callable[..., Any]
 

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterable
 from typing import Any
 
-from nbdcore.clients.connecting import Route, route_by_name
+from nbdcore.clients.connect.target import Route, route_by_name
 from nbdcore.clients.polled import Connecting, PolledClient
 from nbdcore.errors import Error as CoreError
 from nbdcore.errors import TransportError, UsageError

@@ -15,14 +15,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from nbdcore.clients.connecting import Route
+from nbdcore.clients.connect.target import Route
 from nbdcore.clients.polled import PolledClient
 from nbdcore.errors import Disconnected, TransportError
 from nbdcore.libnbd.ledger import Ledger
 from nbdcore.libnbd.wishes import Wishes
-from nbdcore.protocol.commands import Command
 from nbdcore.protocol.engine import Exchange
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission.commands import Command
 from nbdcore.streams.process import Child
 
 # libnbd's module makes two handles for itself when it is imported, so a program's first handle is the third.

@@ -11,8 +11,8 @@ import os
 
 from nbdcore.errors import CommandError, Disconnected, NegotiationError, printable
 from nbdcore.errors import Error as CoreError
-from nbdcore.protocol.commands import Command
 from nbdcore.protocol.constants import CommandType, OptionReply
+from nbdcore.protocol.transmission.commands import Command
 
 __all__ = ["ClosedHandle", "Error"]
 

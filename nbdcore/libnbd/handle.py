@@ -20,7 +20,7 @@ from nbdcore.libnbd.options import OptionCalls
 from nbdcore.libnbd.queries import ConnectionQueries, ExportQueries
 from nbdcore.libnbd.settings import ConnectionSettings, ExportSettings, ProtocolSettings, TLSSettings
 from nbdcore.plugins.registry import registry
-from nbdcore.protocol.agreement import Traffic
+from nbdcore.protocol.handshake.agreement import Traffic
 from nbdcore.protocol.state import Phase
 
 __all__ = ["NBD", "nbd"]

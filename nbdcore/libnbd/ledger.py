@@ -14,8 +14,8 @@ from typing import Any
 from nbdcore.errors import CommandError
 from nbdcore.libnbd.constants import READ_DATA, READ_ERROR, READ_HOLE
 from nbdcore.libnbd.errors import command_number
-from nbdcore.protocol.commands import Command, Numbers
 from nbdcore.protocol.constants import Chunk
+from nbdcore.protocol.transmission.commands import Command, Numbers
 
 __all__ = ["ErrorNumber", "Ledger"]
 

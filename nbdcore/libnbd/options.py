@@ -13,8 +13,8 @@ from nbdcore.libnbd.core import Core
 from nbdcore.libnbd.errors import number_of
 from nbdcore.libnbd.ledger import ErrorNumber
 from nbdcore.libnbd.security import supports_tls
-from nbdcore.protocol import negotiation
 from nbdcore.protocol.engine import Exchange
+from nbdcore.protocol.handshake import negotiation
 
 Callback = Callable[..., Any]
 

@@ -9,8 +9,8 @@ from nbdcore.libnbd import arguments
 from nbdcore.libnbd.calls import KNOWN, call
 from nbdcore.libnbd.constants import SIZE_MAXIMUM, SIZE_MINIMUM, SIZE_PAYLOAD, SIZE_PREFERRED
 from nbdcore.libnbd.core import Core
-from nbdcore.protocol.agreement import ExportInfo
 from nbdcore.protocol.constants import MAX_SIZE, TransmissionFlag
+from nbdcore.protocol.handshake.agreement import ExportInfo
 
 
 class ExportQueries(Core):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from nbdcore.clients.session import StartTLS
+from nbdcore.clients.session.session import StartTLS
 from nbdcore.libnbd.wishes import Wishes
 from nbdcore.streams.base import Stream
 from nbdcore.streams.tls.credentials import TLS, supports_tls

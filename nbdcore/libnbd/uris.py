@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from dataclasses import replace
 
-from nbdcore.clients.connecting import Route
+from nbdcore.clients.connect.target import Route
 from nbdcore.errors import TransportUnavailable, UsageError, printable
 from nbdcore.libnbd import arguments, constants
 from nbdcore.libnbd.wishes import Wishes

@@ -11,8 +11,8 @@ from nbdcore.libnbd.constants import (
     TLS_ALLOW,
     TLS_DISABLE,
 )
-from nbdcore.protocol.agreement import Settings, TLSPolicy
 from nbdcore.protocol.constants import HandshakeFlag
+from nbdcore.protocol.handshake.agreement import Settings, TLSPolicy
 
 __all__ = ["Wishes"]
 

@@ -19,19 +19,20 @@ from dataclasses import replace
 from typing import Any
 
 from nbdcore.errors import Disconnected, Error, NegotiationError, ProtocolViolation, UsageError
-from nbdcore.protocol import negotiation, options, wire
-from nbdcore.protocol.agreement import Agreement, Settings, Traffic
-from nbdcore.protocol.commands import ALL_STRICT, Command, Limits
+from nbdcore.protocol import wire
 from nbdcore.protocol.constants import (
     EXTENDED_REQUEST_MAGIC,
     MAX_PAYLOAD,
     REQUEST_MAGIC,
     CommandType,
 )
-from nbdcore.protocol.exchanges import Exchange, Exchanges
-from nbdcore.protocol.negotiation import Conversation
-from nbdcore.protocol.replies import LARGE, Replies
+from nbdcore.protocol.handshake import negotiation, options
+from nbdcore.protocol.handshake.agreement import Agreement, Settings, Traffic
+from nbdcore.protocol.handshake.exchange import Exchange, Exchanges
+from nbdcore.protocol.handshake.negotiation import Conversation
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission.commands import ALL_STRICT, Command, Limits
+from nbdcore.protocol.transmission.decoder import LARGE, Replies
 
 __all__ = ["INLINE_PAYLOAD", "Engine", "Exchange"]
 

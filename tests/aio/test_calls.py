@@ -13,7 +13,7 @@ import pytest
 import nbdcore
 from nbdcore import Client, Error, Phase, aio
 from nbdcore.aio import AsyncClient
-from nbdcore.clients.asynchronous_many import Many
+from nbdcore.clients.asyncio.many import Many
 from nbdcore.server import BlockSizes, ExportSettings, MemoryDisk, Server
 from nbdcore.streams.sockets import connected_pair
 from nbdcore.testing.choppy import ChoppyStream

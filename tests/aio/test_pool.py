@@ -15,7 +15,7 @@ import pytest
 import nbdcore.aio
 from nbdcore import DeadlineExceeded, Disconnected, Phase, ProtocolViolation, UsageError
 from nbdcore.aio import AsyncClient, AsyncPool
-from nbdcore.clients import asynchronous_pool
+from nbdcore.clients.asyncio import pool as asynchronous_pool
 from nbdcore.protocol.constants import CommandType, TransmissionFlag
 from nbdcore.protocol.state import LEGAL
 from nbdcore.streams.memory import memory_pair

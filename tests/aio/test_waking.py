@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nbdcore import Disconnected, Phase
-from nbdcore.clients.asynchronous_waiter import Waiter
+from nbdcore.clients.asyncio.waiter import Waiter
 from nbdcore.testing.scripted import Connection, data, drain, serve
 from tests.aio.talking import PATIENCE, late, talk, until
 

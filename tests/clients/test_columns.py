@@ -25,9 +25,9 @@ from nbdcore import (
     Phase,
     UsageError,
 )
-from nbdcore.clients.extents import ExtentWalk
-from nbdcore.protocol.commands import Command, StatusChunk
+from nbdcore.clients.extents.walking import ExtentWalk
 from nbdcore.protocol.constants import CommandType
+from nbdcore.protocol.transmission.commands import Command, StatusChunk
 from nbdcore.testing.scripted import answer, drain, error, goodbye, serve, status
 from tests.clients.talking import DONE, PATIENCE, talk
 from tests.clients.test_extents import BITMAP, KIB, SIZE, TWO, WHOLE, kib, not_done, of_map, plain, replies

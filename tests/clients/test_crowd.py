@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nbdcore.clients.crowd import Crowd, Turn
+from nbdcore.clients.blocking.waiters import Crowd, Turn
 
 
 class Awaited:

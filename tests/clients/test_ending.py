@@ -77,7 +77,7 @@ def test_a_server_that_died_does_not_spoil_leaving():
 
 
 def test_a_server_that_never_hangs_up_delays_leaving_by_no_more_than_the_goodbye(monkeypatch):
-    from nbdcore.clients import calls
+    from nbdcore.clients.blocking import calls
 
     monkeypatch.setattr(calls, "_GOODBYE", SHORT)
     left = threading.Event()

@@ -11,8 +11,8 @@ import pytest
 
 import nbdcore
 from nbdcore import Client, CommandError, DeadlineExceeded, Disconnected, Phase, UsageError
-from nbdcore.protocol.commands import Command
 from nbdcore.protocol.constants import CommandType
+from nbdcore.protocol.transmission.commands import Command
 from nbdcore.server import Server
 from nbdcore.testing.choppy import ChoppyStream
 from nbdcore.testing.scripted import ScriptedServer, answer, drain, serve

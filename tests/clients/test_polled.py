@@ -10,11 +10,12 @@ import pytest
 from nbdcore.clients.polled import PolledClient
 from nbdcore.errors import Error, ProtocolViolation, UsageError
 from nbdcore.plugins.registry import registry
-from nbdcore.protocol import commands, negotiation
-from nbdcore.protocol.agreement import Settings
-from nbdcore.protocol.commands import Command
 from nbdcore.protocol.constants import CommandType
+from nbdcore.protocol.handshake import negotiation
+from nbdcore.protocol.handshake.agreement import Settings
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission import commands
+from nbdcore.protocol.transmission.commands import Command
 from nbdcore.streams.base import Want
 from nbdcore.testing.scripted import ScriptedServer, answer, data, goodbye, hang_up, receive
 from tests.clients.talking import PATIENCE, SHORT, script

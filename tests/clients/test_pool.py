@@ -25,7 +25,7 @@ from nbdcore import (
     TransportError,
     UsageError,
 )
-from nbdcore.clients import pool as pool_module
+from nbdcore.clients.blocking import pool as pool_module
 from nbdcore.protocol.constants import CommandFlag, CommandType, OptionReply, TransmissionFlag
 from nbdcore.protocol.state import LEGAL
 from nbdcore.server import BlockSizes, ExportSettings, MemoryDisk, Server

@@ -10,7 +10,7 @@ import pytest
 
 import nbdcore
 from nbdcore import TLS, Disconnected, Phase, Pool
-from nbdcore.clients import pool as pool_module
+from nbdcore.clients.blocking import pool as pool_module
 from tests.certificates import CertificateAuthority
 from tests.clients.talking import PATIENCE, together
 from tests.interop.servers import nbd_server, nbdkit, qemu_nbd

@@ -489,7 +489,7 @@ def test_a_transport_that_raises_a_plain_oserror_is_a_transport_error():
                 yield near.fileno(), 2
                 raise OSError(113, "no way there")
 
-    from nbdcore.clients.connecting import Route
+    from nbdcore.clients.connect.target import Route
     from nbdcore.streams.waiting import NEVER
 
     with pytest.raises(TransportError, match="cannot connect to nowhere: no way there") as caught:

@@ -10,7 +10,7 @@ import pytest
 
 import nbdcore
 from nbdcore import TLS, Client, Phase, TLSError, TLSPolicy, UsageError
-from nbdcore.clients.encryption import Encryption, Permissions
+from nbdcore.clients.connect.tls import Encryption, Permissions
 from nbdcore.server import MemoryDisk, Server, ServerTLS
 from nbdcore.uri import parse_uri
 from tests.certificates import CertificateAuthority

@@ -18,7 +18,7 @@ import pytest
 from nbdcore import TLS, Client, DeadlineExceeded, Disconnected, NegotiationError, Phase, TLSError, TransportError, UsageError
 from nbdcore.aio import AsyncClient
 from nbdcore.clients.polled import PolledClient
-from nbdcore.protocol import commands
+from nbdcore.protocol.transmission import commands
 from nbdcore.server import MemoryDisk, Server, ServerTLS
 from nbdcore.streams.base import Want
 from nbdcore.streams.sockets import SocketStream

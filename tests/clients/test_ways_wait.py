@@ -28,8 +28,8 @@ from nbdcore import (
     TransportUnavailable,
     UsageError,
 )
-from nbdcore.clients import ways
-from nbdcore.clients.connecting import route_by_name
+from nbdcore.clients.blocking import methods as ways
+from nbdcore.clients.connect.target import route_by_name
 from nbdcore.protocol.constants import Option, OptionReply
 from nbdcore.server import MemoryDisk, Server, ServerTLS
 from nbdcore.testing.scripted import (

@@ -13,10 +13,10 @@ from typing import Any
 
 from nbdcore.errors import Error
 from nbdcore.protocol import constants, wire
-from nbdcore.protocol.agreement import Settings
-from nbdcore.protocol.commands import Command
 from nbdcore.protocol.constants import Chunk, Info, Option, OptionReply
 from nbdcore.protocol.engine import Engine, Exchange
+from nbdcore.protocol.handshake.agreement import Settings
+from nbdcore.protocol.transmission.commands import Command
 
 SIZE = 1 << 20
 #: Every transmission flag but READ_ONLY.

@@ -8,10 +8,10 @@ import weakref
 import pytest
 
 from nbdcore.errors import DeadlineExceeded, Disconnected
-from nbdcore.protocol import commands
 from nbdcore.protocol.constants import Chunk
-from nbdcore.protocol.replies import LARGE
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission import commands
+from nbdcore.protocol.transmission.decoder import LARGE
 from tests.protocol.harness import (
     MODES,
     SIZE,

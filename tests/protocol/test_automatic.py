@@ -7,9 +7,9 @@ import errno
 import pytest
 
 from nbdcore.errors import NegotiationError, ProtocolViolation, UsageError
-from nbdcore.protocol.agreement import BlockSize, Settings
 from nbdcore.protocol.constants import Option, OptionReply, TransmissionFlag
 from nbdcore.protocol.engine import Engine
+from nbdcore.protocol.handshake.agreement import BlockSize, Settings
 from nbdcore.protocol.state import Phase
 from tests.protocol.harness import (
     FLAGS,

@@ -10,10 +10,10 @@ from array import array
 import pytest
 
 from nbdcore.errors import CommandError, ProtocolViolation
-from nbdcore.protocol import commands
-from nbdcore.protocol.commands import StatusChunk
 from nbdcore.protocol.constants import Chunk
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission import commands
+from nbdcore.protocol.transmission.commands import StatusChunk
 from tests.protocol.harness import SIZE, chunk, connected, error_chunk, everywhere, feed, none, simple, status_chunk
 
 CONTEXTS = ((1, b"base:allocation"), (0xFFFFFFFF, b"x:y"))

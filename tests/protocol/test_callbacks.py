@@ -7,9 +7,9 @@ import errno
 import pytest
 
 from nbdcore.errors import CommandError, Disconnected
-from nbdcore.protocol import commands
 from nbdcore.protocol.constants import Chunk
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission import commands
 from tests.protocol.harness import (
     MODES,
     connected,

@@ -8,9 +8,9 @@ import itertools
 import pytest
 
 from nbdcore.errors import UsageError
-from nbdcore.protocol import commands
-from nbdcore.protocol.commands import ALL_STRICT, Limits, Strict
 from nbdcore.protocol.constants import CommandFlag, TransmissionFlag
+from nbdcore.protocol.transmission import commands
+from nbdcore.protocol.transmission.commands import ALL_STRICT, Limits, Strict
 
 SIZE = 1 << 40
 MEBIBYTE = 1 << 20

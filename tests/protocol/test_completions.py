@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from nbdcore.errors import Disconnected, ProtocolViolation, UsageError
-from nbdcore.protocol import commands
 from nbdcore.protocol.constants import Option
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission import commands
 from tests.protocol.harness import MODES, ack, connected, error_chunk, export, feed, greeting, newborn, said, simple, success
 
 all_modes = pytest.mark.parametrize("mode", MODES)

@@ -8,9 +8,9 @@ import struct
 import pytest
 
 from nbdcore.errors import CommandError
-from nbdcore.protocol import commands
 from nbdcore.protocol.constants import Chunk
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission import commands
 from tests.protocol.harness import (
     MODES,
     broken_off,

@@ -8,11 +8,11 @@ import struct
 import pytest
 
 from nbdcore.errors import Disconnected, ProtocolViolation
-from nbdcore.protocol import commands
 from nbdcore.protocol.constants import Chunk
-from nbdcore.protocol.receiving import SCRATCH
-from nbdcore.protocol.replies import LARGE
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission import commands
+from nbdcore.protocol.transmission.buffer import SCRATCH
+from nbdcore.protocol.transmission.decoder import LARGE
 from tests.protocol.harness import (
     MODES,
     chunk,

@@ -9,9 +9,9 @@ import tracemalloc
 import pytest
 
 from nbdcore.errors import Disconnected, NegotiationError, ProtocolViolation, UsageError
-from nbdcore.protocol import negotiation
-from nbdcore.protocol.agreement import Export
 from nbdcore.protocol.constants import Option, OptionReply
+from nbdcore.protocol.handshake import negotiation
+from nbdcore.protocol.handshake.agreement import Export
 from nbdcore.protocol.state import Phase
 from tests.protocol.harness import (
     FLAGS,

@@ -15,11 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nbdcore.errors import Error
-from nbdcore.protocol import commands, negotiation
-from nbdcore.protocol.agreement import TLSPolicy
-from nbdcore.protocol.commands import StatusChunk
 from nbdcore.protocol.constants import CommandType, Option, OptionReply
+from nbdcore.protocol.handshake import negotiation
+from nbdcore.protocol.handshake.agreement import TLSPolicy
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission import commands
+from nbdcore.protocol.transmission.commands import StatusChunk
 from tests.protocol.harness import (
     MODES,
     Client,

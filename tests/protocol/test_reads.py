@@ -9,11 +9,11 @@ import struct
 import pytest
 
 from nbdcore.errors import CommandError, ProtocolViolation
-from nbdcore.protocol import commands
-from nbdcore.protocol.commands import ALL_STRICT, Strict
 from nbdcore.protocol.constants import Chunk, CommandFlag
-from nbdcore.protocol.replies import LARGE
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission import commands
+from nbdcore.protocol.transmission.commands import ALL_STRICT, Strict
+from nbdcore.protocol.transmission.decoder import LARGE
 from tests.protocol.harness import (
     MODES,
     SIZE,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from nbdcore.errors import Disconnected, UsageError
-from nbdcore.protocol import commands
-from nbdcore.protocol.agreement import Settings
 from nbdcore.protocol.constants import CommandFlag
 from nbdcore.protocol.engine import INLINE_PAYLOAD, Engine
+from nbdcore.protocol.handshake.agreement import Settings
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission import commands
 from tests.protocol.harness import SIZE, connected, greeting, newborn, none, oldstyle, simple
 
 CONTEXTS = ((1, b"base:allocation"), (2, b"x:y"))

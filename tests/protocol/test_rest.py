@@ -7,11 +7,11 @@ import tracemalloc
 
 import pytest
 
-from nbdcore.protocol import commands
 from nbdcore.protocol.engine import Engine
-from nbdcore.protocol.receiving import SCRATCH
-from nbdcore.protocol.replies import LARGE
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission import commands
+from nbdcore.protocol.transmission.buffer import SCRATCH
+from nbdcore.protocol.transmission.decoder import LARGE
 from tests.protocol.harness import MODES, connected, data_chunk, feed, newborn, success
 
 all_modes = pytest.mark.parametrize("mode", MODES)

@@ -11,11 +11,12 @@ import struct
 import pytest
 
 from nbdcore.errors import DeadlineExceeded, ProtocolViolation
-from nbdcore.protocol import commands, constants, wire
-from nbdcore.protocol.commands import Command
+from nbdcore.protocol import constants, wire
 from nbdcore.protocol.constants import Chunk, CommandType
-from nbdcore.protocol.runs import SHORTEST, acknowledgements, data_chunks, empty_chunks, simple_reads
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission import commands
+from nbdcore.protocol.transmission.bursts import SHORTEST, acknowledgements, data_chunks, empty_chunks, simple_reads
+from nbdcore.protocol.transmission.commands import Command
 from tests.protocol.harness import MODES, broken_off, chunk, connected, data_chunk, everywhere, none, simple, success
 
 COUNT = 40

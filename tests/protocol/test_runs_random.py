@@ -15,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdcore.errors import Error
-from nbdcore.protocol import commands, constants, replies, wire
+from nbdcore.protocol import constants, wire
 from nbdcore.protocol.constants import Chunk, CommandType
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission import commands
+from nbdcore.protocol.transmission import decoder as replies
 from tests.protocol.harness import (
     MODES,
     broken_off,

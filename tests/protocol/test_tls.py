@@ -7,9 +7,9 @@ import errno
 import pytest
 
 from nbdcore.errors import Disconnected, ProtocolViolation, TLSError
-from nbdcore.protocol import negotiation
-from nbdcore.protocol.agreement import Agreement, Settings, TLSPolicy
 from nbdcore.protocol.constants import Option, OptionReply
+from nbdcore.protocol.handshake import negotiation
+from nbdcore.protocol.handshake.agreement import Agreement, Settings, TLSPolicy
 from nbdcore.protocol.state import Phase
 from tests.protocol.harness import (
     ack,

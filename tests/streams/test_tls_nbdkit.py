@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from nbdcore.clients.session import Session
+from nbdcore.clients.session.session import Session
 from nbdcore.errors import TLSError
-from nbdcore.protocol import commands
-from nbdcore.protocol.agreement import Settings, TLSPolicy
 from nbdcore.protocol.engine import Engine
+from nbdcore.protocol.handshake.agreement import Settings, TLSPolicy
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission import commands
 from nbdcore.streams.sockets import SocketStream
 from nbdcore.streams.tls.credentials import TLS, supports_tls_psk
 from nbdcore.streams.waiting import Deadline, wait

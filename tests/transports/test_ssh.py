@@ -16,7 +16,7 @@ import pytest
 import nbdcore
 import nbdcore_ssh
 from nbdcore import TLS, Client, DeadlineExceeded, Disconnected, Phase, TransportError, UsageError
-from nbdcore.clients.connecting import route_by_name
+from nbdcore.clients.connect.target import route_by_name
 from nbdcore.errors import printable
 from nbdcore.server import MemoryDisk, Server, ServerTLS
 from nbdcore.testing.transports import check_address

@@ -22,7 +22,7 @@ import nbdcore
 from nbdcore import aio
 from nbdcore.clients.polled import PolledClient
 from nbdcore.plugins.registry import registry
-from nbdcore.protocol import commands
+from nbdcore.protocol.transmission import commands
 from nbdcore.server import MemoryDisk, Server
 from nbdcore.streams.waiting import NEVER, drive
 

@@ -1,0 +1,1 @@
+"""The front end for event loops of asyncio: calls that are coroutines."""

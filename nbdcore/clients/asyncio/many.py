@@ -1,0 +1,146 @@
+"""Many requests in a loop, `async for` over their outcomes: without a task for each, in the order in which they finish.
+
+The input is consumed as fast as the server answers, and never further than `depth` requests ahead of the caller. A request too
+large for the server goes out in pieces, and counts as finished when all of them have. After the first error no more is asked;
+what is under way is waited for and given to the caller, then the error is raised. Leaving the loop early, by whatever way,
+gives up what is under way: no buffer is written to any more, and the connection goes on.
+
+The iterator and its pipeline are two objects, so that nothing but the caller holds the first: when that goes, so does the rest.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator
+from itertools import islice
+from typing import Generic, TypeVar
+
+from nbdcore.clients.asyncio.loop import LoopSessions, call_in
+from nbdcore.clients.asyncio.pipeline import Pipeline
+from nbdcore.clients.requests.batches import Whole
+from nbdcore.errors import UsageError
+from nbdcore.protocol.transmission.commands import Command
+
+Item = TypeVar("Item")
+
+# While the caller takes what has finished, new requests are begun when so great a part of the depth is free: one by one they cost
+# more, and all at the end would leave the server with nothing to do while the caller is busy.
+_BURSTS = 4
+
+
+class _ManyPipeline(Pipeline):
+    """A pipeline that knows requests in pieces, and keeps the first error.
+
+    Attributes:
+        whole: requests that have finished well, in order.
+        failed: the first error.
+    """
+
+    __slots__ = ("failed", "whole")
+
+    def __init__(self, session: LoopSessions) -> None:
+        super().__init__(session)
+        self.whole: deque[Command | Whole] = deque()
+        self.failed: Exception | None = None
+
+    def _done(self, command: Command) -> None:
+        whole: Whole | None = command.tag
+        if command.error is not None:
+            error = self._session.take_error(command)
+            self.failed = self.failed or error
+        elif whole is None:
+            self.whole.append(command)
+        else:
+            whole.left -= 1
+            if not whole.left:
+                self.whole.append(whole)
+
+
+class Many(AsyncIterator[Item], Generic[Item]):
+    """What a `_many` call returns: to be used with `async for`, by one task. A second one that waits in it gets a UsageError.
+
+    A step that is cancelled, or that takes longer than its timeout, is the last one.
+    """
+
+    def __init__(
+        self,
+        session: LoopSessions,
+        fresh: Generator[Command],
+        pick: Callable[[Command | Whole], Item],
+        *,
+        depth: int,
+        seconds: float | None,
+    ) -> None:
+        self._session = session
+        self._pipeline = _ManyPipeline(session)
+        self._whole = self._pipeline.whole
+        self._fresh = fresh
+        self._pick = pick
+        self._depth = depth
+        self._seconds = seconds
+        self._burst = max(1, depth // _BURSTS)
+        self._taken = 0  # since the last time that some were begun
+
+    async def __anext__(self) -> Item:
+        whole = self._whole
+        try:
+            if self._taken >= self._burst or not whole:
+                await self._go_on()
+            self._taken += 1
+            return self._pick(whole.popleft())
+        except BaseException:
+            if not self._pipeline.waited_for:  # or another task is here, which goes on
+                self._stop()
+            raise
+
+    async def _go_on(self) -> None:
+        """Begin what there is room for, and wait until something has finished. Raises when nothing is left."""
+        pipeline, whole = self._pipeline, self._whole
+        if pipeline.waited_for:
+            raise UsageError(errno.EBUSY, "a loop over many requests is for one task, and another one waits in it")
+        self._taken = 0
+        while True:
+            room = self._depth - pipeline.under_way - len(whole)
+            if room > 0 and pipeline.failed is None:
+                self._refill(room)
+            if whole:
+                return
+            if not pipeline.under_way:
+                break
+            await pipeline.wait(self._seconds)
+        failed, pipeline.failed = pipeline.failed, None
+        if failed is None:
+            raise StopAsyncIteration
+        try:
+            raise failed
+        finally:
+            del failed  # its traceback leads here
+
+    def _refill(self, room: int) -> None:
+        try:
+            self._pipeline.begin(islice(self._fresh, room))
+        except Exception as exc:  # noqa: BLE001 (of the caller's own input too: raised when the rest has settled)
+            self._pipeline.failed = exc
+
+    async def aclose(self) -> None:
+        """Give up what is under way. So does dropping the iterator."""
+        self._stop()
+
+    def __del__(self) -> None:
+        if self._pipeline.under_way:
+            call_in(self._session.loop, self._pipeline.abandon)
+
+    def _stop(self) -> None:
+        self._pipeline.abandon()
+        self._pipeline.whole.clear()
+        self._end_input()
+
+    def _end_input(self) -> None:
+        # CPython 3.13.0 keeps what a generator held when it is closed, which may be a buffer of the caller's.
+        self._fresh.close()
+        self._fresh = _nothing()
+
+
+def _nothing() -> Generator[Command]:
+    yield from ()

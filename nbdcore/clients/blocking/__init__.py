@@ -1,0 +1,1 @@
+"""The front end for threads: calls that wait for their outcome."""

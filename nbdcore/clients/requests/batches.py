@@ -1,0 +1,170 @@
+"""The input of the `_many` calls, turned into commands bit by bit: the same for every front end.
+
+Nothing is consumed before a command is wanted, so an endless input is fine. A pair that is wrong raises UsageError at its turn. A
+request too large for the server comes out in pieces that know the whole they belong to, which is finished when all of them are.
+Pure; nothing is sent.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any
+
+from nbdcore.clients.requests import single as requests
+from nbdcore.clients.requests.arguments import bytes_view, whole_number, whole_numbers
+from nbdcore.clients.requests.single import Request
+from nbdcore.errors import UsageError
+from nbdcore.protocol.constants import CommandFlag
+from nbdcore.protocol.transmission import commands
+from nbdcore.protocol.transmission.commands import Command, Limits
+
+#: Requests under way at a time, where the caller does not say. Reads of 4 KiB from nbdkit, in thousands a second: 123 with 16,
+#: 179 with 32, 218 with 64, 181 with 128.
+DEPTH = 64
+
+
+class Whole:
+    """A request in pieces. For whoever looks at the outcome it is like a command."""
+
+    __slots__ = ("_memory", "left", "offset")
+
+    def __init__(self, offset: int, memory: bytearray) -> None:
+        self.offset = offset
+        self.left = 1  # pieces not finished; while not all have begun, one more
+        self._memory = memory
+
+    def result(self) -> bytes:
+        """Return the data read."""
+        return bytes(self._memory)
+
+
+def checked_depth(call: str, depth: Any) -> int:
+    """Return the depth as an integer. Raises UsageError unless it is 1 or more."""
+    depth = whole_number(call, "depth", depth)
+    if depth < 1:
+        raise UsageError(errno.EINVAL, f"{call}: depth is how many requests are under way at a time, 1 or more: not {depth}")
+    return int(depth)
+
+
+# ---------------------------------------------------------------------------------------------- input to commands
+
+
+def reads(limits: Limits, ranges: Iterable[tuple[int, int]]) -> Generator[Command]:
+    """Yield the commands that read (offset, count) ranges."""
+    most, read = limits.data, commands.read
+    for item in _iterator("pread_many", "offset and count", ranges):
+        try:
+            offset, count = item
+        except (TypeError, ValueError):
+            raise _no_pair("pread_many", "offset and count", item) from None
+        if count.__class__ is not int or offset.__class__ is not int:
+            count, offset = whole_numbers("pread_many", count, offset)
+        if count <= most:
+            yield read(limits, count, offset)
+        else:
+            memory = requests.memory_for(limits, count, offset)
+            _, request = requests.read_into(limits, memory, offset, df=False, call="pread_many")
+            yield from _commands_of(request, Whole(offset, memory))
+
+
+def reads_into(limits: Limits, items: Iterable[tuple[int, Any]]) -> Generator[Command]:
+    """Yield the commands that read into (offset, buffer) pairs."""
+    most = limits.data
+    for offset, buffer in _pairs("pread_into_many", "offset and buffer", items):
+        if offset.__class__ is not int:
+            offset = whole_number("pread_into_many", "offset", offset)  # noqa: PLW2901 (made plain)
+        view = bytes_view("pread_into_many", buffer, writable=True)
+        if len(view) <= most:
+            ready = [commands.read(limits, len(view), offset, target=view)]
+            del view  # nothing here holds on to it: the caller's memory is theirs again when the command has finished
+            yield ready.pop()
+        else:
+            _, request = requests.read_into(limits, view, offset, df=False, call="pread_into_many")
+            del view
+            yield from _commands_of(request, Whole(offset, _NO_MEMORY))
+
+
+def writes(limits: Limits, items: Iterable[tuple[int, Any]], *, fua: bool) -> Generator[Command]:
+    """Yield the commands that write (offset, data) pairs."""
+    most, flags, write = limits.data, CommandFlag.FUA.value if fua else 0, commands.write
+    for item in _iterator("pwrite_many", "offset and data", items):
+        try:
+            offset, data = item
+        except (TypeError, ValueError):
+            raise _no_pair("pwrite_many", "offset and data", item) from None
+        if offset.__class__ is not int:
+            offset = whole_number("pwrite_many", "offset", offset)
+        # Bytes need no view, which costs as much as half a command.
+        view = data if data.__class__ is bytes else bytes_view("pwrite_many", data, writable=False)
+        if len(view) <= most:
+            command = write(limits, view, offset, flags=flags)
+            del view
+            yield command
+        else:
+            request = requests.write(limits, memoryview(view), offset, fua=fua, call="pwrite_many")
+            del view
+            yield from _commands_of(request, Whole(offset, _NO_MEMORY))
+
+
+def zeroes(limits: Limits, ranges: Iterable[tuple[int, int]], *, fua: bool, no_hole: bool, fast_zero: bool) -> Generator[Command]:
+    """Yield the commands that write zeroes to (offset, count) ranges."""
+    for offset, count in _ranges("zero_many", ranges):
+        request = requests.zero(limits, count, offset, fua=fua, no_hole=no_hole, fast_zero=fast_zero, call="zero_many")
+        yield from _commands_of(request, Whole(offset, _NO_MEMORY))
+
+
+def trims(limits: Limits, ranges: Iterable[tuple[int, int]], *, fua: bool) -> Generator[Command]:
+    """Yield the commands that trim (offset, count) ranges."""
+    for offset, count in _ranges("trim_many", ranges):
+        request = requests.trim(limits, count, offset, fua=fua, call="trim_many")
+        yield from _commands_of(request, Whole(offset, _NO_MEMORY))
+
+
+def _ranges(call: str, ranges: Iterable[Any]) -> Iterator[tuple[int, int]]:
+    for offset, count in _pairs(call, "offset and count", ranges):
+        count, offset = whole_numbers(call, count, offset)  # noqa: PLW2901 (made plain)
+        yield offset, count
+
+
+def _pairs(call: str, what: str, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    for item in _iterator(call, what, items):
+        try:
+            first, second = item
+        except (TypeError, ValueError):
+            raise _no_pair(call, what, item) from None
+        yield first, second
+
+
+def _iterator(call: str, what: str, items: Iterable[Any]) -> Iterator[Any]:
+    try:
+        return iter(items)
+    except TypeError:
+        message = f"{call}: pairs of {what} are needed, as a list or anything else that `for` takes, not {type(items).__name__}"
+        raise UsageError(errno.EINVAL, message) from None
+
+
+def _no_pair(call: str, what: str, item: object) -> UsageError:
+    return UsageError(errno.EINVAL, f"{call}: each item is a pair of {what}, not {item!r:.60}")
+
+
+def _commands_of(request: Request, whole: Whole) -> Generator[Command]:
+    """Yield the commands of a request; pieces know the whole that they belong to."""
+    if isinstance(request, Command):
+        yield request
+        return
+    following = next(request, None)
+    while following is not None:
+        piece, following = following, next(request, None)
+        piece.tag = whole
+        if following is not None:
+            whole.left += 1
+        else:
+            request.close()
+        # Nothing here holds on to the caller's memory, which is theirs again when all pieces have finished.
+        ready = [piece]
+        del piece
+        yield ready.pop()
+
+
+_NO_MEMORY = bytearray()
