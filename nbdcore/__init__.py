@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from nbdcore.clients.extents.columns import CombinedExtentColumns, ExtentColumns
     from nbdcore.clients.extents.walking import CombinedExtent, Extent
     from nbdcore.errors import (
+        ArgumentTypeError as ArgumentTypeError,
+    )
+    from nbdcore.errors import (
         CommandError,
         DeadlineExceeded,
         Disconnected,
@@ -56,6 +59,7 @@ __all__ = [
     "TLS",
     "URI",
     "AllocationFlag",
+    "ArgumentTypeError",
     "BlockSize",
     "Client",
     "ClientOptions",
@@ -112,8 +116,8 @@ _HOMES = {
     "nbdcore.clients.extents.walking": "CombinedExtent Extent",
     "nbdcore.clients.connect.options": "ClientOptions",
     "nbdcore.errors": (
-        "CommandError DeadlineExceeded Disconnected Error NegotiationError ProtocolViolation TLSError TransportError "
-        "TransportUnavailable UsageError"
+        "ArgumentTypeError CommandError DeadlineExceeded Disconnected Error NegotiationError ProtocolViolation TLSError "
+        "TransportError TransportUnavailable UsageError"
     ),
     "nbdcore.plugins.registry": "supports supports_tcp supports_unix supports_vsock",
     "nbdcore.protocol.handshake.agreement": "BlockSize Export ExportInfo TLSPolicy",

@@ -1,7 +1,8 @@
 """Every error nbdcore raises, sorted by what the caller can still do.
 
-    Error(errno, message)          base of all; an OSError, so `except OSError` catches it too
-    ├── UsageError                 the call was wrong: nothing was sent, the connection is as it was
+    Error(errno, message)          base of all
+    ├── UsageError                 the call was wrong: nothing was sent, the connection is as it was; a ValueError
+    │   └── ArgumentTypeError      an argument is of the wrong type; a TypeError too
     ├── CommandError               the server refused one command: the connection lives
     ├── NegotiationError           the server refused an option
     ├── TransportError             the way to the server could not be opened
@@ -10,6 +11,10 @@
     ├── ProtocolViolation          the server broke the protocol: the connection is dead
     ├── Disconnected               the connection is gone
     └── DeadlineExceeded           the caller's own timeout ran out
+
+What the world did is an OSError as well: all of them but UsageError, which is the program's own mistake. So a program that says
+`except OSError: connect again` does not hide a wrong argument. Disconnected is a ConnectionError, and DeadlineExceeded a
+TimeoutError.
 
 `errno` is a number from the `errno` module, or 0 where none fits. The message says what happened, to what, and what to try.
 The text that a server sent is kept raw in `server_text`; in messages its control characters are escaped, since it is untrusted.
@@ -20,6 +25,7 @@ from __future__ import annotations
 import errno as errno_names
 
 __all__ = [
+    "ArgumentTypeError",
     "CommandError",
     "DeadlineExceeded",
     "Disconnected",
@@ -49,7 +55,7 @@ def _escaped(char: str) -> str:
         return f"\\u{ord(char):04x}"
 
 
-class Error(OSError):
+class Error(Exception):
     """Base of all errors of nbdcore.
 
     What is still usable depends on the subclass; catching this one, assume nothing.
@@ -61,7 +67,8 @@ class Error(OSError):
     """
 
     def __init__(self, errno: int, message: str, *, server_text: str = "") -> None:
-        super().__init__(errno, message)
+        super().__init__(errno, message)  # where the class is an OSError too, that one's attributes are set by this
+        self.errno: int | None = errno  # as OSError declares it; never None
         self.message = message
         self.server_text = server_text
 
@@ -83,7 +90,14 @@ class UsageError(Error, ValueError):
     """
 
 
-class CommandError(Error):
+class ArgumentTypeError(UsageError, TypeError):
+    """An argument is of a type that the call cannot take: text where bytes are needed, say.
+
+    Nothing was sent; the connection is exactly as it was.
+    """
+
+
+class CommandError(Error, OSError):
     """The server answered a command with an error.
 
     The connection lives and every other command goes on. `errno` is the specification's error number in this platform's terms.
@@ -101,7 +115,7 @@ class CommandError(Error):
         return (type(self), (self.errno, self.message), {"server_text": self.server_text, "offset": self.offset})
 
 
-class NegotiationError(Error):
+class NegotiationError(Error, OSError):
     """The server refused an option of the handshake: unknown export, TLS required, not allowed.
 
     In opt mode the connection stays in the negotiating phase; in automatic mode it has been closed.
@@ -118,7 +132,7 @@ class NegotiationError(Error):
         return (type(self), (self.errno, self.message), {"server_text": self.server_text, "reply": self.reply})
 
 
-class TransportError(Error):
+class TransportError(Error, OSError):
     """The way to the server could not be opened; the cause is the operating system's own error.
 
     That client cannot be connected any more: make a new one to try again.
@@ -139,14 +153,14 @@ class TransportUnavailable(TransportError):
         return (type(self), (self.message,), {"errno": self.errno})
 
 
-class TLSError(Error):
+class TLSError(Error, OSError):
     """TLS was required and refused, or its handshake or a certificate check failed.
 
     The connection is dead, and nothing but the handshake was sent in the clear.
     """
 
 
-class ProtocolViolation(Error):
+class ProtocolViolation(Error, OSError):
     """The server sent what the specification forbids, and the two sides no longer agree where a message begins.
 
     The connection is dead; every command that was in flight failed.

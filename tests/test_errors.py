@@ -40,7 +40,9 @@ def test_number_that_does_not_exist_is_left_out():
 @pytest.mark.parametrize(
     "error",
     [
+        nbdcore.Error(0, "anything"),
         nbdcore.UsageError(errno.EINVAL, "wrong"),
+        nbdcore.ArgumentTypeError(errno.EINVAL, "wrong"),
         nbdcore.CommandError(errno.EIO, "read", server_text="text", offset=7),
         nbdcore.NegotiationError(errno.ENOENT, "no export", server_text="text", reply=6),
         nbdcore.TransportUnavailable("not here"),
@@ -53,8 +55,27 @@ def test_error_survives_pickling_with_all_it_knows(error):
     assert (type(copy), copy.args, vars(copy), str(copy)) == (type(error), error.args, vars(error), str(error))
 
 
+def test_what_the_world_did_is_an_oserror_and_what_the_program_did_wrong_is_none():
+    world = [nbdcore.TransportError, nbdcore.TransportUnavailable, nbdcore.CommandError, nbdcore.NegotiationError]
+    world += [nbdcore.TLSError, nbdcore.ProtocolViolation, nbdcore.Disconnected, nbdcore.DeadlineExceeded]
+    assert all(issubclass(error, OSError) for error in world)
+    assert not issubclass(nbdcore.Error, OSError)
+    assert not issubclass(nbdcore.UsageError, OSError)
+    assert not issubclass(nbdcore.ArgumentTypeError, OSError)
+
+
 def test_every_error_is_the_builtin_one_that_python_programs_catch():
-    assert issubclass(nbdcore.Error, OSError)
     assert issubclass(nbdcore.UsageError, ValueError)
+    assert issubclass(nbdcore.ArgumentTypeError, TypeError)
     assert issubclass(nbdcore.Disconnected, ConnectionError)
     assert issubclass(nbdcore.DeadlineExceeded, TimeoutError)
+
+
+def test_an_error_that_is_an_oserror_has_that_ones_attributes():
+    error = nbdcore.CommandError(errno.EIO, "read failed")
+    assert (error.errno, error.strerror, error.args) == (errno.EIO, "read failed", (errno.EIO, "read failed"))
+
+
+def test_a_usage_error_has_number_and_message():
+    error = nbdcore.UsageError(errno.EINVAL, "wrong")
+    assert (error.errno, error.message, error.args) == (errno.EINVAL, "wrong", (errno.EINVAL, "wrong"))

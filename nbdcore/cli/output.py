@@ -50,7 +50,7 @@ def reported() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise click.exceptions.Exit(_INTERRUPTED) from None
-    except OSError as error:
+    except (OSError, Error) as error:
         raise Failure(described(error)) from error
 
 
@@ -61,7 +61,7 @@ def prepare() -> None:
     warnings.showwarning = lambda message, *_, **__: warn(f"warning: {message}")
 
 
-def described(error: OSError) -> str:
+def described(error: OSError | Error) -> str:
     """Return an error as a user should read it."""
     if isinstance(error, UsageError):
         return error.message  # it says what is wrong with which word; an error number adds nothing

@@ -113,7 +113,7 @@ class PolledClient(PolledConnectCalls):
         except StopIteration as end:
             self._connecting = None
             self._shake_hands(end.value)
-        except OSError as exc:
+        except (Error, OSError) as exc:
             self._connecting = None
             if not isinstance(exc, Error):
                 cause = exc

@@ -17,7 +17,7 @@ from nbdcore.clients.connect.tls import Encryption, Permissions
 from nbdcore.clients.requests.arguments import text
 from nbdcore.clients.session.info import Knowledge
 from nbdcore.clients.session.session import StartTLS
-from nbdcore.errors import UsageError
+from nbdcore.errors import ArgumentTypeError
 from nbdcore.protocol.constants import DEFAULT_PORT
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.handshake.agreement import TLSPolicy
@@ -113,7 +113,7 @@ class PolledConnectCalls(Knowledge):
         self._legal("connect_stream")
         if not isinstance(stream, Stream):
             hint = ": connect_socket takes one" if hasattr(stream, "recv_into") else ""
-            raise UsageError(errno.EINVAL, f"connect_stream: a Stream is needed, not {type(stream).__name__}{hint}")
+            raise ArgumentTypeError(errno.EINVAL, f"connect_stream: a Stream is needed, not {type(stream).__name__}{hint}")
         self._begin_over(stream, self._starter(None))
 
     # ------------------------------------------------------------------------------------------ what they share

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from nbdcore.errors import DeadlineExceeded, TransportError, UsageError
 from nbdcore.plugins.spec import Address, Listener, Transport
@@ -21,6 +22,8 @@ from nbdcore.testing import ContractBroken, require
 from nbdcore.uri import parse_uri
 
 __all__ = ["check_address", "check_transport"]
+
+Raised = TypeVar("Raised", bound=Exception)
 
 #: Seconds that one step may take on a busy machine.
 PATIENCE = 30.0
@@ -165,7 +168,7 @@ def _receive(stream: Stream) -> bytes:
     return bytes(room[:count])
 
 
-def _must_raise(kind: type[OSError], call: Callable[[], object], clause: str) -> OSError:
+def _must_raise(kind: type[Raised], call: Callable[[], object], clause: str) -> Raised:
     try:
         call()
     except kind as exc:

@@ -23,7 +23,7 @@ from nbdcore.clients.connect.tls import Encryption
 from nbdcore.clients.requests.arguments import deadline_after, text
 from nbdcore.clients.session.info import Knowledge
 from nbdcore.clients.session.session import Session, StartTLS
-from nbdcore.errors import DeadlineExceeded, Disconnected, Error, UsageError
+from nbdcore.errors import ArgumentTypeError, DeadlineExceeded, Disconnected, Error, UsageError
 from nbdcore.plugins.registry import registry
 from nbdcore.protocol.constants import DEFAULT_PORT
 from nbdcore.protocol.engine import Engine, Exchange
@@ -160,7 +160,7 @@ class AsyncConnectCalls(Knowledge):
         """
         if not isinstance(stream, Stream):
             hint = ": connect_socket takes one" if hasattr(stream, "recv_into") else ""
-            raise UsageError(errno.EINVAL, f"connect_stream: a Stream is needed, not {type(stream).__name__}{hint}")
+            raise ArgumentTypeError(errno.EINVAL, f"connect_stream: a Stream is needed, not {type(stream).__name__}{hint}")
         return await self._connect_open("connect_stream", lambda: stream, deadline_after(timeout))
 
     # ------------------------------------------------------------------------------------------ what they share

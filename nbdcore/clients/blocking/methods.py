@@ -20,7 +20,7 @@ from nbdcore.clients.connect.target import Way, adopt, check_wanted, given_up, p
 from nbdcore.clients.requests.arguments import deadline_after, text
 from nbdcore.clients.session.info import Knowledge
 from nbdcore.clients.session.session import Session, StartTLS
-from nbdcore.errors import DeadlineExceeded, Error, UsageError
+from nbdcore.errors import ArgumentTypeError, DeadlineExceeded, Error
 from nbdcore.protocol.constants import DEFAULT_PORT
 from nbdcore.protocol.engine import Engine, Exchange
 from nbdcore.protocol.handshake.agreement import TLSPolicy
@@ -160,7 +160,7 @@ class ConnectCalls(Knowledge):
         self._legal("connect_stream")
         if not isinstance(stream, Stream):
             hint = ": connect_socket takes one" if hasattr(stream, "recv_into") else ""
-            raise UsageError(errno.EINVAL, f"connect_stream: a Stream is needed, not {type(stream).__name__}{hint}")
+            raise ArgumentTypeError(errno.EINVAL, f"connect_stream: a Stream is needed, not {type(stream).__name__}{hint}")
         return self._connect_open("connect_stream", stream, self._starter(None), deadline)
 
     # ------------------------------------------------------------------------------------------ what they share

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from nbdcore.clients.connect.tls import Permissions
 from nbdcore.clients.session.session import StartTLS
-from nbdcore.errors import DeadlineExceeded, Disconnected, Error, TransportError, TransportUnavailable, UsageError, printable
+from nbdcore.errors import (
+    ArgumentTypeError,
+    DeadlineExceeded,
+    Disconnected,
+    Error,
+    TransportError,
+    TransportUnavailable,
+    UsageError,
+    printable,
+)
 from nbdcore.plugins.registry import registry
 from nbdcore.protocol.handshake.agreement import TLSPolicy
 from nbdcore.protocol.state import Phase
@@ -149,7 +158,7 @@ def route_by_uri(uri: URI, permissions: Permissions) -> Route:
 def adopt(sock: Any) -> Stream:
     """Return a stream over a connected socket or its descriptor. Raises UsageError, and then it is still the caller's."""
     if isinstance(sock, bool) or not isinstance(sock, int | socket.socket):
-        raise UsageError(errno.EINVAL, f"connect_socket: a socket or its descriptor is needed, not {type(sock).__name__}")
+        raise ArgumentTypeError(errno.EINVAL, f"connect_socket: a socket or its descriptor is needed, not {type(sock).__name__}")
     if hasattr(sock, "getpeercert"):
         raise UsageError(errno.EINVAL, "connect_socket: an SSLSocket is encrypted already; NBD starts TLS by itself, with tls=")
     if isinstance(sock, socket.socket):

@@ -1,5 +1,6 @@
 """What callers pass in, made into what the core works with, or a UsageError that says what is wrong. It knows nothing of NBD.
 
+What is of the wrong type is an ArgumentTypeError, which is a UsageError and Python's TypeError.
 Python would find most of these mistakes by itself, deep inside and in its own words, some of them only after half a message was
 packed; `True` as an offset it would take.
 """
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 from operator import index
 from typing import Any
 
-from nbdcore.errors import UsageError
+from nbdcore.errors import ArgumentTypeError, UsageError
 from nbdcore.streams.waiting import NEVER, Deadline
 
 
@@ -22,7 +23,7 @@ def deadline_after(timeout: float | None) -> Deadline:
     try:
         return Deadline.after(timeout)
     except TypeError:
-        raise UsageError(errno.EINVAL, f"a timeout is a number of seconds, or None: not {timeout!r}") from None
+        raise ArgumentTypeError(errno.EINVAL, f"a timeout is a number of seconds, or None: not {timeout!r}") from None
 
 
 def whole_numbers(call: str, count: Any, offset: Any) -> tuple[int, int]:
@@ -35,24 +36,26 @@ def whole_numbers(call: str, count: Any, offset: Any) -> tuple[int, int]:
 def whole_number(call: str, name: str, value: Any) -> int:
     """Return a plain integer."""
     if isinstance(value, bool):
-        raise UsageError(errno.EINVAL, f"{call}: {name} is an integer, and {value} was given")
+        raise ArgumentTypeError(errno.EINVAL, f"{call}: {name} is an integer, and {value} was given")
     try:
         return index(value)
     except TypeError:
-        raise UsageError(errno.EINVAL, f"{call}: {name} is an integer, not {type(value).__name__} ({value!r:.40})") from None
+        raise ArgumentTypeError(
+            errno.EINVAL, f"{call}: {name} is an integer, not {type(value).__name__} ({value!r:.40})"
+        ) from None
 
 
 def text(what: str, value: Any) -> str:
     """Return a string."""
     if not isinstance(value, str):
-        raise UsageError(errno.EINVAL, f"{what} is a string, not {type(value).__name__} ({value!r:.40})")
+        raise ArgumentTypeError(errno.EINVAL, f"{what} is a string, not {type(value).__name__} ({value!r:.40})")
     return value
 
 
 def texts(what: str, values: Iterable[Any]) -> tuple[str, ...]:
     """Return several strings; one string alone, which Python takes for many of one letter, is a mistake."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise UsageError(errno.EINVAL, f"{what} are a list of strings, not {type(values).__name__} ({values!r:.40})")
+        raise ArgumentTypeError(errno.EINVAL, f"{what} are a list of strings, not {type(values).__name__} ({values!r:.40})")
     return tuple(text(f"each of the {what}", value) for value in values)
 
 
@@ -62,7 +65,7 @@ def bytes_view(call: str, data: Any, *, writable: bool) -> memoryview:
         view = memoryview(data)
     except TypeError:
         hint = "; encode it first" if isinstance(data, str) else ""
-        raise UsageError(errno.EINVAL, f"{call}: a bytes-like object is needed, not {type(data).__name__}{hint}") from None
+        raise ArgumentTypeError(errno.EINVAL, f"{call}: a bytes-like object is needed, not {type(data).__name__}{hint}") from None
     if writable and view.readonly:
         raise UsageError(errno.EINVAL, f"{call}: the buffer must be writable, and this {type(data).__name__} is not")
     if not view.c_contiguous:

@@ -114,7 +114,7 @@ class Session:
                 self._finish_sending()
             elif (owed := stream.wants()) is not _NOTHING and owed & Want.WRITE:
                 stream.send([])
-        except OSError as exc:
+        except (Error, OSError) as exc:
             if exc.errno in _HUNG_UP:
                 self._receive_the_rest()
             self._broken(exc)
@@ -172,7 +172,7 @@ class Session:
                     self.send()
                 if (eager and completed) or (count < len(room) and not stream.buffered()):
                     break
-        except OSError as exc:
+        except (Error, OSError) as exc:
             self._broken(exc)
         if engine.phase in _OVER:
             self.close()
@@ -201,7 +201,7 @@ class Session:
         else:
             self._stream.close()
 
-    def _broken(self, exc: OSError) -> None:
+    def _broken(self, exc: Error | OSError) -> None:
         """The stream failed. An error of ours says already what happened; the operating system's is put into words."""
         if not isinstance(exc, Error):
             error = Disconnected(exc.errno or 0, f"the connection broke: {exc.strerror or exc}")
