@@ -103,11 +103,15 @@ class LoopSession:
     def submit(self, command: Command) -> None:
         """Queue a command; it is sent in the loop's next turn, together with all others of this one.
 
-        Raises UsageError in any loop but its own, whose thread alone may touch it.
+        Raises UsageError in any loop but its own, whose thread alone may touch it, and what ended the connection once it is over.
         """
         if not self._sending:
             self._send_soon()
-        self.engine.submit(command)
+        try:
+            self.engine.submit(command)
+        except UsageError:
+            self._refuse_if_over()
+            raise
 
     @types.coroutine
     def run(self, command: Command, timeout: float | None) -> Generator[Waiter, None, None]:
