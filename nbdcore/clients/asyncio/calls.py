@@ -319,7 +319,7 @@ class AsyncCalls(AsyncConnectCalls):
         self, call: str, fresh: Generator[Command], pick: Callable[[Any], Item], depth: int, timeout: float | None
     ) -> Many[Item]:
         seconds = deadline_after(timeout).remaining()
-        return Many(self._session(), fresh, pick, depth=batches.checked_depth(call, depth), seconds=seconds)
+        return Many(self._session(), fresh, pick, depth=batches.checked_depth(call, depth), seconds=seconds, held=self)
 
     async def _run(self, request: Request, timeout: float | None) -> None:
         """Run a request, in as many pieces as it takes."""

@@ -71,7 +71,9 @@ class Many(AsyncIterator[Item], Generic[Item]):
         *,
         depth: int,
         seconds: float | None,
+        held: object,
     ) -> None:
+        self._held = held  # the client, which nobody else may hold: it is open as long as the loop lasts
         self._session = session
         self._pipeline = _ManyPipeline(session)
         self._whole = self._pipeline.whole

@@ -92,7 +92,7 @@ class ManyCalls(ABC):
         timeout: float | None,
     ) -> Iterator[Item]:
         deadline_after(timeout)  # a wrong one shows now, not at the first step
-        return run_many(self._session(), fresh, pick, depth=batches.checked_depth(call, depth), seconds=timeout)
+        return run_many(self._session(), fresh, pick, depth=batches.checked_depth(call, depth), seconds=timeout, held=self)
 
 
 def _offset_and_data(done: Command | Whole) -> tuple[int, bytes]:

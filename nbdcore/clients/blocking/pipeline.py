@@ -80,6 +80,7 @@ def run_many(  # noqa: C901 (its inner loop runs once a request, where a call co
     *,
     depth: int,
     seconds: float | None,
+    held: object,  # noqa: ARG001 (the client, which nobody else may hold: this frame keeps it open as long as the loop lasts)
 ) -> Generator[Item]:
     """Run the commands that `fresh` yields, and yield what `pick` makes of each request that has finished well."""
     pipeline = _Pipeline(depth)

@@ -1,0 +1,120 @@
+"""One event, the same outcome, whatever the front end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+
+import pytest
+
+import nbdcore
+from nbdcore import aio
+from nbdcore.server import MemoryDisk, Server
+from nbdcore.testing.scripted import ScriptedServer, answer, data, hang_up
+from tests.clients.talking import PATIENCE, script
+
+COUNT = 512
+RANGES = [(index * COUNT, COUNT) for index in range(200)]
+FRONT_ENDS = ["Client", "Pool", "AsyncClient", "AsyncPool"]
+every_front_end = pytest.mark.parametrize("front_end", FRONT_ENDS)
+
+
+async def collect(loop, results):
+    """Keep what comes before an error, too, with a turn of the event loop after each."""
+    async for result in loop:
+        results.append(result)
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def uri():
+    with Server(MemoryDisk(1 << 20)) as server:
+        yield server.listen("tcp", host="127.0.0.1", port=0).address.uri()
+
+
+def connections(front_end):
+    return {"connections": 2} if front_end.endswith("Pool") else {}
+
+
+def iterator_alone(front_end, uri, name, *arguments):
+    """Return what a loop runs over, with nobody left who knows the client."""
+    client = nbdcore.connect(uri, timeout=PATIENCE, **connections(front_end))
+    return getattr(client, name)(*arguments)
+
+
+async def async_iterator_alone(front_end, uri, name, *arguments):
+    client = await aio.connect(uri, timeout=PATIENCE, **connections(front_end))
+    return getattr(client, name)(*arguments)
+
+
+@every_front_end
+@pytest.mark.parametrize(
+    ("name", "items"),
+    [
+        ("pread_many", RANGES),
+        ("pread_into_many", [(offset, bytearray(count)) for offset, count in RANGES]),
+        ("pwrite_many", [(offset, bytes(count)) for offset, count in RANGES]),
+        ("zero_many", RANGES),
+        ("trim_many", RANGES),
+    ],
+)
+def test_loop_goes_on_when_nothing_but_the_loop_holds_the_client(uri, front_end, name, items):
+    results = []
+
+    async def loop():
+        iterator = await async_iterator_alone(front_end, uri, name, items)
+        gc.collect()
+        await collect(iterator, results)
+
+    if front_end.startswith("Async"):
+        asyncio.run(asyncio.wait_for(loop(), PATIENCE))
+    else:
+        iterator = iterator_alone(front_end, uri, name, items)
+        gc.collect()
+        results.extend(iterator)
+    assert len(results) == len(RANGES)
+
+
+@every_front_end
+def test_extents_go_on_when_nothing_but_the_loop_holds_the_client(uri, front_end):
+    results = []
+
+    async def loop():
+        iterator = await async_iterator_alone(front_end, uri, "extents")
+        gc.collect()
+        await collect(iterator, results)
+
+    if front_end.startswith("Async"):
+        asyncio.run(asyncio.wait_for(loop(), PATIENCE))
+    else:
+        iterator = iterator_alone(front_end, uri, "extents")
+        gc.collect()
+        results.extend(iterator)
+    assert sum(extent.length for extent in results) == 1 << 20
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("front_end", ["Client", "AsyncClient"])
+def test_server_that_hangs_up_between_bursts_is_a_lost_connection(front_end, depth):
+    results = []
+
+    async def loop(server):
+        client = await aio.connect_stream(server.stream(), timeout=PATIENCE)
+        iterator = client.pread_many(RANGES, depth=depth)
+        try:
+            async for result in iterator:
+                results.append(result)
+                await asyncio.sleep(0.02)  # long enough for the loop to hear that the server is gone
+        finally:
+            await client.close()
+
+    with ScriptedServer(script(*[answer(data(bytes(COUNT))) for _ in range(4)], hang_up), patience=PATIENCE) as server:
+        if front_end == "AsyncClient":
+            with pytest.raises(nbdcore.Disconnected):
+                asyncio.run(asyncio.wait_for(loop(server), PATIENCE))
+        else:
+            client = nbdcore.Client(server.stream(), timeout=PATIENCE)
+            with pytest.raises(nbdcore.Disconnected):
+                results.extend(client.pread_many(RANGES, depth=depth))
+            client.close()
+    assert len(results) <= 4
