@@ -4,11 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # Two workers on the two cores that CI has; tests marked with one xdist_group share a worker, and so what that worker started.
-CACHE := -o cache_dir=$(VENV)/tests
-PYTEST := $(BIN)/pytest $(CACHE) -n 2 --dist loadgroup
-# Thousands of tests with deadlines, two at a time on a machine that others may use as well: one that the crowd made too slow is
-# given the machine to itself, once. What is broken fails again.
-ALONE := $(BIN)/pytest $(CACHE) -n 1 --dist loadgroup --last-failed --last-failed-no-failures none
+PYTEST := $(BIN)/pytest -o cache_dir=$(VENV)/tests -n 2 --dist loadgroup
 
 # 3 is a set-up script's word for "not on this machine", after it said what it would have run: then the tests that need it are
 # left out, and say so. In CI that is a failure like any other.
@@ -24,7 +20,7 @@ demo: $(VENV)/ready ## start a server on every transport that works here, and ta
 	@$(BIN)/nbdcore demo
 
 test: lint servers vm-parts ## check everything, against real servers and in a virtual machine (root on Debian installs them)
-	$(PYTEST) || $(ALONE)
+	$(PYTEST)
 	@$(MAKE) --no-print-directory test-pythons
 
 test-quick: $(VENV)/ready ## run the tests that need nothing but Python
@@ -48,7 +44,7 @@ DEPENDS := tests/aio tests/clients tests/plugins tests/streams tests/transports 
 SAMPLE := tests/protocol/test_automatic.py tests/protocol/test_properties.py
 
 test-here: $(VENV)/ready
-	$(PYTEST) $(DEPENDS) $(SAMPLE) || $(ALONE)
+	$(PYTEST) $(DEPENDS) $(SAMPLE)
 
 test-vsock: $(VENV)/ready servers vm-parts ## run the tests over a real AF_VSOCK, in a throw-away virtual machine
 	$(BIN)/pytest -m vm
