@@ -19,7 +19,8 @@ MODULES = CACHE / "kernel" / "modules"
 _KERNEL = CACHE / "kernel" / "vmlinuz"
 _DEVICE = CACHE / "device"
 _BUSYBOX = Path("/bin/busybox")
-_VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")  # in Debian 12 a part of QEMU, later a package of its own and a link to it
+# In Debian 12 a part of QEMU, later a package of its own.
+_VIRTIOFSD = next(filter(Path.exists, map(Path, ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"))), Path("/usr/libexec/virtiofsd"))
 # What the init needs to reach the root file system, and the agent the host.
 _BOOT_MODULES = ("virtio_pci", "virtiofs", "virtio_console")
 _MEMORY = "768M"
