@@ -210,3 +210,27 @@ def test_option_outside_opt_mode_is_refused():
         with pytest.raises(UsageError):
             client.exchange(negotiation.list_exports(client.engine.agreement, client.engine.settings))
         client.close()
+
+
+@pytest.mark.parametrize("mine", [ValueError("mine"), FileNotFoundError(errno.ENOENT, "mine"), TimeoutError("mine")])
+def test_what_a_completion_raises_reaches_the_caller_and_harms_no_other_command(mine):
+    steps = script(answer(data(b"12345678"), kind=CommandType.READ), answer(data(b"abcdefgh"), kind=CommandType.READ))
+    with ScriptedServer(steps, patience=PATIENCE) as server:
+        client = connected(server)
+        first, second = read(client), read(client)
+
+        def completion(_: Command) -> None:
+            raise mine
+
+        first.completion = completion
+        client.submit(first)
+        client.submit(second)
+        raised: list[BaseException] = []
+        while not second.done:
+            try:
+                client.poll(PATIENCE)
+            except type(mine) as exc:
+                raised.append(exc)
+        assert raised == [mine]
+        assert (client.phase, second.result()) == (Phase.CONNECTED, b"abcdefgh")
+        client.close()

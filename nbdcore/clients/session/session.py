@@ -153,27 +153,29 @@ class Session:
         Receives so many times at most, or, where `eager`, until a command has its outcome.
         """
         engine = self.engine
-        try:
-            for _ in range(times):
-                stream = self._stream
-                room = engine.room()
-                if not len(room):
-                    break
+        for _ in range(times):
+            stream = self._stream
+            room = engine.room()
+            if not len(room):
+                break
+            try:
                 count = stream.recv_into(room)
-                if count is None:
-                    break
-                if not count:
-                    engine.received_eof()
-                    break
-                completed = engine.received(count)
-                if engine.wants_tls:
-                    self._secure()
-                if engine.has_outgoing:
-                    self.send()
-                if (eager and completed) or (count < len(room) and not stream.buffered()):
-                    break
-        except (Error, OSError) as exc:
-            self._broken(exc)
+            except (Error, OSError) as exc:
+                self._broken(exc)
+                break
+            if count is None:
+                break
+            if not count:
+                engine.received_eof()
+                break
+            # What a completion raises is its own matter, an OSError too: the connection goes on.
+            completed = engine.received(count)
+            if engine.wants_tls:
+                self._secure()
+            if engine.has_outgoing:
+                self.send()
+            if (eager and completed) or (count < len(room) and not stream.buffered()):
+                break
         if engine.phase in _OVER:
             self.close()
 
@@ -214,7 +216,11 @@ class Session:
         if self._start_tls is None:
             self.fail(TLSError(errno.ENOTSUP, "the server agreed to start TLS, and this client was given no way to do it"))
             return
-        self._stream = self._start_tls(self._stream)
+        try:
+            self._stream = self._start_tls(self._stream)
+        except (Error, OSError) as exc:
+            self._broken(exc)
+            return
         self._shake_hands = getattr(self._stream, "handshake", _no_handshake)
         self.send()
 
