@@ -7,6 +7,7 @@ Where one is missing the test is left out, and in CI that is an error (see tests
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,14 @@ def path_of(name: str) -> str:
     if program is None:
         raise LookupError(f"{name} is not on this machine: tests/setup/servers installs it")
     return program
+
+
+def version_of(name: str) -> tuple[int, ...]:
+    """Return the version that a program of PROGRAMS prints for `--version`, such as (1, 22, 2)."""
+    printed = subprocess.run([path_of(name), "--version"], capture_output=True, text=True, timeout=10, check=True)
+    found = re.search(r"\d+(?:\.\d+)+", printed.stdout + printed.stderr)
+    assert found, printed
+    return tuple(map(int, found[0].split(".")))
 
 
 def command(name: str, *arguments: str | Path, launcher: Sequence[str] = ()) -> list[str]:

@@ -20,7 +20,8 @@ _KERNEL = CACHE / "kernel" / "vmlinuz"
 _DEVICE = CACHE / "device"
 _BUSYBOX = Path("/bin/busybox")
 # In Debian 12 a part of QEMU, later a package of its own.
-_VIRTIOFSD = next(filter(Path.exists, map(Path, ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"))), Path("/usr/libexec/virtiofsd"))
+_VIRTIOFSD_PLACES = (Path("/usr/libexec/virtiofsd"), Path("/usr/lib/qemu/virtiofsd"))
+_VIRTIOFSD = next(filter(Path.exists, _VIRTIOFSD_PLACES), _VIRTIOFSD_PLACES[0])
 # What the init needs to reach the root file system, and the agent the host.
 _BOOT_MODULES = ("virtio_pci", "virtiofs", "virtio_console")
 _MEMORY = "768M"

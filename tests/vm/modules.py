@@ -15,12 +15,16 @@ _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
 
 
 def load_order(folder: Path, wanted: Iterable[str]) -> list[Path]:
-    """Return the files of the modules named `wanted` under `folder`, each after all that it depends on."""
+    """Return the files of the modules named `wanted` under `folder`, each after all that it depends on.
+
+    What the kernel has built in is in its list of these, `modules.builtin`, and needs no file.
+    """
+    built_in = {_name(Path(line)) for line in (folder / "modules.builtin").read_text().splitlines()}
     files = {_name(path): path for path in folder.rglob("*.ko")}
     ordered: dict[str, Path] = {}
 
     def visit(name: str) -> None:
-        if name not in ordered:
+        if name not in ordered and name not in built_in:
             for dependency in _dependencies(files[name]):
                 visit(dependency)
             ordered[name] = files[name]
