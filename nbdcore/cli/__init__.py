@@ -5,6 +5,7 @@ Nothing here imports either of them before that is known, and nothing but `nbdco
 
 from __future__ import annotations
 
+import os
 import sys
 
 __all__ = ["main"]
@@ -15,6 +16,7 @@ _INTERRUPTED = 130
 
 def main() -> int:
     """Run the command with this process's arguments, and return its exit status."""
+    _fill_standard_descriptors()
     try:
         try:
             import click  # noqa: F401 (looked for, not used)
@@ -27,3 +29,17 @@ def main() -> int:
         return run()
     except KeyboardInterrupt:
         return _INTERRUPTED
+
+
+def _fill_standard_descriptors() -> None:
+    """Open the null device as each of descriptors 0 to 2 that is closed, before anything else is opened.
+
+    Otherwise a disk or a socket would get the number, and what the interpreter or a library in C says on standard error would be
+    written into it.
+    """
+    while True:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor > 2:  # the lowest that is free
+            os.close(descriptor)
+            return
+        os.set_inheritable(descriptor, True)

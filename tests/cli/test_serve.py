@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import struct
+import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -16,8 +17,9 @@ import nbdcore
 from nbdcore.cli.serve import for_clients
 from nbdcore.streams.tls.credentials import supports_tls_psk
 from tests.certificates import PSK_LINE, PSK_USER, CertificateAuthority
-from tests.cli.commands import DEADLINE, invoke, run, serving
+from tests.cli.commands import COMMAND, DEADLINE, invoke, run, serving
 from tests.cli.test_command import STRANGERS
+from tests.interop.programs import DIES_WITH_US
 from tests.interop.programs import run as run_program
 
 MEBIBYTE = 1 << 20
@@ -433,3 +435,15 @@ class TestWithoutPreSharedKeys:
         done = invoke("serve", "--memory", "1M", "--tls-psk", tmp_path / "keys.psk")
         assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (1, "", 1)
         assert "Python 3.13" in done.stderr
+
+
+def test_standard_descriptors_that_were_closed_go_to_no_disk_and_no_socket(disk, short_folder):
+    place = short_folder / "s"
+    shell = ("/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh")
+    with subprocess.Popen([*DIES_WITH_US, *shell, *COMMAND, "serve", str(disk), "--unix", str(place)]) as process:
+        try:
+            with nbdcore.connect_unix(str(place), wait=DEADLINE) as client:
+                assert client.size == MEBIBYTE
+            assert {Path(f"/proc/{process.pid}/fd/{number}").readlink() for number in range(3)} == {Path(os.devnull)}
+        finally:
+            process.kill()
