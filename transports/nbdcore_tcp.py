@@ -29,6 +29,14 @@ DEFAULT_PORT = 10809
 _LAST_PORT = 65535
 _HINTS = {errno.ECONNREFUSED: "nothing listens there, or a firewall refuses"}
 
+# A server's client is given up after five minutes of silence to eight probes: two minutes idle, then a probe each 22 seconds. The
+# kernel's own two hours would keep the places of dead clients for too long. macOS names the first option TCP_KEEPALIVE.
+_PROBES = tuple(
+    (getattr(socket, name), value)
+    for name, value in (("TCP_KEEPIDLE", 120), ("TCP_KEEPALIVE", 120), ("TCP_KEEPINTVL", 22), ("TCP_KEEPCNT", 8))
+    if hasattr(socket, name)
+)
+
 #: What getaddrinfo returns: family, type, protocol, canonical name, socket name.
 _Found = Sequence[tuple[int, int, int, str, Any]]
 
@@ -40,7 +48,8 @@ class TCPAddress:
     Attributes:
         host: name, or IPv4 or IPv6 address without brackets.
         port: 1 to 65535; 0 lets the kernel choose where it is listened on.
-        keepalive: have the kernel probe an idle connection, so that a dead peer is noticed. Not part of the URI.
+        keepalive: have the kernel probe an idle connection, so that a dead peer is noticed. Not part of the URI. A server's
+            clients are probed always.
     """
 
     host: str = DEFAULT_HOST
@@ -121,12 +130,12 @@ class TCPTransport(Transport):
 
 
 class _TCPListener(SocketListener):
-    def __init__(self, sock: socket.socket, address: TCPAddress) -> None:
-        super().__init__(sock, address)
-        self._keepalive = address.keepalive
-
     def stream(self, sock: socket.socket, name: Any) -> Stream:
-        return _stream(sock, f"TCP client {name[0]} port {name[1]}", keepalive=self._keepalive)
+        # A client whose machine died says nothing, and would keep its place in a server for ever.
+        stream = _stream(sock, f"TCP client {name[0]} port {name[1]}", keepalive=True)
+        for option, seconds in _PROBES:
+            sock.setsockopt(socket.IPPROTO_TCP, option, seconds)
+        return stream
 
 
 def _stream(sock: socket.socket, peer: str, *, keepalive: bool) -> SocketStream:

@@ -248,11 +248,23 @@ def test_deadline_covers_a_name_server_that_does_not_answer(monkeypatch, eventua
 def test_options_are_set_on_both_ends(keepalive):
     listener = TCP.listen(TCP.address(port=0, keepalive=keepalive))
     client, server = connect(listener.address), accept(listener)
-    for stream in (client, server):
+    for stream, probed in ((client, keepalive), (server, True)):
         sock = stream._sock
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-        assert bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)) is keepalive
+        assert bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)) is probed
         assert not sock.get_inheritable()
+    for each in (client, server, listener):
+        each.close()
+
+
+def test_a_client_whose_machine_died_is_given_up_in_minutes_not_hours():
+    listener = TCP.listen(TCP.address(port=0))
+    client, server = connect(listener.address), accept(listener)
+    idle, interval, count = (
+        server._sock.getsockopt(socket.IPPROTO_TCP, option)
+        for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    )
+    assert idle + interval * count < 600
     for each in (client, server, listener):
         each.close()
 
