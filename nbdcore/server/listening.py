@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
-from nbdcore.errors import TLSError, UsageError
+from nbdcore.errors import TLSError, TransportError, UsageError
 from nbdcore.server.backend import Backend
 from nbdcore.server.channel import Channel, ConnectionOver
 from nbdcore.server.exports import ExportSettings, exports_of
@@ -132,22 +132,34 @@ class Server:
         listener = transport.listen(address)
         with self._lock:
             if not self._shutdown.requested:
-                self._listeners.append(listener)
                 if self._started:
-                    self._start_accepting(listener)
+                    try:
+                        self._start_accepting(listener)
+                    except TransportError:
+                        listener.close()
+                        raise
+                self._listeners.append(listener)
                 return listener
         listener.close()
         self._refuse_if_stopped()
         return listener
 
     def start(self) -> None:
-        """Start accepting clients, in threads of its own. Idempotent. Raises UsageError for a stopped server."""
+        """Start accepting clients, in threads of its own. Idempotent.
+
+        Raises UsageError for a stopped server, TransportError (EAGAIN) where the system gives no thread for a listener: the
+        server is stopped then, and listens nowhere any more.
+        """
         self._refuse_if_stopped()
-        with self._lock:
-            if not self._started:
-                self._started = True
-                for listener in self._listeners:
-                    self._start_accepting(listener)
+        try:
+            with self._lock:
+                if not self._started:
+                    self._started = True
+                    for listener in self._listeners:
+                        self._start_accepting(listener)
+        except TransportError:
+            self.stop()
+            raise
 
     def serve_stream(self, stream: Stream) -> None:
         """Serve one client that is connected already, in a thread of its own; the server closes the stream.
@@ -217,8 +229,12 @@ class Server:
 
     def _start_accepting(self, listener: Listener) -> None:
         thread = threading.Thread(target=self._accept, args=(listener,), name=f"nbdcore-accept {listener.address}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as failure:  # the system gives no more threads
+            message = f"cannot accept clients on {listener.address}: {failure}; fewer threads or a higher limit would help"
+            raise TransportError(errno.EAGAIN, message) from failure
         self._acceptors.add(thread)
-        thread.start()
 
     def _accept(self, listener: Listener) -> None:
         waiting = [(listener.fileno(), Want.READ), (self._shutdown.fileno(), Want.READ)]

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from nbdcore.errors import TransportUnavailable, UsageError
+from nbdcore.errors import TransportError, TransportUnavailable, UsageError
 from nbdcore.protocol import wire
 from nbdcore.protocol.constants import CommandType, ErrorNumber, Option, OptionReply
 from nbdcore.server import MemoryDisk, Server
@@ -414,11 +414,8 @@ def test_serve_forever_returns_when_another_thread_stops_the_server():
 def test_a_thread_that_cannot_be_started_costs_the_client_only(monkeypatch, caplog):
     server = Server(MemoryDisk(MEBIBYTE))
 
-    def refuse(thread):
-        raise RuntimeError("can't start new thread")
-
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
+        patch.setattr(threading.Thread, "start", refuse_threads)
         unlucky = connect(server)
     assert unlucky.hung_up()
     assert "can't start new thread" in caplog.text
@@ -427,6 +424,32 @@ def test_a_thread_that_cannot_be_started_costs_the_client_only(monkeypatch, capl
     unlucky.close()
     client.close()
     server.stop()
+
+
+def refuse_threads(thread):
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_server_that_gets_no_thread_to_accept_in_says_so_and_listens_nowhere(monkeypatch):
+    server = Server(MemoryDisk(MEBIBYTE))
+    listeners = [server.listen("tcp", host="127.0.0.1", port=0) for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse_threads)
+        with pytest.raises(TransportError, match="can't start new thread"):
+            server.start()
+    assert [listener.fileno() for listener in listeners] == [-1, -1]
+    server.stop()
+
+
+def test_a_running_server_that_gets_no_thread_for_one_listener_more_goes_on(monkeypatch):
+    with Server(MemoryDisk(MEBIBYTE)) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse_threads)
+            with pytest.raises(TransportError, match="can't start new thread"):
+                server.listen("tcp", host="127.0.0.1", port=0)
+        client = in_transmission(server)
+        assert client.read(0, 1).error == 0
+        client.close()
 
 
 def test_a_fault_of_the_server_itself_costs_one_client(monkeypatch, caplog):
