@@ -24,7 +24,7 @@ test: lint servers vm-parts ## check everything, against real servers and in a v
 	@$(MAKE) --no-print-directory test-pythons
 
 test-quick: $(VENV)/ready ## run the tests that need nothing but Python
-	$(PYTEST) -m "not interop and not vm and not packaging"
+	$(PYTEST) -m "not interop and not vm and not packaging and not typing"
 
 # Each in a virtual environment of its own, made as the first one is. A bare Debian has one CPython.
 test-pythons: $(VENV)/ready servers ## run what depends on the Python under every further CPython from 3.11 on that is here

@@ -18,7 +18,7 @@ from nbdcore.clients.extents.columns import CombinedExtentColumns, ExtentColumns
 from nbdcore.clients.extents.walking import CombinedExtent, Extent, ExtentWalk, extents_by_context
 from nbdcore.clients.requests import batches
 from nbdcore.clients.requests import single as requests
-from nbdcore.clients.requests.arguments import deadline_after, texts, whole_numbers
+from nbdcore.clients.requests.arguments import Buffer, deadline_after, texts, whole_numbers
 from nbdcore.clients.requests.batches import DEPTH
 from nbdcore.clients.requests.single import Request
 from nbdcore.errors import Error
@@ -33,7 +33,6 @@ _GOODBYE = 5.0
 _OFFSET = attrgetter("offset")
 _CONNECTED = Phase.CONNECTED  # looked up once: to find a member costs as much as a call
 
-Buffer = bytes | bytearray | memoryview
 Item = TypeVar("Item")
 
 
@@ -94,9 +93,7 @@ class AsyncCalls(AsyncConnectCalls):
         await self.pread_into(memory, offset, timeout=timeout)
         return bytes(memory)
 
-    async def pread_into(
-        self, buffer: bytearray | memoryview | Any, offset: int, *, df: bool = False, timeout: float | None = None
-    ) -> int:
+    async def pread_into(self, buffer: Buffer, offset: int, *, df: bool = False, timeout: float | None = None) -> int:
         """Read into a writable, contiguous buffer, as much as it holds, without a copy. Returns the number of bytes.
 
         After an error the buffer's contents are undefined; nothing is written to it once the call has ended, however it ended.
@@ -105,7 +102,7 @@ class AsyncCalls(AsyncConnectCalls):
         await self._run(request, timeout)
         return count
 
-    async def pwrite(self, data: Buffer | Any, offset: int, *, fua: bool = False, timeout: float | None = None) -> None:
+    async def pwrite(self, data: Buffer, offset: int, *, fua: bool = False, timeout: float | None = None) -> None:
         """Write any bytes-like object at `offset` (section NBD_CMD_WRITE). `fua`: return once it is on stable storage.
 
         Data larger than the server's maximum are split. Do not change them before the call has ended.
@@ -157,13 +154,15 @@ class AsyncCalls(AsyncConnectCalls):
         fresh = batches.reads(self._connected("pread"), ranges)
         return self._many("pread_many", fresh, lambda done: (done.offset, done.result()), depth, timeout)
 
-    def pread_into_many(self, items: Iterable[tuple[int, Any]], *, depth: int = DEPTH, timeout: float | None = None) -> Many[int]:
+    def pread_into_many(
+        self, items: Iterable[tuple[int, Buffer]], *, depth: int = DEPTH, timeout: float | None = None
+    ) -> Many[int]:
         """Read into many (offset, buffer) pairs; yields the offset of each buffer that has been filled. See `pread_many`."""
         return self._many("pread_into_many", batches.reads_into(self._connected("pread_into"), items), _OFFSET, depth, timeout)
 
     def pwrite_many(
         self,
-        items: Iterable[tuple[int, Buffer | Any]],
+        items: Iterable[tuple[int, Buffer]],
         *,
         fua: bool = False,
         depth: int = DEPTH,

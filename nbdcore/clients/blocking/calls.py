@@ -17,7 +17,7 @@ from nbdcore.clients.blocking.threads import SharedSession
 from nbdcore.clients.extents.columns import CombinedExtentColumns, ExtentColumns
 from nbdcore.clients.extents.walking import CombinedExtent, Extent, ExtentWalk, extents_by_context
 from nbdcore.clients.requests import single as requests
-from nbdcore.clients.requests.arguments import deadline_after, texts, whole_numbers
+from nbdcore.clients.requests.arguments import Buffer, deadline_after, texts, whole_numbers
 from nbdcore.clients.requests.single import PIECES_AT_A_TIME, Request
 from nbdcore.errors import DeadlineExceeded, Error, UsageError
 from nbdcore.protocol.constants import BASE_ALLOCATION, CommandFlag
@@ -29,8 +29,6 @@ from nbdcore.streams.waiting import Deadline
 
 # Seconds that leaving a `with` block waits for the server to hang up after the goodbye; what was written is not at stake.
 _GOODBYE = 5.0
-
-Buffer = bytes | bytearray | memoryview
 
 
 class BlockingCalls(ManyCalls, ConnectCalls):
@@ -94,9 +92,7 @@ class BlockingCalls(ManyCalls, ConnectCalls):
         self.pread_into(data, offset, timeout=timeout)
         return bytes(data)
 
-    def pread_into(
-        self, buffer: bytearray | memoryview | Any, offset: int, *, df: bool = False, timeout: float | None = None
-    ) -> int:
+    def pread_into(self, buffer: Buffer, offset: int, *, df: bool = False, timeout: float | None = None) -> int:
         """Read into a writable, contiguous buffer, as much as it holds, without a copy. Returns the number of bytes.
 
         After an error the buffer's contents are undefined; nothing is written to it once the call has ended.
@@ -105,7 +101,7 @@ class BlockingCalls(ManyCalls, ConnectCalls):
         self._run(request, timeout)
         return count
 
-    def pwrite(self, data: Buffer | Any, offset: int, *, fua: bool = False, timeout: float | None = None) -> None:
+    def pwrite(self, data: Buffer, offset: int, *, fua: bool = False, timeout: float | None = None) -> None:
         """Write any bytes-like object at `offset` (section NBD_CMD_WRITE). `fua`: return once it is on stable storage.
 
         Data larger than the server's maximum are split. Do not change them from another thread before the call has ended.

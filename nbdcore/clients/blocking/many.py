@@ -5,18 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from nbdcore.clients.blocking.pipeline import run_many
 from nbdcore.clients.blocking.threads import SharedSession
 from nbdcore.clients.requests import batches
-from nbdcore.clients.requests.arguments import deadline_after
+from nbdcore.clients.requests.arguments import Buffer, deadline_after
 from nbdcore.clients.requests.batches import DEPTH, Whole
 from nbdcore.protocol.transmission.commands import Command, Limits
 
 _OFFSET = attrgetter("offset")
 
-Buffer = bytes | bytearray | memoryview
 Item = TypeVar("Item")
 
 
@@ -44,7 +43,7 @@ class ManyCalls(ABC):
         return self._many("pread_many", fresh, _offset_and_data, depth, timeout)
 
     def pread_into_many(
-        self, items: Iterable[tuple[int, Any]], *, depth: int = DEPTH, timeout: float | None = None
+        self, items: Iterable[tuple[int, Buffer]], *, depth: int = DEPTH, timeout: float | None = None
     ) -> Iterator[int]:
         """Read into many (offset, buffer) pairs; yields the offset of each buffer that has been filled. See `pread_many`.
 
@@ -54,7 +53,7 @@ class ManyCalls(ABC):
         return self._many("pread_into_many", fresh, _OFFSET, depth, timeout)
 
     def pwrite_many(
-        self, items: Iterable[tuple[int, Buffer | Any]], *, fua: bool = False, depth: int = DEPTH, timeout: float | None = None
+        self, items: Iterable[tuple[int, Buffer]], *, fua: bool = False, depth: int = DEPTH, timeout: float | None = None
     ) -> Iterator[int]:
         """Write many (offset, data) pairs; yields the offset of each that has been written. See `pread_many`.
 

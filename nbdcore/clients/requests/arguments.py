@@ -8,12 +8,21 @@ packed; `True` as an offset it would take.
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Iterable
 from operator import index
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nbdcore.errors import ArgumentTypeError, UsageError
 from nbdcore.streams.waiting import NEVER, Deadline
+
+# What a type checker takes for memory to read or write. Python has the name from 3.12 on; typing_extensions is no dependency.
+if not TYPE_CHECKING:
+    Buffer = bytes | bytearray | memoryview
+elif sys.version_info >= (3, 12):
+    from collections.abc import Buffer as Buffer  # noqa: PLC0414  # said twice, so that others may import it from here
+else:
+    from typing_extensions import Buffer as Buffer  # noqa: PLC0414  # said twice, so that others may import it from here
 
 
 def deadline_after(timeout: float | None) -> Deadline:
