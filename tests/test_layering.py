@@ -68,6 +68,8 @@ TABLE = {
             "nbdcore.errors",
         ),
     ),
+    # What callers pass in; the name of its buffers comes from typing_extensions, for type checkers only.
+    "nbdcore.clients.requests.arguments": May(("nbdcore.errors", "nbdcore.streams"), ("typing_extensions",), itself=False),
     # Extents in arrays, numpy's where it is installed.
     "nbdcore.clients.extents.columns": May(("nbdcore.protocol",), ("numpy",), itself=False),
     # The client for asyncio, by its own name: `import nbdcore` does not bring it.
