@@ -289,3 +289,51 @@ def test_a_walk_whose_connection_ends_says_so():
         client.close()
         with pytest.raises(UsageError, match="extents: the connection is closed"):
             next(walk)
+
+
+# ---------------------------------------------------------------------------------------------- block sizes
+
+
+def asked_about(requests: list[tuple[int, int]], reply: Reply) -> Reply:
+    """Keep what each request asks about."""
+
+    def answered(request: Request) -> bytes:
+        requests.append((request.offset, request.count))
+        return reply(request)
+
+    return answered
+
+
+def exact(extents: Iterable[Any]) -> list[tuple[int, int, int]]:
+    return [(extent.offset, extent.length, extent.flags) for extent in extents]
+
+
+BLOCKS = {"block_size": (4 * KIB, 4 * KIB, 32 * KIB)}
+
+
+def test_server_that_describes_half_a_block_is_asked_about_the_whole_block_again():
+    asked: list[tuple[int, int]] = []
+    whole = [(512, 0), (8 * KIB, 3), (64 * KIB - 512 - 8 * KIB, 0)]
+    ask = [answer(asked_about(asked, of_map(whole, at_most=2)))] * 2
+    with talk(*ask, size=SIZE, **BLOCKS) as (client, _):
+        assert exact(client.extents(timeout=PATIENCE)) == [(0, 512, 0), (512, 8 * KIB, 3), (512 + 8 * KIB, 55 * KIB + 512, 0)]
+    assert asked == [(0, 64 * KIB), (8 * KIB, 56 * KIB)]
+
+
+def test_server_that_never_describes_a_whole_block_is_an_error_of_the_server():
+    ask = [answer(of_map([(512, 0), (63 * KIB + 512, 3)], at_most=1))] * 2
+    with talk(*ask, size=SIZE, **BLOCKS) as (client, _):
+        with pytest.raises(CommandError, match="less than a block"):
+            list(client.extents(timeout=PATIENCE))
+        assert client.phase is Phase.CONNECTED
+
+
+def test_export_that_ends_within_a_block_is_described_to_its_end():
+    size = 10 * KIB + 3
+    with talk(answer(status(1, [(size, 3)]), offset=0, count=size), size=size, **BLOCKS) as (client, _):
+        assert exact(client.extents(timeout=PATIENCE)) == [(0, size, 3)]
+
+
+def test_range_within_blocks_is_asked_about_in_whole_ones_and_cut():
+    with talk(answer(status(1, kib((8, 3))), offset=4 * KIB, count=8 * KIB), size=SIZE, **BLOCKS) as (client, _):
+        assert exact(client.extents(offset=5 * KIB, count=4 * KIB, timeout=PATIENCE)) == [(5 * KIB, 4 * KIB, 3)]

@@ -291,8 +291,15 @@ def test_unaligned_request_is_refused_where_the_server_named_a_minimum(call, cou
 
 
 @ranged
-def test_last_partial_block_is_unaligned_too(call):
-    refused(errno.EINVAL, call, limits(minimum=512, size=1000), 488, 512)
+def test_request_up_to_the_end_of_an_export_that_ends_within_a_block_is_made(call):
+    assert build(call, limits(minimum=512, size=1000), 488, 512)
+    assert build(call, limits(minimum=512, size=1000), 1000, 0)
+
+
+@ranged
+@pytest.mark.parametrize(("count", "offset"), [(487, 512), (488, 511), (100, 900), (1, 999)])
+def test_request_within_the_last_partial_block_is_unaligned(call, count, offset):
+    refused(errno.EINVAL, call, limits(minimum=512, size=1000), count, offset)
 
 
 # ---------------------------------------------------------------------------------------------- lengths

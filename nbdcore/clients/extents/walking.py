@@ -97,8 +97,8 @@ def extents_by_context(command: Command) -> dict[str, list[Extent]]:
 class ExtentWalk:
     """A walk over the extents of a range, one block status reply at a time.
 
-    `position` is where the next request must begin, until it reaches `end`. Take in the reply with `feed` for extents as objects,
-    as they are settled, or with `take_in` for `columns` at the end.
+    `position` is what the next request must ask about, until it reaches `end`; a request may begin before it. Take in the reply
+    with `feed` for extents as objects, as they are settled, or with `take_in` for `columns` at the end.
 
     Args:
         contexts: names of the metadata contexts to report, in order.
@@ -114,11 +114,13 @@ class ExtentWalk:
         self._found = self._columns or Collection(len(contexts))
 
     def take_in(self, command: Command) -> None:
-        """Take in the reply to a request at `position`.
+        """Take in the reply to a request that begins at `position`, or before it.
 
-        Raises CommandError (EPROTO) when the server described nothing, so that a walk never stands still.
+        Raises CommandError (EPROTO) when the server described nothing from there on, so that a walk never stands still.
         """
         described = [self._described(command, context) for context in self._contexts]
+        if known := self.position - command.offset:
+            described = [_without(known, command, lengths, flags) for lengths, flags in described]
         self.position = self._found.add(described, self.position, self.end)
 
     def feed(self, command: Command) -> Iterator[Extent | CombinedExtent]:
@@ -144,7 +146,7 @@ class ExtentWalk:
             return chunks[0].lengths, chunks[0].flags
         lengths: Numbers = array("Q")
         flags: Numbers = array("Q")
-        room = self.end - self.position
+        room = self.end - command.offset
         for chunk in chunks:
             lengths.extend(iter(chunk.lengths))
             flags.extend(iter(chunk.flags))
@@ -152,6 +154,21 @@ class ExtentWalk:
             if room <= 0:  # what follows is of no use, and sums past 64 bits must not arise
                 break
         return lengths, flags
+
+
+def _without(known: int, command: Command, lengths: Numbers, flags: Numbers) -> Described:
+    """Return what a reply says behind its first `known` bytes, which an earlier one described."""
+    left = known
+    for index, length in enumerate(lengths):
+        if length > left:
+            rest = array("Q", lengths[index:])
+            rest[0] -= left
+            return rest, flags[index:]
+        left -= length
+    raise CommandError(
+        errno.EPROTO,
+        f"{command} failed: the server describes less than a block, and cannot be asked about the rest of it",
+    )
 
 
 # ---------------------------------------------------------------------------------------------- many objects at once

@@ -11,7 +11,7 @@ from typing import Any
 
 from nbdcore.clients.extents.walking import ExtentWalk
 from nbdcore.clients.requests.arguments import bytes_view, texts, whole_number, whole_numbers
-from nbdcore.clients.requests.splitting import length_limit, pieces
+from nbdcore.clients.requests.splitting import aligned, length_limit, pieces
 from nbdcore.errors import UsageError
 from nbdcore.protocol.constants import CommandFlag, TransmissionFlag
 from nbdcore.protocol.handshake.agreement import Agreement
@@ -152,9 +152,14 @@ def walk(
 
 
 def next_of_walk(limits: Limits, extents: ExtentWalk) -> Command:
-    """Build the request that a walk needs next."""
-    count = min(extents.end - extents.position, length_limit(limits, bounded=False))
-    return commands.block_status(limits, count, extents.position)
+    """Build the request that a walk needs next, in whole blocks.
+
+    A range may begin or end within a block, and so may a server's descriptors (section "Size constraints"): then what is asked
+    about begins where the block does, and the walk leaves out what it knows.
+    """
+    begin = aligned(extents.position, limits.minimum)
+    end = min(aligned(extents.end + limits.minimum - 1, limits.minimum), limits.size)
+    return commands.block_status(limits, min(end - begin, length_limit(limits, bounded=False)), begin)
 
 
 # ---------------------------------------------------------------------------------------------- pieces

@@ -76,8 +76,8 @@ class Limits:
         structured: structured replies are on.
         contexts: metadata contexts are selected.
         strict: which checks are made.
-        plain_reads: end in bytes of what may be read without further checks by a request without flags; 0 where none may.
-        plain_writes: the same of what may be written.
+        plain_reads: a read without flags that ends at or before this offset, in bytes, needs no further check. 0: every one does.
+        plain_writes: the same for writes.
         data: most bytes of data to read or write in one request: the maximum in whole blocks.
     """
 
@@ -356,10 +356,16 @@ def _check_range(limits: Limits, command: Command, past_end: int) -> None:
         raise UsageError(errno.EINVAL, f"{command}: a request for no bytes has no defined meaning")
     if limits.strict & _BOUNDS and (offset > limits.size or count > limits.size - offset):
         raise UsageError(past_end, f"{command} reaches past the end of the export ({limits.size} bytes)")
-    if limits.strict & _ALIGN and limits.minimum > 1 and (offset % limits.minimum or count % limits.minimum):
+    if limits.strict & _ALIGN and limits.minimum > 1 and not _is_aligned(limits, offset, count):
         raise UsageError(
             errno.EINVAL, f"{command}: the server wants multiples of {limits.minimum} bytes (its minimum block size)"
         )
+
+
+def _is_aligned(limits: Limits, offset: int, count: int) -> bool:
+    """Whether a request keeps to the minimum block size. One up to the end of an export that ends within a block does, too."""
+    minimum = limits.minimum
+    return not offset % minimum and (not count % minimum or (offset + count == limits.size and limits.size % minimum > 0))
 
 
 def _check_length(limits: Limits, command: Command) -> None:
