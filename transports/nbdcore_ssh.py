@@ -54,6 +54,7 @@ class SSHAddress:
         port: the server's TCP port on that machine.
         user: whom to log in as; None: as ssh's configuration says.
         ssh_port: where ssh listens; None: as ssh's configuration says.
+        compress: whether ssh compresses what it carries; None: as ssh's configuration says.
     """
 
     host: str
@@ -61,6 +62,7 @@ class SSHAddress:
     port: int | None = None
     user: str | None = None
     ssh_port: int | None = None
+    compress: bool | None = None
 
     def __post_init__(self) -> None:
         _check_text("host", self.host, _HOST)
@@ -77,6 +79,8 @@ class SSHAddress:
     def argv(self) -> tuple[str, ...]:
         """The command line."""
         line = ["ssh", "-T"]  # no terminal, whatever the configuration says
+        if self.compress is not None:
+            line += ["-C"] if self.compress else ["-o", "Compression=no"]
         if self.ssh_port is not None:
             line += ["-p", str(self.ssh_port)]
         if self.user is not None:
@@ -90,7 +94,9 @@ class SSHAddress:
 
     def uri(self, export: str = "") -> str:
         """Return `nbd+ssh://USER@HOST:SSHPORT/EXPORT`, with `?socket=PATH` or `?nbd-port=PORT` where one is named."""
-        query = (("socket", self.socket), ("nbd-port", None if self.port is None else str(self.port)))
+        port = None if self.port is None else str(self.port)
+        compress = None if self.compress is None else str(self.compress).lower()
+        query = (("socket", self.socket), ("nbd-port", port), ("compress", compress))
         named = tuple((name, value) for name, value in query if value is not None)
         return str(URI("nbd+ssh", user=self.user, host=self.host, port=self.ssh_port, export=export, query=named))
 
@@ -100,11 +106,11 @@ class SSHTransport(Transport):
 
     name: ClassVar[str] = "ssh"
     schemes: ClassVar[tuple[str, ...]] = ("nbd+ssh",)
-    parameters: ClassVar[tuple[str, ...]] = ("socket", "nbd-port")
+    parameters: ClassVar[tuple[str, ...]] = ("socket", "nbd-port", "compress")
     runs_programs: ClassVar[bool] = True
 
     def address(self, **parts: Any) -> SSHAddress:
-        """Return the address of `host` and, each optional, `socket` or `port`, `user` and `ssh_port`."""
+        """Return the address of `host` and, each optional, `socket` or `port`, `user`, `ssh_port` and `compress`."""
         try:
             return SSHAddress(**parts)
         except TypeError as exc:
@@ -125,6 +131,7 @@ class SSHTransport(Transport):
             port=None if port is None else int(port),
             user=uri.user,
             ssh_port=uri.port,
+            compress=_truth(uri.parameter("compress")),
         )
 
     def connect(self, address: SSHAddress, *, timeout: float | None = None) -> Connecting:  # noqa: ARG002 (starting takes no time)
@@ -135,6 +142,12 @@ class SSHTransport(Transport):
     def may_heal(self, error: Error) -> bool:
         """Tell whether it is worth logging in again: not where nobody lets this user in, or the name or the key is wrong."""
         return not _FINAL.search(error.server_text.replace("\r", ""))  # ssh ends its lines as for a terminal
+
+
+def _truth(word: str | None) -> bool | None:
+    if word not in {None, "true", "false"}:
+        raise UsageError(errno.EINVAL, f"compress is true or false, not {printable(str(word))!r}")
+    return None if word is None else word == "true"
 
 
 def _check_text(what: str, value: object, pattern: str) -> None:

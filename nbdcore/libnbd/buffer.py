@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 from pickle import PickleBuffer
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 __all__ = ["Buffer", "flat", "zeroes"]
 
@@ -60,6 +61,28 @@ class Buffer:
 
     def __len__(self) -> int:
         return flat(self._memory).nbytes
+
+    def __bytes__(self) -> bytes:
+        return bytes(flat(self._memory))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(flat(self._memory))
+
+    @overload
+    def __getitem__(self, key: SupportsIndex) -> int: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> bytearray: ...
+
+    def __getitem__(self, key: SupportsIndex | slice) -> int | bytearray:
+        """Return one byte as a number, or a slice as a copy."""
+        found = flat(self._memory)[key]
+        return found if isinstance(found, int) else bytearray(found)
+
+    def __setitem__(self, key: SupportsIndex | slice, value: Any) -> None:
+        """Set one byte, or as many as the slice has."""
+        self._fresh = False
+        flat(self._memory)[key] = value
 
     def is_zero(self, offset: int = 0, size: int = -1) -> bool:
         """Return whether `size` bytes at `offset` (-1: all from there) are zero.

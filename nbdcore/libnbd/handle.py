@@ -27,7 +27,7 @@ __all__ = ["NBD", "nbd"]
 
 PACKAGE_NAME = "libnbd"
 #: The release of libnbd whose behaviour this module has. Calls that came later are there as well.
-VERSION = "1.22.0"
+VERSION = "1.24.4"
 
 _EXPLANATIONS = {
     Phase.CREATED: "no connect call has been made yet",
@@ -126,6 +126,16 @@ class ModuleCalls(Core):
     def get_version(self) -> str:
         """Return the release of libnbd whose behaviour this module has."""
         return VERSION
+
+    @question("1.24")
+    def get_version_extra(self) -> str:
+        """Return what whoever packaged this module says of its version: nothing."""
+        return ""
+
+    @question("1.24")
+    def get_handle_size(self) -> int:
+        """Return how many bytes of memory the handle object itself takes."""
+        return self.__sizeof__()
 
     @question("1.0")
     def supports_tls(self) -> bool:

@@ -26,6 +26,8 @@ _TRANSPORTS = {
     "nbd+ssh": constants.ALLOW_TRANSPORT_SSH,
 }
 _SCHEMES = tuple(f"{scheme.replace('nbd', name, 1)}://" for scheme in _TRANSPORTS for name in ("nbd", "nbds"))
+# Ports of vsock have 32 bits.
+_PORT_DIGITS = 10
 #: Parameters that name files of this machine, or turn a check off.
 _LOCAL = ("tls-certificates", "tls-psk-file")
 _YES = frozenset({"1", "true", "t", "yes", "y", "on"})
@@ -57,8 +59,19 @@ def obey(text: str, wishes: Wishes) -> tuple[Route, Wishes]:
     _check_spelling(uri, transport.parameters)
     # Port 0 is the default port, as no port is. What is not the transport's own it need not see.
     own = tuple(pair for pair in uri.query if pair[0] in transport.parameters)
-    address = transport.parse(replace(uri, query=own, port=uri.port or None))
+    port = (uri.port or None) if "nbd-port" in transport.parameters else _port_of(uri)
+    address = transport.parse(replace(uri, query=own, port=port))
     return Route(transport, address), _with(uri, wishes)
+
+
+def _port_of(uri: URI) -> int | None:
+    """Return the server's port: that of `nbd-port` before the authority's. The transport judges whether it can be."""
+    text = uri.parameter("nbd-port")
+    if text is None:
+        return uri.port or None
+    if not (text.isascii() and text.isdecimal() and len(text) <= _PORT_DIGITS):
+        raise UsageError(errno.EINVAL, f"nbd-port is a port number, not {printable(text)!r}")
+    return int(text) or None
 
 
 def _check_allowed(uri: URI, wishes: Wishes) -> None:

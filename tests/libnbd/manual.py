@@ -156,6 +156,8 @@ CALLS = {
     "connection_state()": ("1.0", "conrsd"),
     "get_package_name()": ("1.0", "conrsd"),
     "get_version()": ("1.0", "conrsd"),
+    "get_version_extra()": ("1.24", "conrsd"),
+    "get_handle_size()": ("1.24", "conrsd"),
     "kill_subprocess(signum)": ("1.0", "conrsd"),
     "get_subprocess_pid()": ("1.22", "conrsd"),
     "supports_tls()": ("1.0", "conrsd"),

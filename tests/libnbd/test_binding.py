@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import nbdcore.libnbd as nbd
+from nbdcore.server import MemoryDisk, Server
 
 # ---------------------------------------------------------------------------------------------- the module
 
@@ -29,7 +30,9 @@ def test_constants_are_plain_numbers_and_strings():
 def test_module_names_the_library_and_its_release(handles):
     handle = handles()
     assert nbd.package_name == handle.get_package_name() == "libnbd"
-    assert nbd.__version__ == handle.get_version()
+    assert nbd.__version__ == handle.get_version() == "1.24.4"
+    assert isinstance(handle.get_version_extra(), str)
+    assert handle.get_handle_size() > 0
     assert handle.supports_uri() is True
     assert handle.supports_tls() is True
     assert isinstance(handle.supports_vsock(), bool)
@@ -363,3 +366,34 @@ def test_environment_turns_debug_on_with_exactly_1(value, wanted, monkeypatch, h
     handle = handles()
     handle.set_debug_callback(lambda *_: None)
     assert handle.get_debug() is wanted
+
+
+def test_a_buffer_has_items_slices_and_an_iterator():
+    buffer = nbd.Buffer.from_bytearray(b"abcd")
+    assert (buffer[0], buffer[-1], buffer[1:3], bytes(buffer), list(buffer)) == (97, 100, bytearray(b"bc"), b"abcd", [*b"abcd"])
+    buffer[0], buffer[2:4] = 65, b"CD"
+    assert bytes(buffer) == b"AbCD"
+    with pytest.raises(IndexError):
+        buffer[4]
+
+
+def test_what_is_put_into_a_new_buffer_stays_in_it():
+    buffer = nbd.Buffer(4)
+    buffer[1] = 1
+    assert not buffer.is_zero()
+    assert bytes(buffer) == bytes([0, 1, 0, 0])
+
+
+def test_nbd_port_in_a_uri_comes_before_the_port_of_the_authority(handles):
+    with Server(MemoryDisk(1 << 20)) as server:
+        port = server.listen("tcp", host="127.0.0.1", port=0).address.port
+        handle = handles()
+        handle.connect_uri(f"nbd://127.0.0.1:1/?nbd-port={port}")
+        assert handle.get_size() == 1 << 20
+
+
+@pytest.mark.parametrize("port", ["", "-1", "x", "99999999999", "65536"])
+def test_nbd_port_that_is_no_port_is_refused(handles, port):
+    with pytest.raises(nbd.Error) as caught:
+        handles().connect_uri(f"nbd://127.0.0.1:1/?nbd-port={port}")
+    assert caught.value.errnum == errno.EINVAL
