@@ -64,7 +64,7 @@ class PolledClient(PolledConnectCalls):
         encryption = encryption or Encryption(policy=settings.tls, start_tls=start_tls)
         super().__init__(Engine(settings, strict=strict), encryption, permissions or Permissions())
         #: the engine underneath, for what is agreed on and for building commands
-        self.engine = self._engine
+        self.engine: Engine = self._engine
         self._start_tls: StartTLS | None = None
         self._connecting: Connecting | None = None
         self._awaited: tuple[int, Want] = (-1, Want.NOTHING)

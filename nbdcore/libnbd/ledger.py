@@ -32,7 +32,7 @@ class ErrorNumber:
     __slots__ = ("value",)
 
     def __init__(self, value: int) -> None:
-        self.value = value
+        self.value: int = value
 
     def __repr__(self) -> str:
         return f"ErrorNumber({self.value!r})"

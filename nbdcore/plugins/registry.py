@@ -253,7 +253,7 @@ if hasattr(os, "register_at_fork"):  # where there is no fork there is nothing t
     os.register_at_fork(after_in_child=_forget_locks)
 
 #: The registry that nbdcore itself uses.
-registry = Registry()
+registry: Registry = Registry()
 
 
 def supports(name: str) -> bool:

@@ -29,8 +29,8 @@ __all__ = ["Address", "Connecting", "Listener", "Transport", "TransportUnavailab
 GROUP = "nbdcore.transports"
 PROJECT = "nbdcore"
 
-hookspec = pluggy.HookspecMarker(PROJECT)
-hookimpl = pluggy.HookimplMarker(PROJECT)
+hookspec: pluggy.HookspecMarker = pluggy.HookspecMarker(PROJECT)
+hookimpl: pluggy.HookimplMarker = pluggy.HookimplMarker(PROJECT)
 
 #: Something to wait for before going on: a descriptor and what it must become.
 Waiting = tuple[int, Want]

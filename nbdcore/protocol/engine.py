@@ -66,13 +66,13 @@ class Engine(Exchanges):
 
     def __init__(self, settings: Settings, *, strict: int = ALL_STRICT) -> None:
         super().__init__()
-        self.settings = settings
-        self.phase = Phase.CREATED
-        self.agreement = Agreement()
-        self.limits = Limits(size=0, flags=0)
-        self.traffic = Traffic()
+        self.settings: Settings = settings
+        self.phase: Phase = Phase.CREATED
+        self.agreement: Agreement = Agreement()
+        self.limits: Limits = Limits(size=0, flags=0)
+        self.traffic: Traffic = Traffic()
         self.error: Error | None = None
-        self.ended_by_program = False
+        self.ended_by_program: bool = False
         self.queue: deque[Command] = deque()
         self.in_flight: dict[int, Command] = {}
         options.info_request(settings.export, block_size=True, full=True)  # raises UsageError for what cannot be sent
@@ -82,7 +82,7 @@ class Engine(Exchanges):
         self._parts: list[memoryview] = []
         self._begun: memoryview | None = None  # the part of which some bytes are sent, as it was
         self._last_cookie = 0
-        self.ending = False
+        self.ending: bool = False
 
     # ------------------------------------------------------------------------------------------ phases
 

@@ -81,7 +81,7 @@ class Refusal(Exception):  # an answer to one request, on its way from where it 
     def __init__(self, number: ErrorNumber, text: str, *, at: int | None = None) -> None:
         super().__init__(number, text)
         self.number = number
-        self.text = text[:_MAX_TEXT]
+        self.text: str = text[:_MAX_TEXT]
         self.at = at
 
 

@@ -49,8 +49,8 @@ class Channel:
     """
 
     def __init__(self, stream: Stream, shutdown: Shutdown) -> None:
-        self.secure = False
-        self.buffer = bytearray(_SCRATCH)
+        self.secure: bool = False
+        self.buffer: bytearray = bytearray(_SCRATCH)
         self.deadline: Deadline = NEVER
         self._stream = stream
         self._shutdown = shutdown

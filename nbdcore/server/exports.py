@@ -74,12 +74,14 @@ class Export:
     def __init__(self, name: str, settings: ExportSettings, *, read_only: bool = False) -> None:
         """Work out what can be offered. Raises UsageError for a name, size, description or block sizes that cannot be."""
         backend = settings.backend
-        self.name = _checked_string("name", name)
-        self.description = _checked_string("description", settings.description)
-        self.size = _checked_size(name, backend.size)
-        self.block_sizes = _checked_block_sizes(name, BlockSizes(*settings.block_sizes), self.size)
-        self.read_only = read_only or settings.read_only or getattr(backend, "read_only", False) or not hasattr(backend, "pwrite")
-        self.require_tls = settings.require_tls
+        self.name: str = _checked_string("name", name)
+        self.description: str = _checked_string("description", settings.description)
+        self.size: int = _checked_size(name, backend.size)
+        self.block_sizes: BlockSizes = _checked_block_sizes(name, BlockSizes(*settings.block_sizes), self.size)
+        self.read_only: bool = (
+            read_only or settings.read_only or getattr(backend, "read_only", False) or not hasattr(backend, "pwrite")
+        )
+        self.require_tls: bool = settings.require_tls
         self._settings = settings
         self._pread = backend.pread
         self._pwrite = self._optional("pwrite", writing=True)

@@ -41,7 +41,7 @@ class FileDisk:
         access = os.O_RDONLY if read_only else os.O_RDWR
         self._fd = os.open(path, access | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
         self.read_only = read_only
-        self.size = os.lseek(self._fd, 0, os.SEEK_END)  # a block device's st_size is 0
+        self.size: int = os.lseek(self._fd, 0, os.SEEK_END)  # a block device's st_size is 0
         self._seeking = threading.Lock()
         self._positioned = hasattr(os, "pread") and hasattr(os, "pwrite")
         self._seek_data: int | None = getattr(os, "SEEK_DATA", None)

@@ -20,7 +20,7 @@ class Shutdown:
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested: bool = False
         self.deadline: Deadline = NEVER
         # Half-closing one end makes the other readable for good, for as many threads as wait for it.
         self._reader, self._writer = connected_pair()

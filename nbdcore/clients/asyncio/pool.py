@@ -37,7 +37,7 @@ class LoopPool:
 
     def __init__(self, sessions: Sequence[LoopSession]) -> None:
         self._sessions = sessions
-        self.loop = sessions[0].loop
+        self.loop: asyncio.AbstractEventLoop = sessions[0].loop
 
     @property
     def live(self) -> list[LoopSession]:

@@ -102,12 +102,12 @@ class Turn:
     __slots__ = ("any_of_several", "at_once", "pending", "ready", "sleeper", "submit", "watched")
 
     def __init__(self, pending: Pending, submit: Sequence[Command], *, any_of_several: bool) -> None:
-        self.pending = pending
-        self.submit = submit
-        self.any_of_several = any_of_several
+        self.pending: Pending = pending
+        self.submit: Sequence[Command] = submit
+        self.any_of_several: bool = any_of_several
         self.watched: Sequence[tuple[Session, int]] = ()
         self.ready: Sequence[tuple[Session, int]] = ()
-        self.at_once = False
+        self.at_once: bool = False
         self.sleeper: Sleeper | None = None
 
 
@@ -125,7 +125,7 @@ class Sleeper:
         self._alarm = threading.Lock()
         self._alarm.acquire()
         self._crowd = crowd
-        self.pending = pending
+        self.pending: Pending = pending
 
     def sleep(self, deadline: Deadline) -> None:
         """Sleep until woken, or until the deadline."""

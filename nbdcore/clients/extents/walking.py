@@ -108,8 +108,8 @@ class ExtentWalk:
 
     def __init__(self, contexts: Sequence[str], offset: int, count: int, *, columns: bool = False) -> None:
         self._contexts = contexts
-        self.position = offset
-        self.end = offset + count
+        self.position: int = offset
+        self.end: int = offset + count
         self._columns = collection_for_columns(len(contexts)) if columns else None
         self._found = self._columns or Collection(len(contexts))
 

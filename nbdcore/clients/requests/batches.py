@@ -30,8 +30,8 @@ class Whole:
     __slots__ = ("_memory", "left", "offset")
 
     def __init__(self, offset: int, memory: bytearray) -> None:
-        self.offset = offset
-        self.left = 1  # pieces not finished; while not all have begun, one more
+        self.offset: int = offset
+        self.left: int = 1  # pieces not finished; while not all have begun, one more
         self._memory = memory
 
     def result(self) -> bytes:

@@ -31,12 +31,12 @@ class Exchange:
     __slots__ = ("completion", "conversation", "done", "enters", "error", "fatal", "result")
 
     def __init__(self, conversation: Conversation[Any], *, enters: bool, fatal: bool) -> None:
-        self.conversation = conversation
-        self.enters = enters
-        self.fatal = fatal
+        self.conversation: Conversation[Any] = conversation
+        self.enters: bool = enters
+        self.fatal: bool = fatal
         self.result: Any = None
         self.error: Error | None = None
-        self.done = False
+        self.done: bool = False
         self.completion: Callable[[Exchange], Any] | None = None
 
 
@@ -48,7 +48,7 @@ class Exchanges(ABC):
     """
 
     def __init__(self) -> None:
-        self.wants_tls = False
+        self.wants_tls: bool = False
         self._exchange: Exchange | None = None
         self._reading = memoryview(b"")
         self._filled = 0

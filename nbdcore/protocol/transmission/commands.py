@@ -160,28 +160,28 @@ class Command:
     )
 
     def __init__(self, kind: int, flags: int, offset: int, count: int) -> None:
-        self.type = kind
-        self.flags = flags if flags.__class__ is int else int(index(flags))
+        self.type: int = kind
+        self.flags: int = flags if flags.__class__ is int else int(index(flags))
         # Nothing but an int gets past here: what is no integer is a TypeError now, not an accident while packing.
-        self.offset = offset if offset.__class__ is int else index(offset)
-        self.count = count if count.__class__ is int else index(count)
+        self.offset: int = offset if offset.__class__ is int else index(offset)
+        self.count: int = count if count.__class__ is int else index(count)
         self.payload: bytes | memoryview | None = None
         self.target: memoryview | None = None
         self.data: bytes | None = None
         self.chunks: list[StatusChunk] = []
         self.error: Error | None = None
-        self.done = False
+        self.done: bool = False
         self.completion: Callable[[Command], Any] | None = None
         self.on_chunk: Callable[[Command, int, int, int, int], object] | None = None
         self.on_extents: Callable[[Command, str, Numbers, Numbers], object] | None = None
         self.tag: Any = None
-        self.cookie = 0
+        self.cookie: int = 0
         #: bytes of data received for a read, extents for block status
-        self.received = 0
+        self.received: int = 0
         #: ranges of a read that arrived in several pieces; None while one piece is all
         self.fragments: list[list[int]] | None = None
         #: the caller has given up: whatever still comes is thrown away
-        self.discard = False
+        self.discard: bool = False
 
     def __str__(self) -> str:
         name = _NAMES[self.type]

@@ -106,7 +106,7 @@ class Replies(Receiver):
         self._completed: list[Command] = []
         self._chunk_done = False
         self.raised: BaseException | None = None  #: what a callback raised in the middle of decoding
-        self.large = 0  #: commands in flight that are large reads, counted by the engine
+        self.large: int = 0  #: commands in flight that are large reads, counted by the engine
 
     # ------------------------------------------------------------------------------------------ for the engine
 
