@@ -34,8 +34,8 @@ def program() -> None:
     """
 
 
-for command in (demo, info, transports, serve):
-    program.add_command(command)
+for _command in (demo, info, transports, serve):
+    program.add_command(_command)
 
 
 def run() -> int:

@@ -33,12 +33,17 @@ def pyright(program: Path, folder: Path) -> set[int]:
     return {found["range"]["start"]["line"] + 1 for found in report["generalDiagnostics"] if found["severity"] == "error"}
 
 
-def run(module: str, arguments: list[str], folder: Path) -> str:
+def run(module: str, arguments: list[str], folder: Path, **environment: str) -> str:
     # Both exit with 1 when they report something; anything else is a failure of their own.
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=folder,
-        env={**os.environ, "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1", "MYPYPATH": f"{REPOSITORY}:{REPOSITORY / 'transports'}"},
+        env={
+            **os.environ,
+            "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1",
+            "MYPYPATH": f"{REPOSITORY}:{REPOSITORY / 'transports'}",
+            **environment,
+        },
         capture_output=True,
         text=True,
         timeout=100,
@@ -57,3 +62,12 @@ def test_checker_reports_the_lines_marked_as_wrong_and_no_others(checker, name, 
     marked = {number for number, line in enumerate(text.splitlines(), 1) if line.endswith("# wrong")}
     assert bool(marked) == (name == "wrong")
     assert checker(program, tmp_path) == marked
+
+
+def test_pyright_finds_the_type_of_every_public_name_complete(tmp_path):
+    # It takes the package from the Python that the path leads to.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    printed = run("pyright", ["--verifytypes", "nbdcore", "--ignoreexternal", "--outputjson"], tmp_path, PATH=path)
+    report = json.loads(printed[printed.index("{") :])["typeCompleteness"]
+    incomplete = [symbol["name"] for symbol in report["symbols"] if symbol["isExported"] and not symbol["isTypeKnown"]]
+    assert (incomplete, report["completenessScore"]) == ([], 1)

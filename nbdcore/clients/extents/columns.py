@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import accumulate, chain, compress, islice
 from operator import eq, ne, sub
 from sys import byteorder
-from typing import Any, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias, cast
 
 from nbdcore.protocol.transmission.commands import Numbers
 
@@ -34,7 +34,8 @@ class _Columns(ABC):
     """What both kinds of columns share."""
 
     __slots__ = ()
-    __hash__ = None  # type: ignore[assignment]  # so Python marks what cannot be hashed: columns belong to the caller, and may change
+    # So Python marks what cannot be hashed: columns belong to the caller, and may change.
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]  # object has a method there
 
     offsets: Column
 
@@ -110,9 +111,9 @@ class Collection:
     __slots__ = ("flags", "lengths", "offsets")
 
     def __init__(self, contexts: int) -> None:
-        self.offsets = self._column()
-        self.lengths = self._column()
-        self.flags = tuple(self._column() for _ in range(contexts))
+        self.offsets: MutableSequence[int] = self._column()
+        self.lengths: MutableSequence[int] = self._column()
+        self.flags: tuple[MutableSequence[int], ...] = tuple(self._column() for _ in range(contexts))
 
     def _column(self, numbers: Iterable[int] = ()) -> MutableSequence[int]:
         """Return numbers in a list: what objects are made of needs to be objects."""
