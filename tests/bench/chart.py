@@ -41,7 +41,9 @@ def svg(result: Result) -> str:
     height = _TOP + _ROW * len(drawn) + 40
     body = "\n".join(_elements(drawn, height))
     return (
+        # Without a width of its own a picture in a figure, which is as wide as what it holds, has none.
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img" '
+        f'width="{_WIDTH}" height="{height}" style="max-width: 100%; height: auto" '
         f'font-family="system-ui, Verdana, DejaVu Sans, sans-serif" font-size="13" fill="{_INK}">\n'
         f"<title>How many times better nbdcore is than its peers, by work</title>\n{body}\n</svg>\n"
     )

@@ -36,5 +36,8 @@ def test_the_page_shows_every_line_of_the_published_result():
 
 def test_the_page_has_the_chart_in_one_block_that_markdown_leaves_alone():
     figure = re.search(r"<figure>\n(.*)</figure>", the_page(), re.DOTALL)[1]
-    assert ET.fromstring(figure) is not None
+    picture = ET.fromstring(figure)
+    # A figure is as wide as what it holds: a picture that does not say how wide it is does not show.
+    assert int(picture.get("width")) > 0
+    assert picture.get("viewBox") == f"0 0 {picture.get('width')} {picture.get('height')}"
     assert "\n\n" not in figure
