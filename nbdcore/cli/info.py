@@ -193,11 +193,19 @@ class _Inquiry:
         if client.phase is Phase.NEGOTIATING:
             with contextlib.suppress(NegotiationError):  # a server without metadata contexts, or without that export
                 contexts = client.opt_list_meta_context(export=name, timeout=self._timeout)
-            try:
-                client.opt_info(name, timeout=self._timeout)
-            except NegotiationError:
-                client.opt_go(name, timeout=self._timeout)  # older servers tell nothing before; others refuse again
+            self._ask(client, name)
         return _facts_of(client, description, self._uri_of(client.export_name), contexts)
+
+    def _ask(self, client: Client, name: str) -> None:
+        """Learn what an export is, by opening it where the server tells nothing that holds before."""
+        try:
+            client.opt_info(name, timeout=self._timeout)
+            settled = not _is_empty(client)
+        except NegotiationError:  # older servers know no INFO; others refuse again
+            settled = False
+        if not settled:
+            # nbd-server answers INFO with a size of 0, and GO with the true one.
+            client.opt_go(name, timeout=self._timeout)
 
     def _uri_of(self, name: str) -> str | None:
         """Return the URI of an export; None where it has none, since a server may name one as no URI can."""
@@ -219,6 +227,13 @@ class _Inquiry:
                 "extended": self._client.extended_headers,
             }
         return self._client
+
+
+def _is_empty(client: Client) -> bool:
+    try:
+        return client.size == 0
+    except UsageError:  # more than can be addressed
+        return False
 
 
 def _facts_of(client: Client, description: str, uri: str | None, contexts: list[str] | None) -> Facts:

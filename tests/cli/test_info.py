@@ -11,7 +11,8 @@ from tests.cli import scripted
 from tests.cli.commands import invoke
 from tests.cli.scripted import ACK, GO, INFO, INFORMATION, LIST, SERVER, UNKNOWN, UNSUPPORTED
 from tests.interop import programs
-from tests.interop.servers import nbdkit
+from tests.interop.images import raw_image
+from tests.interop.servers import nbd_server, nbdkit
 
 MEBIBYTE = 1 << 20
 
@@ -189,6 +190,39 @@ def test_server_without_info_is_asked_by_opening_the_export():
     assert "contexts" not in done.output
     assert "block_size" not in done.output
     assert done.exit_code == 0
+
+
+@pytest.mark.parametrize("arguments", [("--size",), ("--json", "--list")])
+def test_size_that_only_opening_tells_is_asked_for_by_opening(arguments):
+    def answer(client, option, data):
+        if option in (INFO, GO):
+            scripted.reply(client, option, INFORMATION, scripted.size_and_flags(MEBIBYTE if option == GO else 0))
+            scripted.reply(client, option, ACK)
+        elif option == LIST:
+            scripted.reply(client, option, SERVER, scripted.counted(b"disk"))
+            scripted.reply(client, option, ACK)
+        else:
+            scripted.reply(client, option, UNSUPPORTED)
+        return option != GO
+
+    with scripted.listening(scripted.negotiating(answer)) as uri:
+        done = invoke("info", *arguments, uri)
+    assert done.exit_code == 0, done.stderr
+    if "--size" in arguments:
+        assert done.stdout == f"{MEBIBYTE}\n"
+    else:
+        assert [export["export-size"] for export in json.loads(done.stdout)["exports"]] == [MEBIBYTE]
+
+
+def test_export_of_no_bytes_is_described(serve):
+    assert invoke("info", serve(MemoryDisk(0)), "--size").stdout == "0\n"
+
+
+@pytest.mark.interop("nbd-server")
+def test_size_is_the_true_one_of_the_reference_server(tmp_path):
+    image = raw_image(tmp_path / "disk.raw", MEBIBYTE)
+    with nbd_server({"disk": image}, tcp=True) as server:
+        assert invoke("info", server.uri, "--size").stdout == f"{MEBIBYTE}\n"
 
 
 def test_oldstyle_server_is_described_and_listed():
