@@ -67,6 +67,10 @@ class LoopSessions(Protocol):
     def close(self, error: Error | None = None) -> None:
         """End all now. Callers that wait are woken, and get `error`, or that this program closed it."""
 
+    @property
+    def inherited(self) -> bool:
+        """Whether this is the copy that a fork made of another process's sessions."""
+
 
 class LoopSession:
     """A session and the loop that it lives in.
@@ -92,6 +96,11 @@ class LoopSession:
         self._ends: list[asyncio.Future[bool]] = []
         # The loop's knowledge of the descriptor must end before its number is free for another.
         session.waited_for = True
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this is the copy that a fork made of another process's session."""
+        return self._session.inherited
 
     def __del__(self) -> None:
         # Nobody is left, so the loop does not watch it any more, or is gone itself.
@@ -196,7 +205,7 @@ class LoopSession:
 
     async def take_leave(self, deadline: Deadline) -> None:
         """Say goodbye, unless another task has, and wait until the connection has ended."""
-        if self._session.over:
+        if self._session.over or self.inherited:
             return
         if not self._leaving:
             self._leaving = True
@@ -214,6 +223,9 @@ class LoopSession:
 
     def close(self, error: Error | None = None) -> None:
         """End the connection now. Callers that wait are woken, and get `error`, or that this program closed it."""
+        if self._session.inherited:  # the loop shares what it watches with the parent's, and must not be touched
+            self._session.close()
+            return
         # A loop that was closed with callers waiting can wake nobody.
         with contextlib.suppress(RuntimeError) if self.loop.is_closed() else contextlib.nullcontext():
             if error is not None:
@@ -341,6 +353,14 @@ def check_runs(loop: asyncio.AbstractEventLoop) -> None:
     # Before Python 3.12 asking which loop runs here costs a system call.
     if not loop.is_running():
         raise UsageError(errno.EINVAL, "the client belongs to the event loop that it was connected in, and this is another")
+
+
+def close_in_loop(live: LoopSessions) -> None:
+    """End all now, from wherever this is called. In the copy that a fork made, the loop is the parent's as well."""
+    if live.inherited:
+        live.close()
+    else:
+        call_in(live.loop, live.close)
 
 
 def call_in(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:

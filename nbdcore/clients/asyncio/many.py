@@ -130,7 +130,7 @@ class Many(AsyncIterator[Item], Generic[Item]):
         self._stop()
 
     def __del__(self) -> None:
-        if self._pipeline.under_way:
+        if self._pipeline.under_way and not self._session.inherited:
             call_in(self._session.loop, self._pipeline.abandon)
 
     def _stop(self) -> None:

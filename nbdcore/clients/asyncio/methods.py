@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
-from nbdcore.clients.asyncio.loop import LoopSession, LoopSessions, call_in, check_runs
+from nbdcore.clients.asyncio.loop import LoopSession, LoopSessions, check_runs, close_in_loop
 from nbdcore.clients.asyncio.waiting import LoopWait, check_loop
 from nbdcore.clients.connect.options import ClientOptions, checked_encryption, checked_permissions, checked_settings
 from nbdcore.clients.connect.target import Route, Way, adopt, given_up, route_by_name, route_by_uri, sooner
@@ -309,7 +309,7 @@ class AsyncConnectCalls(Knowledge):
         self._live = live = LoopSession(Session(self._engine, stream, start_tls=start_tls), loop)
         # A client that nobody knows any more is closed by this, not by a __del__: in a cycle (asyncio makes them, of cancelled
         # tasks) its socket could go before it, with a warning.
-        self._lost = weakref.finalize(self, call_in, loop, live.close)
+        self._lost = weakref.finalize(self, close_in_loop, live)
         if self._engine.phase is not Phase.CONNECTING:  # closed by another task, while the stream was being opened
             live.close()
         await self._exchange(Engine.handshake, deadline, "the handshake")
@@ -329,7 +329,7 @@ class AsyncConnectCalls(Knowledge):
         """End the connection now, from wherever this is called."""
         self._closed = True
         if self._live is not None:
-            call_in(self._live.loop, self._live.close)
+            close_in_loop(self._live)
             return
         self._engine.end()
         if self._waiting is not None:

@@ -15,7 +15,7 @@ from typing import Any, Self, Unpack
 
 from nbdcore.clients.asyncio.calls import AsyncCalls
 from nbdcore.clients.asyncio.client import AsyncClient
-from nbdcore.clients.asyncio.loop import LoopSession, LoopSessions, call_in
+from nbdcore.clients.asyncio.loop import LoopSession, LoopSessions, close_in_loop
 from nbdcore.clients.blocking.pool import CONNECTIONS, GRACE, checked_connections, refuse_several
 from nbdcore.clients.connect.options import ClientOptions
 from nbdcore.clients.connect.several import agree, how_many_more
@@ -83,6 +83,11 @@ class LoopPool:
         """End all now."""
         for session in self._sessions:
             session.close(error)
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this is the copy that a fork made of another process's sessions."""
+        return self._sessions[0].inherited
 
     def _least(self) -> LoopSession:
         return min(self.live or self._sessions, key=_pending)
@@ -196,4 +201,4 @@ class AsyncPool(AsyncCalls):
         if self._lost is not None:
             self._lost.detach()
         self._live = live
-        self._lost = weakref.finalize(self, call_in, live.loop, live.close)
+        self._lost = weakref.finalize(self, close_in_loop, live)

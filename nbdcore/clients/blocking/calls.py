@@ -43,18 +43,24 @@ class BlockingCalls(ManyCalls, ConnectCalls):
         """
         deadline = deadline_after(timeout)
         try:
-            if self._shared is not None and self.phase is Phase.CONNECTED:
+            if self._shared is not None and self.phase is Phase.CONNECTED and not self._shared.inherited:
                 self._shared.take_leave(deadline)
         finally:
             self.close()
 
     def close(self) -> None:
-        """Close the connection now. Never raises; may be called twice, and from any thread: waiting calls of others end."""
-        with self._changing:
-            self._closed = True
-            shared = self._shared
-            if shared is None:
-                self._engine.end()
+        """Close the connection now: waiting calls end. Never raises; may be called twice, from any thread and signal handler.
+
+        In a process that was forked it frees the copy's descriptor only: the connection goes on in the parent.
+        """
+        shared = self._shared
+        if shared is None:
+            with self._changing:
+                self._closed = True
+                shared = self._shared
+                if shared is None:
+                    self._engine.end()
+        self._closed = True
         if shared is not None:
             shared.close()
 

@@ -57,7 +57,8 @@ class ConnectCalls(Knowledge):
         self._where = ""
         self._closed = False
         # Held while the client changes hands: newly created, connecting, with a session, or closed before it had one.
-        self._changing = threading.Lock()
+        # A signal handler may close the client meanwhile, in the same thread.
+        self._changing = threading.RLock()
 
     # ------------------------------------------------------------------------------------------ by a transport
 

@@ -9,6 +9,14 @@ nothing for the others.
 A signal handler may raise in the main thread at any point (Ctrl-C does). While a call waits that harms nobody: its command is
 abandoned. So nothing here waits with the lock held, and the lock is taken by `with` alone, which an exception cannot get between.
 In the middle of moving bytes an exception leaves the stream out of step; that ends the connection.
+
+A signal handler may also call `close` while the call that it interrupted holds the lock. The lock can be taken again by the
+thread that has it, so nothing deadlocks; but the engine may be in the middle of something. So `close` only hangs up then, which
+ends every wait, and leaves the rest to the interrupted call, which looks for that each time it has released the lock. Any other
+call is refused there.
+
+The copy of a session that a fork makes may have its lock taken by a thread that the child does not have. Closing a copy frees its
+descriptor and does nothing else: the connection is the parent's.
 """
 
 from __future__ import annotations
@@ -53,7 +61,10 @@ class SharedSession:
 
     def __init__(self, *sessions: Session) -> None:
         self._sessions = sessions
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        # Whether this thread has the lock. It is how threading.Condition asks, too, and there is no other way.
+        self._interrupted: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]  # noqa: SLF001
+        self._closing: Error | None = None  # what a signal handler asked the call that it interrupted to end the connection with
         self._watch = Watch()
         self._crowd = Crowd()
         self._leaving = False
@@ -82,6 +93,7 @@ class SharedSession:
 
         Raises the connection's own error where that has ended; `what` is how messages name what is waited for.
         """
+        self._refuse_if_interrupted(what)
         with self._lock:
             self._refuse_if_over()
             pending = start(self.engine)
@@ -126,6 +138,7 @@ class SharedSession:
 
     def take_leave(self, deadline: Deadline) -> None:
         """Say goodbye, unless another caller has, and wait until every connection has ended."""
+        self._refuse_if_interrupted("disconnect")
         with self._lock:
             if not self._leaving:
                 self._leaving = True
@@ -135,12 +148,38 @@ class SharedSession:
 
     def close(self, error: Error | None = None) -> None:
         """End all now. Callers that wait are woken, and get `error`, or that this program closed it."""
+        if self.inherited:
+            for session in self._sessions:
+                session.close()
+            return
+        if self._interrupted():
+            self._closing = error or _closed_by_program()
+            for session in self._sessions:
+                session.hang_up()
+            return
         with self._lock:
             for session in self._sessions:
                 if error is not None:
                     session.fail(error)
                 session.close()
             self._wake_others()
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this is the copy that a fork made: the connection is the parent's."""
+        return self._sessions[0].inherited
+
+    def _close_if_asked(self) -> None:
+        """A signal handler may have closed the connection while this thread held the lock."""
+        if self._closing is not None:
+            error, self._closing = self._closing, None
+            self.close(error)
+
+    def _refuse_if_interrupted(self, what: object) -> None:
+        if self._interrupted():
+            raise UsageError(
+                errno.EDEADLK, f"{what}: a signal handler interrupted another call on this connection; it may only close it"
+            )
 
     def abandon(self, commands: Iterable[Command], why: BaseException) -> None:
         """Give commands up: their memory is not touched any more, and answers that come are thrown away."""
@@ -150,6 +189,7 @@ class SharedSession:
             self._submit_inbox()
             for command in commands:
                 self._engine_of(command).abandon(command, error)
+        self._close_if_asked()
 
     def own(self, error: Error) -> Error:
         """Return the caller's own copy of an error that others may be raising as well."""
@@ -168,6 +208,8 @@ class SharedSession:
         """
         crowd = self._crowd
         watched = False
+        if self._interrupted():
+            self._refuse_if_interrupted(command)
         try:
             with self._lock:
                 if session.waited_for or crowd.asleep or crowd.awake:
@@ -190,6 +232,9 @@ class SharedSession:
                     session.waited_for &= ~_READ
                     self._hand_over()
             raise
+        finally:
+            if self._closing is not None:
+                self._close_if_asked()
         return ()
 
     def wait(
@@ -210,6 +255,7 @@ class SharedSession:
         crowd = self._crowd
         turn = Turn(pending, submit, any_of_several=any_of_several)
         expired = False
+        self._refuse_if_interrupted(what)
         try:
             if crowd.awake and submit:
                 sleeper = crowd.leave_to_others(turn)
@@ -219,8 +265,10 @@ class SharedSession:
                         return
             while True:
                 with self._lock:
-                    if self._take(turn, expired=expired):
-                        break
+                    over = self._take(turn, expired=expired)
+                self._close_if_asked()
+                if over:
+                    break
                 if turn.sleeper is None:
                     turn.ready = turn.watched if turn.at_once else self._look(turn.watched, deadline)
                 else:
@@ -231,6 +279,7 @@ class SharedSession:
         except BaseException:
             with self._lock:
                 self._leave(turn)
+            self._close_if_asked()
             raise
         if not pending.done:
             raise DeadlineExceeded(f"no answer from the server in time ({what})")
@@ -307,7 +356,7 @@ class SharedSession:
         """Raise what ended the connection: another caller may have found out since this one looked at the phase."""
         if not self.engines:
             error = self.engine.error
-            raise self.own(error) if error else Disconnected(errno.ENOTCONN, "the connection was closed by this program")
+            raise self.own(error) if error else _closed_by_program()
 
     def _submit(self, commands: Sequence[Command]) -> None:
         """Queue commands, each where the fewest are under way."""
@@ -394,6 +443,10 @@ class SharedSession:
             self._wake_others()
             if crowd.asleep and not crowd.awake and self._unwatched():
                 [*crowd.asleep][0].wake()  # noqa: RUF015 (an iterator does not outlive one more that falls asleep)
+
+
+def _closed_by_program() -> Disconnected:
+    return Disconnected(errno.ENOTCONN, "the connection was closed by this program")
 
 
 class _End:

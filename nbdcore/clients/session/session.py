@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Callable
 
 from nbdcore.errors import Disconnected, Error, TLSError
@@ -49,6 +50,7 @@ class Session:
         self._half_closed = self._finishing = False
         #: what somebody waits for on the descriptor, as the bits of a Want: until nobody does, its number goes to no other
         self.waited_for = 0
+        self._process = os.getpid()
 
     def fileno(self) -> int:
         """Return the descriptor to wait on; -1 when the connection is over."""
@@ -184,11 +186,25 @@ class Session:
         self.engine.fail(error)
         self.close()
 
+    @property
+    def inherited(self) -> bool:
+        """Whether this is the copy that a fork made of another process's session."""
+        return self._process != os.getpid()
+
+    def hang_up(self) -> None:
+        """End the stream in both directions, so that whoever waits or moves bytes finds out. May be called at any time."""
+        self._stream.hang_up()
+
     def close(self) -> None:
         """Close the stream. What the engine still wanted to say (its goodbye in opt mode) is said if it goes through at once.
 
-        While somebody waits on the descriptor it only wakes up; then call again.
+        While somebody waits on the descriptor it only wakes up; then call again. In a copy that a fork made only the descriptor
+        is freed, and nothing is said: the connection is the parent's.
         """
+        if self.inherited:
+            self.engine.end()
+            self._stream.close()
+            return
         if self.engine.phase is Phase.NEGOTIATING:
             self.engine.abort()
         elif self.engine.phase not in _OVER:
