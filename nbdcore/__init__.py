@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         connect_tcp,
         connect_unix,
         connect_vsock,
+        create_pool,
         list_exports,
     )
     from nbdcore.clients.blocking.pool import Pool
@@ -91,6 +92,7 @@ __all__ = [
     "connect_tcp",
     "connect_unix",
     "connect_vsock",
+    "create_pool",
     "is_uri",
     "list_exports",
     "parse_uri",
@@ -109,7 +111,7 @@ _HOMES = {
     "nbdcore.clients.blocking.client": "Client",
     "nbdcore.clients.blocking.functions": (
         "connect connect_command connect_socket connect_socket_activation connect_ssh connect_tcp connect_unix "
-        "connect_vsock list_exports"
+        "connect_vsock create_pool list_exports"
     ),
     "nbdcore.clients.blocking.pool": "Pool",
     "nbdcore.clients.extents.columns": "CombinedExtentColumns ExtentColumns",

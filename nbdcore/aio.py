@@ -11,14 +11,12 @@ Imported by its own name only: `import nbdcore` does not bring asyncio. Values a
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Iterable
-from typing import Any, Generic, TypeVar, Unpack, overload
+from typing import Any, Generic, TypeVar, Unpack
 
-from nbdcore.clients.asyncio.calls import AsyncCalls
 from nbdcore.clients.asyncio.client import AsyncClient
-from nbdcore.clients.asyncio.methods import VSOCK_HOST
 from nbdcore.clients.asyncio.pool import AsyncPool
-from nbdcore.clients.blocking.pool import refuse_pool
-from nbdcore.clients.connect.options import ClientOptions
+from nbdcore.clients.connect.methods import VSOCK_HOST
+from nbdcore.clients.connect.options import CONNECTIONS, ClientOptions
 from nbdcore.clients.requests.arguments import deadline_after
 from nbdcore.protocol.constants import DEFAULT_PORT
 from nbdcore.protocol.handshake.agreement import Export
@@ -37,11 +35,12 @@ __all__ = [
     "connect_tcp",
     "connect_unix",
     "connect_vsock",
+    "create_pool",
     "list_exports",
 ]
 
 
-AnyClient = TypeVar("AnyClient", bound=AsyncCalls)
+AnyClient = TypeVar("AnyClient", bound=AsyncClient | AsyncPool)
 
 
 class Connecting(Generic[AnyClient]):
@@ -61,67 +60,31 @@ class Connecting(Generic[AnyClient]):
         await self._client.__aexit__(kind, *rest)
 
 
-@overload
 def connect(
     uri: str,
     *,
-    connections: None = ...,
-    timeout: float | None = ...,
-    wait: float | None = ...,
-    **options: Unpack[ClientOptions],
-) -> Connecting[AsyncClient]: ...
-
-
-@overload
-def connect(
-    uri: str,
-    *,
-    connections: int,
-    timeout: float | None = ...,
-    wait: float | None = ...,
-    **options: Unpack[ClientOptions],
-) -> Connecting[AsyncPool]: ...
-
-
-def connect(
-    uri: str,
-    *,
-    connections: int | None = None,
     timeout: float | None = None,
     wait: float | None = None,
     **options: Unpack[ClientOptions],
-) -> Connecting[Any]:
-    """Connect to the server and export that an NBD URI names. See `nbdcore.Client` for options.
+) -> Connecting[AsyncClient]:
+    """Connect to the server and export that an NBD URI names. See `nbdcore.Client` for options."""
+    return Connecting(AsyncClient(**options), lambda client: client.connect(uri, timeout=timeout, wait=wait))
 
-    With `connections` it connects a pool, `AsyncPool`, of up to so many.
+
+def create_pool(
+    uri: str,
+    *,
+    connections: int = CONNECTIONS,
+    timeout: float | None = None,
+    wait: float | None = None,
+    **options: Unpack[ClientOptions],
+) -> Connecting[AsyncPool]:
+    """Connect to the server and export that an NBD URI names, with up to so many connections. See `AsyncPool`.
+
+    By another way than a URI: `await AsyncPool(connections=4).connect_tcp("host")`.
     """
-    return Connecting(_new(connections, options), lambda client: client.connect(uri, timeout=timeout, wait=wait))
-
-
-@overload
-def connect_tcp(
-    host: str = ...,
-    port: int = ...,
-    *,
-    keepalive: bool = ...,
-    connections: None = ...,
-    timeout: float | None = ...,
-    wait: float | None = ...,
-    **options: Unpack[ClientOptions],
-) -> Connecting[AsyncClient]: ...
-
-
-@overload
-def connect_tcp(
-    host: str = ...,
-    port: int = ...,
-    *,
-    keepalive: bool = ...,
-    connections: int,
-    timeout: float | None = ...,
-    wait: float | None = ...,
-    **options: Unpack[ClientOptions],
-) -> Connecting[AsyncPool]: ...
+    pool = AsyncPool(connections=connections, **options)
+    return Connecting(pool, lambda pool: pool.connect(uri, timeout=timeout, wait=wait))
 
 
 def connect_tcp(
@@ -129,125 +92,37 @@ def connect_tcp(
     port: int = DEFAULT_PORT,
     *,
     keepalive: bool = False,
-    connections: int | None = None,
     timeout: float | None = None,
     wait: float | None = None,
     **options: Unpack[ClientOptions],
-) -> Connecting[Any]:
-    """Connect over TCP. See `nbdcore.Client` for options.
-
-    With `connections` it connects a pool, `AsyncPool`, of up to so many.
-    """
+) -> Connecting[AsyncClient]:
+    """Connect over TCP. See `nbdcore.Client` for options."""
     return Connecting(
-        _new(connections, options), lambda client: client.connect_tcp(host, port, keepalive=keepalive, timeout=timeout, wait=wait)
+        AsyncClient(**options), lambda client: client.connect_tcp(host, port, keepalive=keepalive, timeout=timeout, wait=wait)
     )
 
 
-@overload
 def connect_unix(
     path: Any,
     *,
-    connections: None = ...,
-    timeout: float | None = ...,
-    wait: float | None = ...,
-    **options: Unpack[ClientOptions],
-) -> Connecting[AsyncClient]: ...
-
-
-@overload
-def connect_unix(
-    path: Any,
-    *,
-    connections: int,
-    timeout: float | None = ...,
-    wait: float | None = ...,
-    **options: Unpack[ClientOptions],
-) -> Connecting[AsyncPool]: ...
-
-
-def connect_unix(
-    path: Any,
-    *,
-    connections: int | None = None,
     timeout: float | None = None,
     wait: float | None = None,
     **options: Unpack[ClientOptions],
-) -> Connecting[Any]:
-    """Connect to a unix socket. See `nbdcore.Client` for options.
-
-    With `connections` it connects a pool, `AsyncPool`, of up to so many.
-    """
-    return Connecting(_new(connections, options), lambda client: client.connect_unix(path, timeout=timeout, wait=wait))
-
-
-@overload
-def connect_vsock(
-    cid: int = ...,
-    port: int = ...,
-    *,
-    connections: None = ...,
-    timeout: float | None = ...,
-    wait: float | None = ...,
-    **options: Unpack[ClientOptions],
-) -> Connecting[AsyncClient]: ...
-
-
-@overload
-def connect_vsock(
-    cid: int = ...,
-    port: int = ...,
-    *,
-    connections: int,
-    timeout: float | None = ...,
-    wait: float | None = ...,
-    **options: Unpack[ClientOptions],
-) -> Connecting[AsyncPool]: ...
+) -> Connecting[AsyncClient]:
+    """Connect to a unix socket. See `nbdcore.Client` for options."""
+    return Connecting(AsyncClient(**options), lambda client: client.connect_unix(path, timeout=timeout, wait=wait))
 
 
 def connect_vsock(
     cid: int = VSOCK_HOST,
     port: int = DEFAULT_PORT,
     *,
-    connections: int | None = None,
     timeout: float | None = None,
     wait: float | None = None,
     **options: Unpack[ClientOptions],
-) -> Connecting[Any]:
-    """Connect over vsock; the default is the host of this virtual machine, NBD's port. See `nbdcore.Client` for options.
-
-    With `connections` it connects a pool, `AsyncPool`, of up to so many.
-    """
-    return Connecting(_new(connections, options), lambda client: client.connect_vsock(cid, port, timeout=timeout, wait=wait))
-
-
-@overload
-def connect_ssh(
-    host: str,
-    *,
-    socket: str | None = ...,
-    port: int | None = ...,
-    user: str | None = ...,
-    ssh_port: int | None = ...,
-    connections: None = ...,
-    timeout: float | None = ...,
-    wait: float | None = ...,
-    **options: Unpack[ClientOptions],
-) -> Connecting[AsyncClient]: ...
-
-
-@overload
-def connect_ssh(
-    host: str,
-    *,
-    socket: str | None = ...,
-    port: int | None = ...,
-    user: str | None = ...,
-    ssh_port: int | None = ...,
-    connections: int,
-    timeout: float | None = ...,
-    wait: float | None = ...,
-    **options: Unpack[ClientOptions],
-) -> Connecting[AsyncPool]: ...
+) -> Connecting[AsyncClient]:
+    """Connect over vsock; the default is the host of this virtual machine, NBD's port. See `nbdcore.Client` for options."""
+    return Connecting(AsyncClient(**options), lambda client: client.connect_vsock(cid, port, timeout=timeout, wait=wait))
 
 
 def connect_ssh(
@@ -257,17 +132,13 @@ def connect_ssh(
     port: int | None = None,
     user: str | None = None,
     ssh_port: int | None = None,
-    connections: int | None = None,
     timeout: float | None = None,
     wait: float | None = None,
     **options: Unpack[ClientOptions],
-) -> Connecting[Any]:
-    """Connect through ssh to a server on another machine. See `AsyncClient.connect_ssh`, and `nbdcore.Client` for options.
-
-    With `connections` it connects a pool, `AsyncPool`, of up to so many.
-    """
+) -> Connecting[AsyncClient]:
+    """Connect through ssh to a server on another machine. See `AsyncClient.connect_ssh`, and `nbdcore.Client` for options."""
     return Connecting(
-        _new(connections, options),
+        AsyncClient(**options),
         lambda client: client.connect_ssh(
             host, socket=socket, port=port, user=user, ssh_port=ssh_port, timeout=timeout, wait=wait
         ),
@@ -278,9 +149,7 @@ def connect_command(
     argv: Iterable[str], *, timeout: float | None = None, wait: float | None = None, **options: Unpack[ClientOptions]
 ) -> Connecting[AsyncClient]:
     """Run a server that talks on its standard input and output. See `nbdcore.Client` for options."""
-    return Connecting(
-        _single("connect_command", options), lambda client: client.connect_command(argv, timeout=timeout, wait=wait)
-    )
+    return Connecting(AsyncClient(**options), lambda client: client.connect_command(argv, timeout=timeout, wait=wait))
 
 
 def connect_socket_activation(
@@ -293,19 +162,19 @@ def connect_socket_activation(
 ) -> Connecting[AsyncClient]:
     """Run a server that takes a listening socket over. See `nbdcore.Client` for options."""
     return Connecting(
-        _single("connect_socket_activation", options),
+        AsyncClient(**options),
         lambda client: client.connect_socket_activation(argv, name=name, timeout=timeout, wait=wait),
     )
 
 
 def connect_socket(socket: Any, *, timeout: float | None = None, **options: Unpack[ClientOptions]) -> Connecting[AsyncClient]:
     """Connect over a connected stream socket, or its descriptor. See `nbdcore.Client` for options."""
-    return Connecting(_single("connect_socket", options), lambda client: client.connect_socket(socket, timeout=timeout))
+    return Connecting(AsyncClient(**options), lambda client: client.connect_socket(socket, timeout=timeout))
 
 
 def connect_stream(stream: Stream, *, timeout: float | None = None, **options: Unpack[ClientOptions]) -> Connecting[AsyncClient]:
     """Connect over a stream that is open already, and belongs to the client from then on. See `nbdcore.Client` for options."""
-    return Connecting(_single("connect_stream", options), lambda client: client.connect_stream(stream, timeout=timeout))
+    return Connecting(AsyncClient(**options), lambda client: client.connect_stream(stream, timeout=timeout))
 
 
 async def list_exports(
@@ -316,12 +185,3 @@ async def list_exports(
     options["opt_mode"] = True
     async with connect(uri, timeout=timeout, wait=wait, **options) as client:
         return await client.opt_list(timeout=timeout if wait else deadline.remaining())
-
-
-def _new(connections: int | None, options: ClientOptions) -> AsyncClient | AsyncPool:
-    return AsyncClient(**options) if connections is None else AsyncPool(connections=connections, **options)
-
-
-def _single(call: str, options: ClientOptions) -> AsyncClient:
-    refuse_pool(call, options)
-    return AsyncClient(**options)

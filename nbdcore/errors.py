@@ -22,7 +22,9 @@ The text that a server sent is kept raw in `server_text`; in messages its contro
 
 from __future__ import annotations
 
+import copy
 import errno as errno_names
+from typing import TypeVar
 
 __all__ = [
     "ArgumentTypeError",
@@ -36,6 +38,7 @@ __all__ = [
     "TransportError",
     "TransportUnavailable",
     "UsageError",
+    "copied",
 ]
 
 # Server text shown in a message. The specification allows 4096 bytes; an error line wants less.
@@ -187,3 +190,13 @@ class DeadlineExceeded(Error, TimeoutError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return (type(self), (self.message,), {"errno": self.errno})
+
+
+AnyError = TypeVar("AnyError", bound=Error)
+
+
+def copied(error: AnyError) -> AnyError:
+    """Return a copy of an error with its cause, and without its traceback: for each of several callers that raise it."""
+    mine = copy.copy(error)
+    mine.__cause__ = error.__cause__
+    return mine

@@ -61,6 +61,7 @@ TABLE = {
             "nbdcore.streams.base",
             "nbdcore.streams.waiting",
             "nbdcore.streams.sockets",
+            "nbdcore.streams.connecting",
             "nbdcore.streams.tls.credentials",
             "nbdcore.plugins",
             "nbdcore.protocol",

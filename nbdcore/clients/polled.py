@@ -11,11 +11,14 @@ shares a client among threads holds a lock of their own around each call.
 from __future__ import annotations
 
 import errno
-from typing import Any, Self, Unpack
+from collections.abc import Collection, Generator
+from functools import partial
+from typing import Any, TypeVar
 
-from nbdcore.clients.connect.options import ClientOptions, checked_encryption, checked_permissions, checked_settings
+from nbdcore.clients.connect.methods import ConnectMethods
+from nbdcore.clients.connect.steps import AnyOf, Blocking, Steps
+from nbdcore.clients.connect.target import Find
 from nbdcore.clients.connect.tls import Encryption, Permissions
-from nbdcore.clients.polled_ways import Connecting, PolledConnectCalls
 from nbdcore.clients.session.session import Session, StartTLS
 from nbdcore.errors import Disconnected, Error, TransportError, UsageError
 from nbdcore.protocol.engine import Engine, Exchange
@@ -25,9 +28,15 @@ from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission import commands
 from nbdcore.protocol.transmission.commands import ALL_STRICT, Command
 from nbdcore.streams.base import Stream, Want
+from nbdcore.streams.connecting import in_thread
 from nbdcore.streams.waiting import NEVER, Deadline, Watch, wait_any
 
 __all__ = ["Connecting", "PolledClient"]
+
+Result = TypeVar("Result")
+
+#: A connection being opened, as transports do it: yields what to wait for, returns the stream.
+Connecting = Generator[tuple[int, Want] | AnyOf, Collection[int] | None, Stream]
 
 _READ = Want.READ
 _CONNECTED = Phase.CONNECTED
@@ -38,11 +47,13 @@ _BURST = 16
 _LARGE_PAYLOAD = 1 << 15
 
 
-class PolledClient(PolledConnectCalls):
+class PolledClient(ConnectMethods[None]):
     """One connection, moved on by whoever watches its descriptor.
 
     Newly created it is not connected: call one of its `connect` methods, then let it advance until `phase` is CONNECTED, or
-    NEGOTIATING in opt mode, or DEAD, with the reason in `error`.
+    NEGOTIATING in opt mode, or DEAD, with the reason in `error`. An attempt is made once: when to make another, and how long one
+    may take, is for the loop to say, so `timeout` and `wait` are refused there. Looking up a host's name, reading certificates
+    and starting a program take the time that they take; nothing else waits.
 
     Args:
         settings: what to ask the server for. Raises UsageError for a name in them that cannot be sent.
@@ -66,17 +77,11 @@ class PolledClient(PolledConnectCalls):
         #: the engine underneath, for what is agreed on and for building commands
         self.engine: Engine = self._engine
         self._start_tls: StartTLS | None = None
-        self._connecting: Connecting | None = None
+        self._connecting: _OneByOne | None = None
         self._awaited: tuple[int, Want] = (-1, Want.NOTHING)
         self._session: Session | None = None
         self._advancing = False
         self._watch = Watch()
-
-    @classmethod
-    def of(cls, **options: Unpack[ClientOptions]) -> Self:
-        """Return a client with the options of `nbdcore.Client`. Raises UsageError as that does."""
-        encryption, permissions = checked_encryption(options), checked_permissions(options)
-        return cls(checked_settings(options), encryption=encryption, permissions=permissions)
 
     @property
     def traffic(self) -> Traffic:
@@ -95,18 +100,25 @@ class PolledClient(PolledConnectCalls):
 
     # ------------------------------------------------------------------------------------------ connecting
 
+    def _connect(self, call: str, find: Find, timeout: float | None, wait: float | None) -> None:
+        if timeout is not None or wait is not None:
+            raise UsageError(errno.EINVAL, f"{call}: the loop that a polled client is in says how long to wait, not the client")
+        target = _at_once(self._find(call, find))
+        self._begin_connecting(call, target)
+        self._begin(target.endpoint.open(None), target.start_tls)
+
     def connect_steps(self, connecting: Connecting) -> None:
         """Start connecting by any generator that does what a transport's `connect` does. TLS is `start_tls` alone."""
         self._legal("connect_stream")
+        self._engine.connecting()
         self._begin(connecting, self._encryption.start_tls)
 
     def _begin(self, connecting: Connecting, start_tls: StartTLS | None) -> None:
-        self._engine.connecting()
         self._start_tls = start_tls
-        self._connecting = connecting
-        self._step(connecting)
+        self._connecting = _one_by_one(connecting)
+        self._step(self._connecting)
 
-    def _step(self, connecting: Connecting) -> None:
+    def _step(self, connecting: _OneByOne) -> None:
         """Let the transport go on until it has to wait again, or is done."""
         try:
             self._awaited = next(connecting)
@@ -304,6 +316,48 @@ class PolledClient(PolledConnectCalls):
             self._session.close()
         elif self.phase not in (Phase.CLOSED, Phase.DEAD):
             self._engine.end()
+
+
+def _at_once(steps: Steps[Result]) -> Result:
+    """Run steps that make calls which block, and wait for nothing else."""
+    answer: object = None
+    while True:
+        try:
+            request = steps.send(answer)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        assert isinstance(request, Blocking), "nothing is connected to while a target is found"
+        answer = request.call()
+
+
+#: A connection being opened, one descriptor at a time.
+_OneByOne = Generator[tuple[int, Want], None, Stream]
+
+
+def _one_by_one(connecting: Connecting) -> _OneByOne:
+    """Open a connection for a loop that asks for one descriptor, and keeps no time for us.
+
+    Where any of several descriptors is waited for, or a time, a thread waits, and the loop waits for the thread.
+    """
+    ready: Collection[int] | None = None
+    try:
+        while True:
+            try:
+                wanted = connecting.send(ready)
+            except StopIteration as end:
+                stream: Stream = end.value
+                return stream
+            if not isinstance(wanted, AnyOf):
+                yield wanted
+            elif wanted.seconds is None and len(wanted.waiting) == 1:
+                yield wanted.waiting[0]
+                ready = (wanted.waiting[0][0],)
+            else:
+                found = yield from in_thread(partial(wait_any, wanted.waiting, Deadline.after(wanted.seconds)))
+                ready = [fd for fd, _ in found]
+    finally:
+        connecting.close()
 
 
 def _move(session: Session, receives: int | None = None) -> None:

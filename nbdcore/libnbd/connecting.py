@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterable
 from typing import Any
 
-from nbdcore.clients.connect.target import Route, route_by_name
+from nbdcore.clients.connect.target import Endpoint, endpoint_by_name
 from nbdcore.clients.polled import Connecting, PolledClient
 from nbdcore.errors import Error as CoreError
 from nbdcore.errors import TransportError, UsageError
@@ -101,7 +101,7 @@ class ConnectCalls(Core):
         self._reach_named("tcp", host=host, port=_port(arguments.text(port, "port"), host))
 
     def _reach_named(self, transport: str, **parts: Any) -> None:
-        self._reach(route_by_name(transport, parts), self._wishes)
+        self._reach(endpoint_by_name(transport, parts), self._wishes)
 
     # ------------------------------------------------------------------------------------------ by descriptor, by command
 
@@ -147,7 +147,8 @@ class ConnectCalls(Core):
 
     def _reach_activated(self, argv: list[str]) -> None:
         command = _command(argv)
-        self._begin(self._watched(run_activated(command, name=self._wishes.socket_activation_name or "unknown")), self._wishes)
+        name = self._wishes.socket_activation_name or "unknown"
+        self._begin(self._watched(_activate(command, name)), self._wishes)
 
     def _watched(self, steps: Connecting) -> Connecting:
         """Remember the process behind a stream, for `kill_subprocess` and for closing."""
@@ -155,19 +156,19 @@ class ConnectCalls(Core):
         if isinstance(stream, ProcessStream):
             self._child = stream.child
             if stream.path is not None:
-                self._route = route_by_name("unix", {"path": stream.path})
+                self._route = endpoint_by_name("unix", {"path": stream.path})
         return stream
 
     # ------------------------------------------------------------------------------------------ what they share
 
-    def _reach(self, route: Route, wishes: Wishes) -> None:
+    def _reach(self, route: Endpoint, wishes: Wishes) -> None:
         """Start connecting to a transport's address, as `wishes` say; they become the handle's own."""
         address = route.address
         host = getattr(address, "host", None) if route.transport.name == "tcp" else None
         steps = _tuned(route.transport.connect(address), _socket_options(wishes)) if host else route.transport.connect(address)
         self._begin(steps, wishes, host=host, route=route)
 
-    def _begin(self, steps: Connecting, wishes: Wishes, *, host: str | None = None, route: Route | None = None) -> None:
+    def _begin(self, steps: Connecting, wishes: Wishes, *, host: str | None = None, route: Endpoint | None = None) -> None:
         client = PolledClient(wishes.settings(), strict=wishes.strict_mode, start_tls=start_tls(wishes, host))
         self._wishes, self._client, self._host, self._route = wishes, client, host, route
         client.connect_steps(steps)
@@ -250,6 +251,10 @@ def _opened(stream: Stream) -> Connecting:
 def _run(command: list[str]) -> Connecting:
     yield from ()
     return run_command(command)
+
+
+def _activate(command: list[str], name: str) -> Connecting:
+    return (yield from run_activated(command, name=name))
 
 
 def _socket_options(wishes: Wishes) -> list[_Option]:

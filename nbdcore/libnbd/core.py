@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from nbdcore.clients.connect.target import Route
+from nbdcore.clients.connect.target import Endpoint
 from nbdcore.clients.polled import PolledClient
 from nbdcore.errors import Disconnected, TransportError
 from nbdcore.libnbd.ledger import Ledger
@@ -51,7 +51,7 @@ class Core:
         self._wishes = Wishes()
         self._client: PolledClient | None = None
         self._host: str | None = None  # of this very connection, for TLS: never one of an attempt before
-        self._route: Route | None = None
+        self._route: Endpoint | None = None
         self._child: Child | None = None
         self._disconnecting = False
         self._name = f"nbd{next(_numbers)}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from dataclasses import replace
 
-from nbdcore.clients.connect.target import Route
+from nbdcore.clients.connect.target import Endpoint
 from nbdcore.errors import TransportUnavailable, UsageError, printable
 from nbdcore.libnbd import arguments, constants
 from nbdcore.libnbd.wishes import Wishes
@@ -39,7 +39,7 @@ def is_uri(text: str) -> bool:
     return text.lower().startswith(_SCHEMES)
 
 
-def obey(text: str, wishes: Wishes) -> tuple[Route, Wishes]:
+def obey(text: str, wishes: Wishes) -> tuple[Endpoint, Wishes]:
     """Return the way to a URI's server, and the handle's wishes with the URI's own on top.
 
     Raises UsageError: EINVAL for what is no NBD URI, EPERM for what the allow-lists forbid.
@@ -61,7 +61,7 @@ def obey(text: str, wishes: Wishes) -> tuple[Route, Wishes]:
     own = tuple(pair for pair in uri.query if pair[0] in transport.parameters)
     port = (uri.port or None) if "nbd-port" in transport.parameters else _port_of(uri)
     address = transport.parse(replace(uri, query=own, port=port))
-    return Route(transport, address), _with(uri, wishes)
+    return Endpoint(transport, address), _with(uri, wishes)
 
 
 def _port_of(uri: URI) -> int | None:

@@ -91,6 +91,11 @@ class Registry:
         uri.check_parameters(transport.parameters)
         return transport
 
+    @property
+    def scanned(self) -> bool:
+        """Whether the plugins have been looked for, which takes some tens of milliseconds and happens by itself when needed."""
+        return self._loaded is not None
+
     def statuses(self) -> tuple[TransportStatus, ...]:
         """Return what became of every plugin, by name; loaded or not."""
         return tuple(sorted(self._scanned().statuses, key=lambda status: (status.name, status.distribution, status.module)))

@@ -11,9 +11,10 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-__all__ = ["WANTS", "Address", "Listener", "Stream", "Want"]
+__all__ = ["WANTS", "Address", "AnyOf", "Listener", "Stream", "Want"]
 
 
 class Want(enum.IntFlag):
@@ -26,6 +27,21 @@ class Want(enum.IntFlag):
 
 #: Every Want by its number: operations on flags cost more than the system calls that they are for.
 WANTS = (Want.NOTHING, Want.READ, Want.WRITE, Want.READ | Want.WRITE)
+
+
+@dataclass(frozen=True, slots=True)
+class AnyOf:
+    """Several descriptors to wait for at once, or a time: what a generator that opens a connection may yield.
+
+    Whoever drives it sends those that are ready into the generator, as a set of numbers: none when the time has passed.
+
+    Attributes:
+        waiting: each descriptor, and what to wait for on it; without any, time is all that is waited for.
+        seconds: after which to go on though nothing is ready; None: never.
+    """
+
+    waiting: tuple[tuple[int, Want], ...]
+    seconds: float | None = None
 
 
 class Stream(ABC):

@@ -16,12 +16,12 @@ import errno
 import math
 import select
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from nbdcore.errors import DeadlineExceeded, Disconnected, UsageError
-from nbdcore.streams.base import WANTS, Want
+from nbdcore.streams.base import WANTS, AnyOf, Want
 
 __all__ = ["NEVER", "Deadline", "Watch", "drive", "wait", "wait_any"]
 
@@ -115,20 +115,29 @@ def wait_any(waiting: Iterable[tuple[int, Want]], deadline: Deadline) -> list[tu
             return []
 
 
-def drive(generator: Generator[tuple[int, Want], None, Result], deadline: Deadline, message: str) -> Result:
+def drive(
+    generator: Generator[tuple[int, Want] | AnyOf, Collection[int] | None, Result], deadline: Deadline, message: str
+) -> Result:
     """Run a generator that yields what it must wait for (a transport's `connect`) to its end, and return its result.
 
     The generator is closed in every case, so whatever it had opened is freed when it fails or the deadline passes. Raises
     DeadlineExceeded with `message`, and whatever the generator raises.
     """
+    ready: Collection[int] | None = None
     try:
         while True:
             try:
-                fd, want = next(generator)
+                wanted = generator.send(ready)
             except StopIteration as end:
                 result: Result = end.value
                 return result
-            wait(fd, want, deadline, message)
+            any_of = wanted if isinstance(wanted, AnyOf) else AnyOf((wanted,))
+            until = Deadline.after(any_of.seconds)
+            if deadline.at is not None and (until.at is None or deadline.at < until.at):
+                until = deadline
+            ready = {fd for fd, _ in wait_any(any_of.waiting, until)}
+            if not ready and deadline.expired:
+                raise DeadlineExceeded(message)
     finally:
         generator.close()
 

@@ -69,12 +69,12 @@ def busy(client):
         assert not thread.is_alive(), "the parent's thread hangs"
 
 
-@pytest.mark.parametrize("options", [{}, {"connections": 3}], ids=["Client", "Pool"])
+@pytest.mark.parametrize("connect", [nbdcore.connect, nbdcore.create_pool])
 @pytest.mark.parametrize(
     "leave", [lambda client: client.close(), lambda client: client.disconnect(), drop], ids=["close", "disconnect", "drop"]
 )
-def test_child_that_leaves_its_copy_ends_while_the_parent_is_busy(uri, options, leave):
-    with nbdcore.connect(uri, timeout=PATIENCE, **options) as client:
+def test_child_that_leaves_its_copy_ends_while_the_parent_is_busy(uri, connect, leave):
+    with connect(uri, timeout=PATIENCE) as client:
         with busy(client) as rounds:
             statuses = [status_of_child(lambda: leave(client)) for _ in range(CHILDREN)]
         assert statuses == [0] * CHILDREN
@@ -89,11 +89,11 @@ def test_child_that_leaves_its_copy_says_no_goodbye_in_opt_mode(uri):
         assert len(client.pread(512, 0, timeout=PATIENCE)) == 512
 
 
-@pytest.mark.parametrize("options", [{}, {"connections": 3}], ids=["AsyncClient", "AsyncPool"])
+@pytest.mark.parametrize("connect", [aio.connect, aio.create_pool])
 @pytest.mark.parametrize("call", ["close", "disconnect"])
-def test_child_that_leaves_its_copy_of_an_asyncio_client_disturbs_nobody(uri, options, call):
+def test_child_that_leaves_its_copy_of_an_asyncio_client_disturbs_nobody(uri, connect, call):
     async def parent():
-        async with await aio.connect(uri, timeout=PATIENCE, **options) as client:
+        async with connect(uri, timeout=PATIENCE) as client:
             reads = [asyncio.ensure_future(client.pread(4096, offset)) for offset, _ in RANGES]
             await asyncio.sleep(0)
 

@@ -32,18 +32,20 @@ def uri():
         yield server.listen("tcp", host="127.0.0.1", port=0).address.uri()
 
 
-def connections(front_end):
-    return {"connections": 2} if front_end.endswith("Pool") else {}
+def connected(front_end, uri):
+    """Return a connected client; of an asyncio one what is to be awaited for it."""
+    library = aio if front_end.startswith("Async") else nbdcore
+    return (library.create_pool if front_end.endswith("Pool") else library.connect)(uri, timeout=PATIENCE)
 
 
 def iterator_alone(front_end, uri, name, *arguments):
     """Return what a loop runs over, with nobody left who knows the client."""
-    client = nbdcore.connect(uri, timeout=PATIENCE, **connections(front_end))
+    client = connected(front_end, uri)
     return getattr(client, name)(*arguments)
 
 
 async def async_iterator_alone(front_end, uri, name, *arguments):
-    client = await aio.connect(uri, timeout=PATIENCE, **connections(front_end))
+    client = await connected(front_end, uri)
     return getattr(client, name)(*arguments)
 
 

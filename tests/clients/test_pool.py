@@ -25,7 +25,7 @@ from nbdcore import (
     TransportError,
     UsageError,
 )
-from nbdcore.clients.blocking import pool as pool_module
+from nbdcore.clients.connect import establish as establishing
 from nbdcore.protocol.constants import CommandFlag, CommandType, OptionReply, TransmissionFlag
 from nbdcore.protocol.state import LEGAL
 from nbdcore.server import BlockSizes, ExportSettings, MemoryDisk, Server
@@ -62,9 +62,9 @@ READ, WRITE, FLUSH = CommandType.READ, CommandType.WRITE, CommandType.FLUSH
 def pooled(*scripts: Iterable[Step], connections: int | None = None, **options: Any) -> Iterator[tuple[Pool, ScriptedServer]]:
     """A pool of as many connections as there are scripts, unless told otherwise. Leaving does not say goodbye."""
     with ScriptedServer(*scripts, patience=PATIENCE) as server:
-        options.setdefault("timeout", PATIENCE)
+        timing = {"timeout": options.pop("timeout", PATIENCE)}
         port = server.listen_tcp()
-        pool = nbdcore.connect_tcp("127.0.0.1", port, connections=connections or len(scripts), **options)
+        pool = Pool(connections=connections or len(scripts), **options).connect_tcp("127.0.0.1", port, **timing)
         with contextlib.closing(pool):
             yield pool, server
 
@@ -132,14 +132,14 @@ def test_a_server_that_refuses_some_leaves_fewer(refusal):
 
 
 def test_a_server_that_accepts_and_never_greets_delays_by_no_more_than_the_grace(monkeypatch):
-    monkeypatch.setattr(pool_module, "GRACE", SHORT)
+    monkeypatch.setattr(establishing, "GRACE", SHORT)
     with pooled(script(serve(good)), [expect_end], [expect_end]) as (pool, _):
         assert pool.connections == 1
         assert pool.pread(8, 3, timeout=PATIENCE) == expected(3, 8)
 
 
 def test_a_server_that_stops_in_the_middle_of_the_handshake_delays_by_no_more_than_the_timeout(monkeypatch):
-    monkeypatch.setattr(pool_module, "GRACE", 100 * PATIENCE)
+    monkeypatch.setattr(establishing, "GRACE", 100 * PATIENCE)
     stuck = [greeting(), lambda c: c.receive(4), drain]
     with pooled(script(serve(good)), stuck, stuck, timeout=1.0) as (pool, _):
         assert pool.connections == 1
@@ -147,7 +147,7 @@ def test_a_server_that_stops_in_the_middle_of_the_handshake_delays_by_no_more_th
 
 
 def test_those_that_are_open_at_the_end_of_the_grace_are_used(monkeypatch):
-    monkeypatch.setattr(pool_module, "GRACE", 0.5)
+    monkeypatch.setattr(establishing, "GRACE", 0.5)
     with pooled(script(serve(good)), [expect_end], script(serve(good)), [expect_end]) as (pool, _):
         assert pool.connections == 2
 
@@ -185,12 +185,12 @@ def test_the_first_connections_error_is_the_pools():
 
 def test_nobody_listens():
     with pytest.raises(TransportError):
-        nbdcore.connect("nbd+unix:///?socket=/nonexistent", connections=3)
+        nbdcore.create_pool("nbd+unix:///?socket=/nonexistent", connections=3)
 
 
 def test_waiting_for_a_server_waits_for_the_first_connection(socket_path):
     def connect() -> Pool:
-        return nbdcore.connect_unix(socket_path, connections=3, wait=PATIENCE)
+        return Pool(connections=3).connect_unix(socket_path, wait=PATIENCE)
 
     with Server(MemoryDisk(DISK)) as server:
         with in_background(connect) as outcome:
@@ -569,7 +569,7 @@ def test_a_wrong_number_of_connections_is_a_usage_error(number):
 
 def test_opt_mode_is_for_one_connection():
     with pytest.raises(UsageError, match="opt mode"):
-        nbdcore.connect("nbd://127.0.0.1:1", connections=2, opt_mode=True)
+        nbdcore.create_pool("nbd://127.0.0.1:1", connections=2, opt_mode=True)
 
 
 def connect_stream(pool: Pool) -> None:
@@ -597,10 +597,10 @@ def test_what_leads_to_no_second_connection_is_a_usage_error(name):
     pool.close()
 
 
-@pytest.mark.parametrize("name", ["connect_command", "connect_socket_activation", "connect_socket"])
-def test_the_functions_for_those_make_no_pool(name):
-    with pytest.raises(UsageError, match=f"^{name}: there is no second way to the same server"):
-        getattr(nbdcore, name)(["true"], connections=2)
+@pytest.mark.parametrize("name", ["connect", "connect_tcp", "connect_command", "connect_socket"])
+def test_the_functions_for_clients_say_how_a_pool_is_made(name):
+    with pytest.raises(UsageError, match="unknown option connections; a pool of connections is made by create_pool"):
+        getattr(nbdcore, name)("nbd://localhost", connections=2)
 
 
 def test_a_socket_that_was_refused_is_still_the_callers():
@@ -624,19 +624,14 @@ def test_a_pool_of_one_goes_over_anything(over):
         assert pool.pread(8, 3, timeout=PATIENCE) == expected(3, 8)
 
 
-def test_the_functions_return_a_pool_only_where_a_number_is_given(socket_path):
+def test_a_pool_is_made_by_its_own_function(socket_path):
     with Server(MemoryDisk(DISK)) as server:
-        port = server.listen("tcp", host="127.0.0.1", port=0).address.port
-        server.listen("unix", path=str(socket_path))
-        ways = [
-            (nbdcore.connect, (f"nbd+unix:///?socket={socket_path}",)),
-            (nbdcore.connect_unix, (socket_path,)),
-            (nbdcore.connect_tcp, ("127.0.0.1", port)),
-        ]
-        for connect, where in ways:
-            with connect(*where, timeout=PATIENCE) as client, connect(*where, connections=2, timeout=PATIENCE) as pool:
-                assert type(client) is Client
-                assert (type(pool), pool.connections) == (Pool, 2)
+        uri = server.listen("unix", path=str(socket_path)).address.uri()
+        with nbdcore.connect(uri, timeout=PATIENCE) as client, nbdcore.create_pool(uri, connections=2, timeout=PATIENCE) as pool:
+            assert type(client) is Client
+            assert (type(pool), pool.connections) == (Pool, 2)
+        with nbdcore.create_pool(uri, timeout=PATIENCE) as pool:
+            assert pool.connections == 4
 
 
 def test_the_embedded_server_keeps_what_many_threads_write(socket_path):
@@ -644,7 +639,7 @@ def test_the_embedded_server_keeps_what_many_threads_write(socket_path):
     settings = ExportSettings(MemoryDisk(8 * area), block_sizes=BlockSizes(minimum=1, preferred=4096, maximum=1 << 17))
     with Server(settings) as server:
         server.listen("unix", path=str(socket_path))
-        with nbdcore.connect_unix(socket_path, connections=4, timeout=PATIENCE) as pool:
+        with Pool(connections=4).connect_unix(socket_path, timeout=PATIENCE) as pool:
             contents = random.Random(1).randbytes(8 * area)
 
             def work(number: int) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 import nbdcore
 from nbdcore import TLS, Disconnected, Phase, Pool
-from nbdcore.clients.blocking import pool as pool_module
+from nbdcore.clients.connect import establish as establishing
 from tests.certificates import CertificateAuthority
 from tests.clients.talking import PATIENCE, together
 from tests.interop.servers import nbd_server, nbdkit, qemu_nbd
@@ -49,7 +49,7 @@ def use(disk: Pool) -> None:
 @pytest.mark.interop("nbdkit")
 @pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
 def test_nbdkit_keeps_what_is_written(tcp):
-    with nbdkit("memory", str(SIZE), tcp=tcp) as server, nbdcore.connect(server.uri, connections=4, timeout=PATIENCE) as disk:
+    with nbdkit("memory", str(SIZE), tcp=tcp) as server, nbdcore.create_pool(server.uri, connections=4, timeout=PATIENCE) as disk:
         assert disk.connections == 4
         use(disk)
         assert sum(extent.length for extent in disk.extents(timeout=PATIENCE)) == SIZE
@@ -59,7 +59,7 @@ def test_nbdkit_keeps_what_is_written(tcp):
 @pytest.mark.interop("nbdkit")
 def test_a_slow_server_is_asked_on_all_connections_at_once():
     slow = nbdkit("memory", str(SIZE), "rdelay=20ms", filters=["delay"])
-    with slow as server, nbdcore.connect(server.uri, connections=8, timeout=PATIENCE) as disk:
+    with slow as server, nbdcore.create_pool(server.uri, connections=8, timeout=PATIENCE) as disk:
         disk.pwrite(bytes(range(256)) * 16, 0, timeout=PATIENCE)
         ranges = [(n * 16, 16) for n in range(256)]
         found = dict(disk.pread_many(ranges, depth=128, timeout=PATIENCE))
@@ -70,7 +70,7 @@ def test_a_slow_server_is_asked_on_all_connections_at_once():
 def test_an_export_of_nbdkit_that_is_not_multi_conn_gets_one_connection():
     with (
         nbdkit("memory", str(SIZE), "multi-conn-mode=disable", filters=["multi-conn"]) as server,
-        nbdcore.connect(server.uri, connections=4, timeout=PATIENCE) as disk,
+        nbdcore.create_pool(server.uri, connections=4, timeout=PATIENCE) as disk,
     ):
         assert (disk.can_multi_conn, disk.connections) == (False, 1)
         use(disk)
@@ -78,7 +78,7 @@ def test_an_export_of_nbdkit_that_is_not_multi_conn_gets_one_connection():
 
 @pytest.mark.interop("qemu-nbd")
 def test_qemu_nbd_keeps_what_is_written(image):
-    with qemu_nbd(image, shared=4) as server, nbdcore.connect(server.uri, connections=4, timeout=PATIENCE) as disk:
+    with qemu_nbd(image, shared=4) as server, nbdcore.create_pool(server.uri, connections=4, timeout=PATIENCE) as disk:
         assert disk.connections == 4
         use(disk)
     assert image.read_bytes() == random.Random(1).randbytes(SIZE)
@@ -86,8 +86,8 @@ def test_qemu_nbd_keeps_what_is_written(image):
 
 @pytest.mark.interop("qemu-nbd")
 def test_qemu_nbd_with_room_for_two_has_two(image, monkeypatch):
-    monkeypatch.setattr(pool_module, "GRACE", 0.5)  # it takes the others, and does not greet them
-    with qemu_nbd(image, shared=2) as server, nbdcore.connect(server.uri, connections=4, timeout=PATIENCE) as disk:
+    monkeypatch.setattr(establishing, "GRACE", 0.5)  # it takes the others, and does not greet them
+    with qemu_nbd(image, shared=2) as server, nbdcore.create_pool(server.uri, connections=4, timeout=PATIENCE) as disk:
         assert disk.connections == 2
         use(disk)
 
@@ -96,7 +96,7 @@ def test_qemu_nbd_with_room_for_two_has_two(image, monkeypatch):
 def test_nbd_server_has_as_many_as_it_says_that_it_can(image):
     with (
         nbd_server({"disk": image}, options={"flush": "true"}) as server,
-        nbdcore.connect(server.uri, connections=4, timeout=PATIENCE) as disk,
+        nbdcore.create_pool(server.uri, connections=4, timeout=PATIENCE) as disk,
     ):
         assert disk.connections == (4 if disk.can_multi_conn else 1)
         use(disk)
@@ -110,7 +110,7 @@ def test_each_connection_is_encrypted_and_verified(tmp_path):
     trusting = ca.write(tmp_path / "client")
     with (
         nbdkit(f"--tls-certificates={served}", "memory", str(SIZE), tls="require", tcp=True) as server,
-        nbdcore.connect(server.uri, connections=3, tls=TLS(certificates=trusting), timeout=PATIENCE) as disk,
+        nbdcore.create_pool(server.uri, connections=3, tls=TLS(certificates=trusting), timeout=PATIENCE) as disk,
     ):
         assert (disk.connections, disk.tls) == (3, True)
         use(disk)
@@ -120,7 +120,7 @@ def test_each_connection_is_encrypted_and_verified(tmp_path):
 @pytest.mark.interop("nbdkit")
 def test_a_server_that_is_killed_ends_every_call_on_every_connection():
     with nbdkit("memory", "1M", "rdelay=20", filters=["delay"]) as server:
-        disk = nbdcore.connect(server.uri, connections=4, timeout=PATIENCE)
+        disk = nbdcore.create_pool(server.uri, connections=4, timeout=PATIENCE)
         killer = threading.Timer(0.1, server.kill)
         killer.start()
         outcomes = together(16, lambda n: disk.pread(4096, 4096 * n) if n % 2 else [*disk.pread_many([(0, 4096)] * 8)])

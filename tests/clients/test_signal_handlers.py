@@ -57,12 +57,12 @@ def read_one_by_one(client):
         client.pread(count, offset)
 
 
-@pytest.mark.parametrize("options", [{}, {"connections": 2}], ids=["Client", "Pool"])
+@pytest.mark.parametrize("connect", [nbdcore.connect, nbdcore.create_pool])
 @pytest.mark.parametrize("work", [read_many, read_one_by_one])
-def test_close_in_a_handler_ends_the_interrupted_call(uri, work, options):
+def test_close_in_a_handler_ends_the_interrupted_call(uri, work, connect):
     with watchdog():
         for number in range(ROUNDS):
-            client = nbdcore.connect(uri, timeout=PATIENCE, **options)
+            client = connect(uri, timeout=PATIENCE)
             with alarm_after(0.001 + number / 10_000, lambda *_: client.close()), pytest.raises(nbdcore.Error):  # noqa: B023
                 work(client)
             assert client.phase in (nbdcore.Phase.CLOSED, nbdcore.Phase.DEAD)

@@ -15,6 +15,7 @@ import pytest
 
 from nbdcore import Client, CommandError, Disconnected, Error, Phase, TransportError, UsageError
 from nbdcore.protocol.constants import CommandType
+from nbdcore.protocol.handshake.agreement import Settings, TLSPolicy
 from nbdcore.server import MemoryDisk, Server
 from nbdcore.streams.base import Want
 from nbdcore.streams.memory import memory_pair
@@ -489,11 +490,13 @@ def test_a_transport_that_raises_a_plain_oserror_is_a_transport_error():
                 yield near.fileno(), 2
                 raise OSError(113, "no way there")
 
-    from nbdcore.clients.connect.target import Route
-    from nbdcore.streams.waiting import NEVER
+    from nbdcore.clients.blocking.drive import drive
+    from nbdcore.clients.connect.establish import establish
+    from nbdcore.clients.connect.target import Endpoint, Target
 
+    target = Target(Endpoint(NowhereTransport(), Nowhere()), TLSPolicy.DISABLE, None)
     with pytest.raises(TransportError, match="cannot connect to nowhere: no way there") as caught:
-        Route(NowhereTransport(), Nowhere()).open(timeout=None, deadline=NEVER, wanted=lambda: True)
+        drive(establish(target, Settings(), timeout=PATIENCE, wait=None), lambda: None)
     assert caught.value.errno == 113
     assert type(caught.value.__cause__) is OSError
 

@@ -17,6 +17,7 @@ import pytest
 
 from nbdcore import TLS, Client, DeadlineExceeded, Disconnected, NegotiationError, Phase, TLSError, TransportError, UsageError
 from nbdcore.aio import AsyncClient
+from nbdcore.clients.connect.options import checked_encryption, checked_permissions, checked_settings
 from nbdcore.clients.polled import PolledClient
 from nbdcore.protocol.transmission import commands
 from nbdcore.server import MemoryDisk, Server, ServerTLS
@@ -60,9 +61,15 @@ def asynchronous(call: str, *where: Any, timing: dict[str, float] | None = None,
     return asyncio.run(main())
 
 
+def polled_client(**options: Any) -> PolledClient:
+    return PolledClient(
+        checked_settings(options), encryption=checked_encryption(options), permissions=checked_permissions(options)
+    )
+
+
 def polled(call: str, *where: Any, **how: Any) -> tuple[int, bytes, bool]:
     where, named, options = _sorted(where, how)
-    client = PolledClient.of(**options)
+    client = polled_client(**options)
     getattr(client, call)(*where, **named)
     watch(client, lambda: client.phase is not Phase.CONNECTING)
     if client.error is not None:
@@ -304,7 +311,7 @@ def test_a_login_that_is_refused_is_not_waited_for(use, program):
 
 
 def test_the_front_ends_differ_in_nothing_but_the_waiting():
-    """A call of one is a call of all, with the same arguments. A loop of a stranger has clocks of its own."""
+    """A call of one is a call of all, with the same arguments."""
     calls, asyncios, polleds = (
         {name for name in dir(kind) if name == "connect" or name.startswith("connect_")}
         for kind in (Client, AsyncClient, PolledClient)
@@ -314,4 +321,4 @@ def test_the_front_ends_differ_in_nothing_but_the_waiting():
         of = {kind: inspect.signature(getattr(kind, call)).parameters for kind in (Client, AsyncClient, PolledClient)}
         said = {kind: [(p.name, p.kind, p.default) for p in of[kind].values()] for kind in of}
         assert said[Client] == said[AsyncClient], call
-        assert [it for it in said[Client] if it[0] not in ("timeout", "wait")] == said[PolledClient], call
+        assert said[Client] == said[PolledClient], call

@@ -28,9 +28,10 @@ from nbdcore import (
     TransportUnavailable,
     UsageError,
 )
-from nbdcore.clients.blocking import methods as ways
-from nbdcore.clients.connect.target import route_by_name
+from nbdcore.clients.connect.establish import establish
+from nbdcore.clients.connect.target import Target, endpoint_by_name
 from nbdcore.protocol.constants import Option, OptionReply
+from nbdcore.protocol.handshake.agreement import Settings, TLSPolicy
 from nbdcore.server import MemoryDisk, Server, ServerTLS
 from nbdcore.testing.scripted import (
     Negotiation,
@@ -163,7 +164,7 @@ def test_tls_and_the_list_of_exports_wait_too(socket_path, tmp_path):
 
 @pytest.mark.parametrize("name", ["ECONNREFUSED", "ENOENT", "ETIMEDOUT", "ECONNRESET", "EAGAIN", "ENODEV", "EHOSTUNREACH"])
 def test_what_a_server_that_is_not_up_looks_like(name):
-    route = route_by_name("unix", {"path": "/nonexistent"})
+    route = endpoint_by_name("unix", {"path": "/nonexistent"})
     assert route.may_heal(TransportError(getattr(errno, name), ""), heard=False)
 
 
@@ -182,11 +183,11 @@ def test_what_a_server_that_is_not_up_looks_like(name):
     ids=lambda error: f"{type(error).__name__} {error.errno}",
 )
 def test_what_cannot_heal(error):
-    assert not route_by_name("unix", {"path": "/nonexistent"}).may_heal(error, heard=False)
+    assert not endpoint_by_name("unix", {"path": "/nonexistent"}).may_heal(error, heard=False)
 
 
 def test_names_that_cannot_be_looked_up_just_now():
-    route = route_by_name("tcp", {"host": "db.example"})
+    route = endpoint_by_name("tcp", {"host": "db.example"})
 
     def failed(number: int) -> TransportError:
         error = TransportError(0, "")
@@ -198,7 +199,7 @@ def test_names_that_cannot_be_looked_up_just_now():
 
 
 def test_a_server_that_has_said_something_is_up():
-    route = route_by_name("unix", {"path": "/nonexistent"})
+    route = endpoint_by_name("unix", {"path": "/nonexistent"})
     for error in (Disconnected(0, ""), DeadlineExceeded("")):
         assert (route.may_heal(error, heard=False), route.may_heal(error, heard=True)) == (True, False)
 
@@ -296,24 +297,17 @@ def test_an_attempt_that_was_cut_off_is_not_what_is_told(socket_path):
     assert isinstance(caught.value.__cause__, Disconnected)
 
 
-def test_pauses_grow_to_half_a_second(monkeypatch):
+def test_pauses_grow_to_half_a_second():
     """So that a server is neither missed for long nor kept busy by those that wait for it."""
-    pauses: list[float] = []
-
-    def pause(seconds: float, wanted) -> None:
-        pauses.append(seconds)
-        assert wanted()
-        if len(pauses) == 9:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(ways, "pause", pause)
-    client = Client()
-    with pytest.raises(KeyboardInterrupt):
-        client.connect_unix("/nonexistent", wait=PATIENCE)
+    target = Target(endpoint_by_name("unix", {"path": "/nonexistent"}), TLSPolicy.DISABLE, None)
+    attempts = establish(target, Settings(), timeout=None, wait=PATIENCE)
+    requests = [next(attempts) for _ in range(9)]
+    assert all(request.waiting == () for request in requests)
+    pauses = [request.seconds for request in requests]
     assert pauses[0] <= 0.01
     assert all(later in (2 * earlier, 0.5) for earlier, later in itertools.pairwise(pauses))
     assert pauses[-2:] == [0.5, 0.5]
-    assert client.phase is Phase.DEAD
+    attempts.close()
 
 
 @pytest.mark.parametrize("seconds", [0, 0.2])
@@ -387,5 +381,5 @@ def test_a_command_that_ends_without_a_word_is_run_again(tmp_path):
 
 
 def test_a_program_that_cannot_be_started_does_not_heal():
-    assert not route_by_name("command", {"argv": ["x"]}).may_heal(TransportError(errno.ENOENT, ""), heard=False)
-    assert route_by_name("command", {"argv": ["x"]}).may_heal(Disconnected(0, ""), heard=False)
+    assert not endpoint_by_name("command", {"argv": ["x"]}).may_heal(TransportError(errno.ENOENT, ""), heard=False)
+    assert endpoint_by_name("command", {"argv": ["x"]}).may_heal(Disconnected(0, ""), heard=False)

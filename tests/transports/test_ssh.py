@@ -16,7 +16,7 @@ import pytest
 import nbdcore
 import nbdcore_ssh
 from nbdcore import TLS, Client, DeadlineExceeded, Disconnected, Phase, TransportError, UsageError
-from nbdcore.clients.connect.target import route_by_name
+from nbdcore.clients.connect.target import endpoint_by_name
 from nbdcore.errors import printable
 from nbdcore.server import MemoryDisk, Server, ServerTLS
 from nbdcore.testing.transports import check_address
@@ -285,7 +285,7 @@ def test_a_login_that_fails_for_good_is_not_tried_again(ssh):
         ("ssh: Could not resolve hostname db: Temporary failure in name resolution", True),
         ("ssh: connect to host db port 22: Connection refused", True),
         ("ssh: connect to host db port 22: Connection timed out", True),
-        ("ssh: connect to host db port 22: No route to host", True),
+        ("ssh: connect to host db port 22: No endpoint to host", True),
         ("kex_exchange_identification: Connection closed by remote host", True),
         ("Connection closed by 192.0.2.1 port 22", True),
         ("nc: unix connect failed: No such file or directory", True),
@@ -294,8 +294,8 @@ def test_a_login_that_fails_for_good_is_not_tried_again(ssh):
     ],
 )
 def test_what_ssh_says_tells_a_login_that_fails_for_good_from_a_machine_that_is_not_up(said, heals):
-    route = route_by_name("ssh", {"host": "db"})
-    assert route.may_heal(Disconnected(0, "the command ssh ended with status 255", server_text=said), heard=False) is heals
+    endpoint = endpoint_by_name("ssh", {"host": "db"})
+    assert endpoint.may_heal(Disconnected(0, "the command ssh ended with status 255", server_text=said), heard=False) is heals
 
 
 def test_without_the_program_ssh_it_is_a_transport_error(monkeypatch, tmp_path):

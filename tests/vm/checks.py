@@ -22,6 +22,7 @@ import nbdcore
 from nbdcore import aio
 from nbdcore.clients.polled import PolledClient
 from nbdcore.plugins.registry import registry
+from nbdcore.protocol.handshake.agreement import Settings
 from nbdcore.protocol.transmission import commands
 from nbdcore.server import MemoryDisk, Server
 from nbdcore.streams.waiting import NEVER, drive
@@ -139,7 +140,7 @@ def _by_asyncio(port: int) -> bytes:
 
 
 def _by_polling(port: int) -> bytes:
-    client = PolledClient.of()
+    client = PolledClient(Settings())
     client.connect_vsock(HERE, port)
     while client.phase is nbdcore.Phase.CONNECTING:
         client.poll(STEP)

@@ -11,9 +11,10 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Itera
 from operator import attrgetter
 from typing import Any, Literal, Self, TypeVar, overload
 
+from nbdcore.clients.asyncio.connecting import AsyncConnectMethods
 from nbdcore.clients.asyncio.many import Many
-from nbdcore.clients.asyncio.methods import AsyncConnectCalls
 from nbdcore.clients.asyncio.pipeline import run_all
+from nbdcore.clients.connect.methods import Connected
 from nbdcore.clients.extents.columns import CombinedExtentColumns, ExtentColumns
 from nbdcore.clients.extents.walking import CombinedExtent, Extent, ExtentWalk, extents_by_context
 from nbdcore.clients.requests import batches
@@ -36,7 +37,7 @@ _CONNECTED = Phase.CONNECTED  # looked up once: to find a member costs as much a
 Item = TypeVar("Item")
 
 
-class AsyncCalls(AsyncConnectCalls):
+class AsyncCalls(AsyncConnectMethods[Connected]):
     """The calls of an open export, and the end of the connection. Base of `AsyncClient` and `AsyncPool`."""
 
     # ------------------------------------------------------------------------------------------ ending

@@ -1,22 +1,23 @@
 """The client for asyncio: one connection, which many tasks share.
 
-What it does with an open export is in `asynchronous_calls`, how it gets there in `asynchronous_ways` and `asynchronous_options`.
+What it does with an open export is in `calls`, opt mode in `options`, and how it connects in `connecting`.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Unpack
 
 from nbdcore.clients.asyncio.calls import AsyncCalls
 from nbdcore.clients.asyncio.options import AsyncOptionCalls
 from nbdcore.clients.connect.options import ClientOptions
-from nbdcore.clients.connect.target import way_to_another
+from nbdcore.clients.connect.target import found, target_of_another
 from nbdcore.clients.requests.arguments import deadline_after
 from nbdcore.protocol.handshake.agreement import Export
 from nbdcore.protocol.state import Phase
 
 
-class AsyncClient(AsyncCalls, AsyncOptionCalls):
+class AsyncClient(AsyncCalls["AsyncClient"], AsyncOptionCalls):
     """A connection to one export of an NBD server, for asyncio. Its calls are those of `nbdcore.Client`, as coroutines.
 
     Newly created it is not connected: await one of its `connect` methods once, or use the functions `nbdcore.aio.connect` and its
@@ -50,8 +51,8 @@ class AsyncClient(AsyncCalls, AsyncOptionCalls):
         """
         if self.phase is Phase.NEGOTIATING:
             return await self.opt_list(timeout=timeout)
-        way = way_to_another(self._way, self.phase)
+        target = target_of_another(self._target)
         deadline = deadline_after(timeout)
         async with AsyncClient(opt_mode=True) as other:
-            await other._go("connect", way, timeout=timeout, deadline=deadline)
+            await other._connect("connect", partial(found, target), timeout, None)
             return await other.opt_list(timeout=deadline.remaining())

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import errno
 import types
 from collections import deque
@@ -24,7 +23,7 @@ from typing import Protocol
 from nbdcore.clients.asyncio.waiter import Waiter
 from nbdcore.clients.requests.arguments import deadline_after
 from nbdcore.clients.session.session import Session
-from nbdcore.errors import DeadlineExceeded, Disconnected, Error, UsageError
+from nbdcore.errors import DeadlineExceeded, Disconnected, Error, UsageError, copied
 from nbdcore.protocol.engine import Engine, Exchange
 from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission.commands import Command, disconnect
@@ -76,7 +75,7 @@ class LoopSession:
     """A session and the loop that it lives in.
 
     Args:
-        session: whose handshake is about to begin. It belongs to this object.
+        session: open, or in opt mode. It belongs to this object.
         loop: running.
     """
 
@@ -96,6 +95,7 @@ class LoopSession:
         self._ends: list[asyncio.Future[bool]] = []
         # The loop's knowledge of the descriptor must end before its number is free for another.
         session.waited_for = True
+        self._look()
 
     @property
     def inherited(self) -> bool:
@@ -161,7 +161,7 @@ class LoopSession:
             return None
         command.target = None  # the error's traceback leads to the command, and must not hold on to the caller's memory
         if error is self.engine.error or command.discard:
-            return _copy(error)
+            return copied(error)
         command.error = None
         return error
 
@@ -198,7 +198,7 @@ class LoopSession:
                 if alarm is not None:
                     alarm.cancel()
         if exchange.error is not None:
-            raise _copy(exchange.error)
+            raise copied(exchange.error)
         return exchange.result
 
     # ------------------------------------------------------------------------------------------ the end
@@ -236,7 +236,7 @@ class LoopSession:
     def _refuse_if_over(self) -> None:
         if self._session.over:
             error = self.engine.error
-            raise _copy(error) if error else Disconnected(errno.ENOTCONN, "the connection was closed by this program")
+            raise copied(error) if error else Disconnected(errno.ENOTCONN, "the connection was closed by this program")
 
     # ------------------------------------------------------------------------------------------ called by the loop
 
@@ -379,9 +379,3 @@ def settle(waiter: asyncio.Future[bool], result: bool = True) -> None:
     """Wake whoever waits for this future, unless that has happened. Results, not exceptions: nobody may be left to take one."""
     if not waiter.done():
         waiter.set_result(result)
-
-
-def _copy(error: Error) -> Error:
-    mine = copy.copy(error)
-    mine.__cause__ = error.__cause__
-    return mine

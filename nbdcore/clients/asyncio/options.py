@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from nbdcore.clients.connect.tls import Encryption
 from nbdcore.clients.requests.arguments import deadline_after, text, texts
-from nbdcore.clients.session.info import Knowledge
+from nbdcore.clients.session.info import Info
 from nbdcore.protocol.engine import Engine, Exchange
 from nbdcore.protocol.handshake import negotiation
 from nbdcore.protocol.handshake.agreement import Export, ExportInfo
@@ -18,7 +18,7 @@ from nbdcore.streams.waiting import Deadline
 Result = TypeVar("Result")
 
 
-class AsyncOptionCalls(Knowledge):
+class AsyncOptionCalls(Info):
     """The `opt_` calls, legal while negotiating (`opt_mode=True`).
 
     A refusal by the server raises NegotiationError and leaves the connection negotiating; a timeout or a cancelled task ends it.

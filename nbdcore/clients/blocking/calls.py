@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, Literal, Self, overload
 
+from nbdcore.clients.blocking.connecting import BlockingConnectMethods
 from nbdcore.clients.blocking.many import ManyCalls
-from nbdcore.clients.blocking.methods import ConnectCalls
 from nbdcore.clients.blocking.threads import SharedSession
+from nbdcore.clients.connect.methods import Connected
 from nbdcore.clients.extents.columns import CombinedExtentColumns, ExtentColumns
 from nbdcore.clients.extents.walking import CombinedExtent, Extent, ExtentWalk, extents_by_context
 from nbdcore.clients.requests import single as requests
@@ -31,7 +32,7 @@ from nbdcore.streams.waiting import Deadline
 _GOODBYE = 5.0
 
 
-class BlockingCalls(ManyCalls, ConnectCalls):
+class BlockingCalls(ManyCalls, BlockingConnectMethods[Connected]):
     """The calls of an open export, and the end of the connection. Base of `Client` and `Pool`."""
 
     # ------------------------------------------------------------------------------------------ ending
@@ -47,22 +48,6 @@ class BlockingCalls(ManyCalls, ConnectCalls):
                 self._shared.take_leave(deadline)
         finally:
             self.close()
-
-    def close(self) -> None:
-        """Close the connection now: waiting calls end. Never raises; may be called twice, from any thread and signal handler.
-
-        In a process that was forked it frees the copy's descriptor only: the connection goes on in the parent.
-        """
-        shared = self._shared
-        if shared is None:
-            with self._changing:
-                self._closed = True
-                shared = self._shared
-                if shared is None:
-                    self._engine.end()
-        self._closed = True
-        if shared is not None:
-            shared.close()
 
     def __enter__(self) -> Self:
         return self

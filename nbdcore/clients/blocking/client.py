@@ -1,23 +1,24 @@
 """The blocking client: one connection, whose calls wait for their outcome. Safe to use from several threads at once.
 
-What it does with an open export is in `calls`, how it gets there in `ways` and `options`.
+What it does with an open export is in `calls`, opt mode in `options`, and how it connects in `connecting`.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Unpack
 
 from nbdcore.clients.blocking.calls import BlockingCalls
 from nbdcore.clients.blocking.options import OptionCalls
 from nbdcore.clients.connect.options import ClientOptions
-from nbdcore.clients.connect.target import way_to_another
+from nbdcore.clients.connect.target import found, target_of_another
 from nbdcore.clients.requests.arguments import deadline_after
 from nbdcore.protocol.handshake.agreement import Export
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import Stream
 
 
-class Client(BlockingCalls, OptionCalls):
+class Client(BlockingCalls["Client"], OptionCalls):
     """A connection to one export of an NBD server.
 
     Newly created it is not connected: call one of its `connect` methods once, or use the functions `nbdcore.connect` and its
@@ -76,8 +77,8 @@ class Client(BlockingCalls, OptionCalls):
         """
         if self.phase is Phase.NEGOTIATING:
             return self.opt_list(timeout=timeout)
-        way = way_to_another(self._way, self.phase)
+        target = target_of_another(self._target)
         deadline = deadline_after(timeout)
         with Client(opt_mode=True) as other:
-            other._connect("connect", way, timeout=timeout)
+            other._connect("connect", partial(found, target), timeout, None)
             return other.opt_list(timeout=deadline.remaining())

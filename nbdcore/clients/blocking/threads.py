@@ -21,17 +21,16 @@ descriptor and does nothing else: the connection is the parent's.
 
 from __future__ import annotations
 
-import copy
 import errno
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from operator import attrgetter
 from typing import Any, TypeVar
 
 from nbdcore.clients.blocking.waiters import Crowd, Pending, Turn
+from nbdcore.clients.session.group import Group
 from nbdcore.clients.session.session import Session
-from nbdcore.errors import DeadlineExceeded, Disconnected, Error, UsageError
+from nbdcore.errors import DeadlineExceeded, Disconnected, Error, UsageError, copied
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.transmission.commands import Command, disconnect
 from nbdcore.streams.base import WANTS, Want
@@ -43,7 +42,6 @@ _READ = int(Want.READ)
 _SENT_TOGETHER = 16
 # Seconds after which a caller that watches for room to send looks whether there is more to watch: short for somebody who waits.
 _LOOK_AGAIN = 0.1
-_PENDING = attrgetter("pending")
 
 
 Waited = TypeVar("Waited", bound=Pending)
@@ -56,11 +54,12 @@ class SharedSession:
     is the end of its own commands only.
 
     Args:
-        sessions: whose handshakes have begun, or are about to.
+        sessions: open, or one in opt mode.
     """
 
     def __init__(self, *sessions: Session) -> None:
         self._sessions = sessions
+        self._group = Group([session.engine for session in sessions])
         self._lock = threading.RLock()
         # Whether this thread has the lock. It is how threading.Condition asks, too, and there is no other way.
         self._interrupted: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]  # noqa: SLF001
@@ -71,22 +70,13 @@ class SharedSession:
 
     @property
     def engine(self) -> Engine:
-        """The engine that speaks for all: of a session that has not ended, else of one that this program ended, else of any."""
-        sessions = self._sessions
-        if len(sessions) == 1:
-            return sessions[0].engine
-        best = self.engines or [session.engine for session in sessions if session.engine.ended_by_program]
-        return best[0] if best else sessions[0].engine
+        """The engine that speaks for all."""
+        return self._group.speaker
 
     @property
     def engines(self) -> list[Engine]:
         """The engines of the sessions that have not ended."""
-        return [session.engine for session in self._sessions if not session.over]
-
-    def join(self, session: Session) -> None:
-        """Take one more session in, whose export is open. Nobody may be waiting yet: they would not watch it."""
-        with self._lock:
-            self._sessions = (*self._sessions, session)
+        return self._group.live
 
     def run(self, start: Callable[[Engine], Waited], deadline: Deadline, what: str) -> Waited:
         """Start something and wait until it is done. Raises DeadlineExceeded; what that means for it is the caller's decision.
@@ -184,20 +174,16 @@ class SharedSession:
     def abandon(self, commands: Iterable[Command], why: BaseException) -> None:
         """Give commands up: their memory is not touched any more, and answers that come are thrown away."""
         # A copy: the original's traceback would hold on to the caller's memory for as long as the late answer takes.
-        error = copy.copy(why) if isinstance(why, Error) else DeadlineExceeded(f"given up by the program ({why!r})")
+        error = copied(why) if isinstance(why, Error) else DeadlineExceeded(f"given up by the program ({why!r})")
         with self._lock:
             self._submit_inbox()
             for command in commands:
-                self._engine_of(command).abandon(command, error)
+                self._group.owner(command).abandon(command, error)
         self._close_if_asked()
 
     def own(self, error: Error) -> Error:
         """Return the caller's own copy of an error that others may be raising as well."""
-        if all(error is not session.engine.error for session in self._sessions):
-            return error
-        mine = copy.copy(error)
-        mine.__cause__ = error.__cause__
-        return mine
+        return self._group.own(error)
 
     # ------------------------------------------------------------------------------------------ steps of a caller
 
@@ -365,10 +351,9 @@ class SharedSession:
             if len(sessions) == 1:
                 sessions[0].engine.submit_all(commands)
                 return
-            engines = self.engines
             for command in commands:
-                min(engines, key=_PENDING).submit(command)
-        except (UsageError, ValueError):  # not connected any more; ValueError: no engine is left
+                self._group.least.submit(command)
+        except UsageError:  # not connected any more
             self._refuse_if_over()
             raise
 
@@ -383,13 +368,6 @@ class SharedSession:
                 command.error, command.done = exc, True
                 if command.completion is not None:
                     command.completion(command)
-
-    def _engine_of(self, command: Command) -> Engine:
-        if len(self._sessions) > 1:
-            for session in self._sessions:
-                if session.engine.knows(command):
-                    return session.engine
-        return self.engine
 
     def _send(self) -> None:
         """Send what is queued, unless others are about to queue more and there is little of it."""

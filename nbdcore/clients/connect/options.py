@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from nbdcore.clients.connect.tls import Encryption, Permissions
-from nbdcore.clients.requests.arguments import text, texts
+from nbdcore.clients.requests.arguments import text, texts, whole_number
 from nbdcore.clients.session.session import StartTLS
 from nbdcore.errors import UsageError
 from nbdcore.protocol.constants import BASE_ALLOCATION
@@ -34,6 +34,11 @@ class ClientOptions(TypedDict, total=False):
     allow_priority: bool
 
 
+#: Connections of a pool where the caller does not say: as many as nbdcopy opens.
+CONNECTIONS = 4
+#: Most that may be asked for. Each is a descriptor, and looked at with every request; a server's threads end far below.
+MOST_CONNECTIONS = 128
+
 #: Those that the handshake knows nothing of.
 _NOT_SETTINGS = frozenset(
     {"tls", "tls_policy", "start_tls", "allow_transports", "allow_local_files", "allow_unverified", "allow_priority"}
@@ -47,9 +52,12 @@ def checked_settings(options: ClientOptions) -> Settings:
     """
     unknown = options.keys() - ClientOptions.__annotations__.keys()
     if unknown:
-        raise UsageError(
-            errno.EINVAL, f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(ClientOptions.__annotations__)}"
+        known = (
+            "a pool of connections is made by create_pool, or Pool"
+            if "connections" in unknown
+            else (f"there are {', '.join(ClientOptions.__annotations__)}")
         )
+        raise UsageError(errno.EINVAL, f"unknown option {', '.join(sorted(unknown))}; {known}")
     checked = {
         "export": text("an export's name", options.get("export", "")),
         "contexts": texts("contexts", options.get("contexts", (BASE_ALLOCATION,))),
@@ -72,3 +80,13 @@ def checked_permissions(options: ClientOptions) -> Permissions:
         unverified=options.get("allow_unverified", False),
         priority=options.get("allow_priority", False),
     )
+
+
+def checked_connections(connections: Any, options: ClientOptions) -> int:
+    """Return the number of connections asked for. Raises UsageError unless it is 1 to 128, and for options of no pool."""
+    number = int(whole_number("a pool", "connections", connections))
+    if not 1 <= number <= MOST_CONNECTIONS:
+        raise UsageError(errno.EINVAL, f"a pool has 1 to {MOST_CONNECTIONS} connections: not {number}")
+    if options.get("opt_mode"):
+        raise UsageError(errno.EINVAL, "a pool has no opt mode, which is about a single connection: use a client")
+    return number

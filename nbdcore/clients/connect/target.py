@@ -1,7 +1,10 @@
-"""From "where" to an open stream: finds the transport, lets it make an address of the caller's words, and drives its connect.
+"""From what the caller says to a target: an endpoint, and whether and how to encrypt there.
 
-The one place of the clients that knows the registry, so that the front ends name transports and never import one. What may heal
-by itself, when a server is waited for, is decided here too.
+A target is found by a URI, by a transport's name, or in a stream that is open already. This is the one module of the clients
+that knows the registry of transports, so the front ends name transports and never import one. Finding is a generator, as
+`establish` drives it: looking for plugins and reading certificates take time, and an event loop leaves them to a thread.
+
+What may heal by itself while a server is waited for is decided here too.
 """
 
 from __future__ import annotations
@@ -10,9 +13,12 @@ import errno
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nbdcore.clients.connect.tls import Permissions
+from nbdcore.clients.connect.steps import Blocking, Steps
+from nbdcore.clients.connect.tls import Encryption, Permissions
+from nbdcore.clients.requests.arguments import text
 from nbdcore.clients.session.session import StartTLS
 from nbdcore.errors import (
     ArgumentTypeError,
@@ -22,21 +28,15 @@ from nbdcore.errors import (
     TransportError,
     TransportUnavailable,
     UsageError,
-    printable,
 )
 from nbdcore.plugins.registry import registry
 from nbdcore.protocol.handshake.agreement import TLSPolicy
-from nbdcore.protocol.state import Phase
-from nbdcore.streams.base import Address, Stream, Want
+from nbdcore.streams.base import Address, Stream
 from nbdcore.streams.sockets import SocketStream
-from nbdcore.streams.waiting import Deadline, wait, wait_any
-from nbdcore.uri import URI
+from nbdcore.uri import URI, parse_uri
 
 if TYPE_CHECKING:
-    from nbdcore.plugins.spec import Transport
-
-# Seconds after which a connect looks up whether it is still wanted: a person closing a program does not notice.
-_LOOK_UP = 0.1
+    from nbdcore.plugins.spec import Connecting, Transport
 
 #: What a server that is not up yet looks like. ENOENT: its socket is not there; ENODEV: a virtual machine that vsock leads to has
 #: not been started; the last three: its machine is not on the network.
@@ -60,51 +60,28 @@ _HEALING = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class Endpoint:
     """A transport, and an address in its terms."""
 
     transport: Transport
     address: Address
+
+    def __str__(self) -> str:
+        return str(self.address)
 
     @property
     def server_name(self) -> str | None:
         """The host that the server's certificate must be for; None where none is known."""
         return self.transport.server_name(self.address)
 
-    def open(self, *, timeout: float | None, deadline: Deadline, wanted: Callable[[], bool]) -> Stream:
-        """Open a stream, as long as it is `wanted`. Raises TransportError, DeadlineExceeded, or Disconnected when it is no more.
+    @property
+    def only_once(self) -> str:
+        """Why a second connection would lead to another server; "" where it leads to the same."""
+        return "each connection would start a server of its own" if self.transport.starts_servers else ""
 
-        Nothing is left open then.
-        """
-        connecting = self.transport.connect(self.address, timeout=timeout)
-        try:
-            while True:
-                try:
-                    fd, want = next(connecting)
-                except StopIteration as end:
-                    stream: Stream = end.value
-                    return stream
-                self._wait(fd, want, deadline, wanted)
-        except Error:
-            raise
-        except OSError as exc:
-            raise TransportError(exc.errno or 0, f"cannot connect to {self.address}: {exc.strerror or exc}") from exc
-        finally:
-            connecting.close()
-
-    def _wait(self, fd: int, want: Want, deadline: Deadline, wanted: Callable[[], bool]) -> None:
-        """Wait, looking up now and then: there is nothing yet whose end would tell that another thread closed the client."""
-        while True:
-            try:
-                wait(fd, want, look_up(deadline), f"connecting to {self.address} took too long")
-                ready = True
-            except DeadlineExceeded:
-                if deadline.expired:
-                    raise
-                ready = False
-            check_wanted(wanted)
-            if ready:
-                return
+    def open(self, timeout: float | None) -> Connecting:
+        """Open a stream, as a transport's `connect` does. `timeout` is for kernels that have a limit of their own."""
+        return self.transport.connect(self.address, timeout=timeout)
 
     def may_heal(self, error: Error, *, heard: bool) -> bool:
         """Tell whether the same attempt may succeed a little later: the server was not there, or had not said anything yet.
@@ -118,29 +95,132 @@ class Route:
             return not self.transport.runs_programs and (error.errno in _HEALING or _no_name_server(error))
         return isinstance(error, Disconnected | DeadlineExceeded) and not heard and self.transport.may_heal(error)
 
-    def never_up(self, wait: float, last: Error) -> DeadlineExceeded:
-        """Return what to raise when the server was waited for in vain, `wait` seconds long; `last` ended the last attempt."""
-        said = f": {printable(last.server_text)}" if last.server_text else ""
-        return DeadlineExceeded(f"no server at {self.address} within {wait:g} s ({last.message}{said})")
+
+@dataclass(frozen=True, slots=True)
+class OpenStream:
+    """A stream that is open already, in the place of an endpoint.
+
+    Attributes:
+        stream: open.
+    """
+
+    stream: Stream
+
+    def __str__(self) -> str:
+        return str(self.stream)
+
+    def open(self, timeout: float | None) -> Connecting:  # noqa: ARG002 (nothing takes time)
+        """Return the stream."""
+        yield from ()
+        return self.stream
+
+    def may_heal(self, error: Error, *, heard: bool) -> bool:  # noqa: ARG002 (there is no second attempt)
+        """Return False."""
+        return False
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """A route, and whether and how to encrypt on it."""
+class Target:
+    """Where to connect to, and whether and how to encrypt there.
 
-    route: Route
+    Attributes:
+        endpoint: where.
+        tls: whether to ask for TLS.
+        start_tls: makes an encrypted stream out of a plain one; None where nobody will ask for it.
+        export: the export that the URI names, "" where it names none.
+    """
+
+    endpoint: Endpoint | OpenStream
     tls: TLSPolicy
     start_tls: StartTLS | None
+    export: str = ""
 
 
-def route_by_name(name: str, parts: dict[str, Any]) -> Route:
-    """Return the way to the address that `parts` name. Raises TransportUnavailable, or UsageError for wrong parts."""
+@dataclass(frozen=True, slots=True)
+class ConnectCall:
+    """One connect call: its name, and what its client was made with.
+
+    Attributes:
+        name: how messages name it.
+        encryption: whether and how to encrypt, as far as the caller has said.
+        permissions: what a URI may do.
+        by_hand: the caller may ask for TLS later, in opt mode.
+        connections: how many are to be opened.
+    """
+
+    name: str
+    encryption: Encryption
+    permissions: Permissions
+    by_hand: bool = False
+    connections: int = 1
+
+    def check_only_once(self, why: str) -> None:
+        """Raise UsageError where several connections were asked for, and `why` says that there is but one."""
+        if self.connections > 1 and why:
+            raise UsageError(
+                errno.EINVAL,
+                f"{self.name}: {why}, and a pool of {self.connections} was asked for; use a client, or connections=1",
+            )
+
+
+#: Finds the target of a connect call. Raises UsageError for what is wrong in the call, and TransportUnavailable; nothing has been
+#: opened then.
+Find = Callable[[ConnectCall], Steps[Target]]
+
+
+# ---------------------------------------------------------------------------------------------- finding
+
+
+def by_uri(uri: Any, call: ConnectCall) -> Steps[Target]:
+    """Find what an NBD URI names. Raises UsageError: EPERM for what a URI may not do, EINVAL for what is wrong in it."""
+    parsed = parse_uri(text("a URI", uri))
+    encryption = call.encryption.with_uri(parsed, call.permissions)
+    yield from _plugins()
+    endpoint = endpoint_by_uri(parsed, call.permissions)
+    call.check_only_once(endpoint.only_once)
+    return (yield from _target(endpoint, encryption, call, endpoint.server_name, parsed.export))
+
+
+def by_name(name: Any, parts: dict[str, Any], call: ConnectCall) -> Steps[Target]:
+    """Find the address that `parts` name in the terms of the transport `name`."""
+    name = text("a transport's name", name)
+    yield from _plugins()
+    endpoint = endpoint_by_name(name, parts)
+    call.check_only_once(endpoint.only_once)
+    return (yield from _target(endpoint, call.encryption, call, endpoint.server_name))
+
+
+def over_socket(sock: Any, call: ConnectCall) -> Steps[Target]:
+    """Find the server at the other end of a connected socket, or of its descriptor."""
+    call.check_only_once("a socket is one connection")
+    start_tls = yield from _starter(call.encryption, call, None)
+    stream = adopt(sock)  # the last thing that is done: after a UsageError the socket is still the caller's
+    return Target(OpenStream(stream), call.encryption.settled, start_tls)
+
+
+def over_stream(stream: Any, call: ConnectCall) -> Steps[Target]:
+    """Find the server at the other end of an open stream."""
+    call.check_only_once("a stream is one connection")
+    if not isinstance(stream, Stream):
+        hint = ": connect_socket takes one" if hasattr(stream, "recv_into") else ""
+        raise ArgumentTypeError(errno.EINVAL, f"connect_stream: a Stream is needed, not {type(stream).__name__}{hint}")
+    return (yield from _target(OpenStream(stream), call.encryption, call, None))
+
+
+def found(target: Target, call: ConnectCall) -> Steps[Target]:  # noqa: ARG001 (it was another client's)
+    """Return a target that has been found before."""
+    yield from ()
+    return target
+
+
+def endpoint_by_name(name: str, parts: dict[str, Any]) -> Endpoint:
+    """Return the endpoint that `parts` name. Raises TransportUnavailable, or UsageError for wrong parts."""
     transport = registry.get(name)
-    return Route(transport, transport.address(**parts))
+    return Endpoint(transport, transport.address(**parts))
 
 
-def route_by_uri(uri: URI, permissions: Permissions) -> Route:
-    """Return the way to a URI's server. Raises UsageError (EPERM where it is not permitted) or TransportUnavailable."""
+def endpoint_by_uri(uri: URI, permissions: Permissions) -> Endpoint:
+    """Return the endpoint that a URI names. Raises UsageError (EPERM where it is not permitted) or TransportUnavailable."""
     transport = registry.for_uri(uri)
     allowed = permissions.transports
     if allowed is None and transport.runs_programs:
@@ -152,7 +232,7 @@ def route_by_uri(uri: URI, permissions: Permissions) -> Route:
     if allowed is not None and transport.name not in allowed:
         listed = ", ".join(sorted(allowed)) or "none"
         raise UsageError(errno.EPERM, f"{uri.scheme} needs the transport {transport.name}, and allow_transports names {listed}")
-    return Route(transport, transport.parse(uri))
+    return Endpoint(transport, transport.parse(uri))
 
 
 def adopt(sock: Any) -> Stream:
@@ -176,47 +256,37 @@ def adopt(sock: Any) -> Stream:
     return stream
 
 
-def sooner(one: Deadline, other: Deadline) -> Deadline:
-    """Return the deadline that comes first."""
-    if one.at is None or other.at is None:
-        return other if one.at is None else one
-    return one if one.at <= other.at else other
-
-
-def pause(seconds: float, wanted: Callable[[], bool]) -> None:
-    """Do nothing for a while, as long as the connection is still `wanted`. Raises Disconnected when it is no more."""
-    end = Deadline.after(seconds)
-    while not end.expired:
-        wait_any((), look_up(end))
-        check_wanted(wanted)
-
-
-def check_wanted(wanted: Callable[[], bool]) -> None:
-    """Raise Disconnected when the connection is not wanted any more."""
-    if not wanted():
-        raise Disconnected(errno.ENOTCONN, "the connection was closed by this program while connecting")
-
-
-def given_up(where: str, exc: BaseException) -> Error:
-    """Return what ends a connection whose connecting was broken off by `exc`: an error of ours, or Ctrl-C and the like."""
-    return exc if isinstance(exc, Error) else TransportError(0, f"connecting to {where} was given up ({exc!r})")
-
-
-def way_to_another(way: Way | None, phase: Phase) -> Way:
-    """Return the way on which one more connection can be opened, to ask for exports. Raises UsageError where there is none."""
-    if way is not None:
-        return way
-    if phase is Phase.CREATED:
+def target_of_another(target: Target | None) -> Target:
+    """Return where one more connection can be opened, to ask for exports. Raises UsageError where there is no such place."""
+    if target is None:
         raise UsageError(errno.ENOTCONN, "list_exports: the connection is newly created, so there is no server to ask")
-    raise UsageError(
-        errno.EINVAL,
-        "list_exports: the client was connected over a stream, and cannot open another; ask with a client in opt mode",
-    )
+    if isinstance(target.endpoint, OpenStream):
+        raise UsageError(
+            errno.EINVAL,
+            "list_exports: the client was connected over a stream, and cannot open another; ask with a client in opt mode",
+        )
+    return target
 
 
-def look_up(deadline: Deadline) -> Deadline:
-    """Return when to look up next: at the deadline, or a little later than now."""
-    return sooner(deadline, Deadline.after(_LOOK_UP))
+def _plugins() -> Steps[None]:
+    """Look for transports, which takes some tens of milliseconds the first time in a process."""
+    if not registry.scanned:
+        yield Blocking(registry.statuses)
+
+
+def _target(
+    endpoint: Endpoint | OpenStream, encryption: Encryption, call: ConnectCall, server_name: str | None, export: str = ""
+) -> Steps[Target]:
+    start_tls = yield from _starter(encryption, call, server_name)
+    return Target(endpoint, encryption.settled, start_tls, export)
+
+
+def _starter(encryption: Encryption, call: ConnectCall, server_name: str | None) -> Steps[StartTLS | None]:
+    find = partial(encryption.starter, server_name, by_hand=call.by_hand)
+    if not encryption.reads_files(by_hand=call.by_hand):
+        return find()
+    start_tls: StartTLS | None = yield Blocking(find)
+    return start_tls
 
 
 def _no_name_server(error: TransportError) -> bool:

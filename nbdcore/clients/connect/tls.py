@@ -116,6 +116,12 @@ class Encryption:
         if self.start_tls is None and not supports_tls():
             raise UsageError(errno.ENOTSUP, "this Python was built without the ssl module: it has no TLS")
 
+    def reads_files(self, *, by_hand: bool) -> bool:
+        """Whether `starter` reads files (certificates, keys, the system's CAs), which may take a while."""
+        if self.start_tls is not None or self.forbidden:
+            return False
+        return self.settled is not TLSPolicy.DISABLE or (by_hand and self.credentials is not None)
+
     def starter(self, server_name: str | None, *, by_hand: bool) -> StartTLS | None:
         """Return what starts TLS with a server of that name; None where nobody will ask for it.
 
@@ -123,9 +129,8 @@ class Encryption:
         """
         if self.start_tls is not None or self.forbidden:
             return self.start_tls
-        credentials = self.credentials
-        if self.settled is not TLSPolicy.DISABLE or (by_hand and credentials is not None):
-            return (credentials or TLS()).starter(server_name)
+        if self.reads_files(by_hand=by_hand):
+            return (self.credentials or TLS()).starter(server_name)
         return _later(server_name) if by_hand else None
 
     def _demanded(self, uri: URI) -> Encryption:

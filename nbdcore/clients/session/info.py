@@ -12,7 +12,7 @@ from nbdcore.protocol.handshake.agreement import BlockSize, ExportInfo
 from nbdcore.protocol.state import Phase
 
 
-class Knowledge:
+class Info:
     """Answers about the connection. Base of every front end.
 
     A question about the export raises UsageError before it is known: while newly created or connecting, and in opt mode until

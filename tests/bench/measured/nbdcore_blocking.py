@@ -19,7 +19,9 @@ _THREADS = 16
 
 def connect(settings: SimpleNamespace, connections: int = 1) -> Any:
     options = {"allow_local_files": True, "timeout": 30, "structured_replies": getattr(settings, "structured_replies", True)}
-    return nbdcore.connect(settings.uri, **options, **({"connections": connections} if connections > 1 else {}))
+    if connections == 1:
+        return nbdcore.connect(settings.uri, **options)
+    return nbdcore.create_pool(settings.uri, connections=connections, **options)
 
 
 def reads(disk: Any, settings: SimpleNamespace) -> None:
