@@ -1,8 +1,9 @@
 """The TCP transport: `nbd://HOST:PORT/EXPORT`.
 
-A host name may have several addresses: each is tried in turn, in the resolver's order. Names are looked up in a thread, so that
-connecting never blocks whoever drives it. Nagle's algorithm is off: a small request must not wait for the answer to the one
-before it.
+A host name may have several addresses. They are tried in the resolver's order, IPv6 and IPv4 by turns: the next when the one
+before has failed or has not answered for a quarter of a second. The first that answers is taken (RFC 8305, "happy eyeballs").
+Names are looked up in a thread, so that connecting never blocks whoever drives it. Nagle's algorithm is off: a small request must
+not wait for the answer to the one before it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import socket
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any, ClassVar
 
-from nbdcore.errors import TransportError, UsageError, printable
+from nbdcore.errors import UsageError, printable
 from nbdcore.plugins.spec import Connecting, Listener, Transport, Waiting, hookimpl
 from nbdcore.streams.base import Stream
-from nbdcore.streams.connecting import connect_socket, in_thread
+from nbdcore.streams.connecting import Steps, connect_socket, first_of, in_thread
 from nbdcore.streams.sockets import SocketListener, SocketStream, transport_errors
 from nbdcore.uri import URI, format_uri
 
@@ -37,8 +39,9 @@ _PROBES = tuple(
     if hasattr(socket, name)
 )
 
-#: What getaddrinfo returns: family, type, protocol, canonical name, socket name.
-_Found = Sequence[tuple[int, int, int, str, Any]]
+#: One of what getaddrinfo returns: family, type, protocol, canonical name, socket name.
+_One = tuple[int, int, int, str, Any]
+_Found = Sequence[_One]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,22 +96,12 @@ class TCPTransport(Transport):
         return address.host
 
     def connect(self, address: TCPAddress, *, timeout: float | None = None) -> Connecting:  # noqa: ARG002 (the kernel has no limit)
-        """Try each of the host's addresses in turn; where none answers, the first one's error counts and all are listed."""
+        """Try the host's addresses; where none answers, the first one's error counts and all are listed."""
         if not address.port:
             raise UsageError(errno.EINVAL, f"port 0 can be listened on, but not connected to (asked for {address})")
         found = yield from _look_up(address, f"connect to {address}")
-        failures: list[TransportError] = []
-        for family, kind, protocol, _, name in found:
-            what = str(address) if name[0] == address.host else f"{address} at {name[0]}"
-            try:
-                with transport_errors(f"connect to {what}"):
-                    sock = socket.socket(family, kind, protocol)
-                yield from connect_socket(sock, name, what, _HINTS)
-            except TransportError as exc:
-                failures.append(exc)
-            else:
-                return _stream(sock, str(address), keepalive=address.keepalive)
-        raise _all_failed(failures) from failures[0].__cause__
+        sock = yield from first_of([_connect(address, one) for one in _by_turns(found)])
+        return _stream(sock, str(address), keepalive=address.keepalive)
 
     def listen(self, address: TCPAddress) -> Listener:
         """Listen on the first of the host's addresses: "0.0.0.0" and "::" stand for all of this machine's."""
@@ -187,9 +180,19 @@ def _look_up(address: TCPAddress, doing: str) -> Generator[Waiting, None, _Found
             return (yield from in_thread(partial(_resolve, address)))
 
 
-def _all_failed(failures: list[TransportError]) -> TransportError:
-    """Return the one error for several: the first, whose address the resolver thought best, with the others' words."""
-    return TransportError(failures[0].errno or 0, "; ".join(failure.message for failure in failures))
+def _by_turns(found: _Found) -> list[_One]:
+    """Return the addresses with their families by turns, that of the first one first (RFC 8305, section 4)."""
+    first = [one for one in found if one[0] == found[0][0]]
+    others = [one for one in found if one[0] != found[0][0]]
+    return [one for pair in zip_longest(first, others) for one in pair if one is not None]
+
+
+def _connect(address: TCPAddress, one: _One) -> Steps[socket.socket]:
+    family, kind, protocol, _, name = one
+    what = str(address) if name[0] == address.host else f"{address} at {name[0]}"
+    with transport_errors(f"connect to {what}"):
+        sock = socket.socket(family, kind, protocol)
+    return (yield from connect_socket(sock, name, what, _HINTS))
 
 
 @hookimpl

@@ -1,7 +1,9 @@
 """What transports open connections with: generators that never block, whoever drives them.
 
-Each yields `(descriptor, Want)` when it must wait, returns what it opened, and frees it when it fails or is closed early. The
-driver resumes one only when the descriptor is ready. It knows sockets, and nothing of NBD: not a byte is read or sent here.
+Each yields `(descriptor, Want)`, or `AnyOf` several, when it must wait, returns what it opened, and frees it when it fails or is
+closed early. The driver resumes one only when a descriptor is ready, or the time of an `AnyOf` has passed, and sends the set of
+those that are ready. Several can be run side by side, as one that waits for what any of them waits for (`Branch`); the first that
+succeeds may be all that is wanted (`first_of`). It knows sockets, and nothing of NBD: not a byte is read or sent here.
 """
 
 from __future__ import annotations
@@ -11,17 +13,21 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Generic, NoReturn, TypeVar
+from math import inf
+from typing import Any, Generic, NoReturn, TypeVar, cast
 
-from nbdcore.errors import TransportError
-from nbdcore.streams.base import Want
+from nbdcore.errors import Error, TransportError
+from nbdcore.streams.base import AnyOf, Want
 from nbdcore.streams.sockets import connected_pair, transport_errors
 
-__all__ = ["connect_socket", "in_thread"]
+__all__ = ["Branch", "Steps", "any_of", "connect_socket", "first_of", "in_thread"]
 
 Result = TypeVar("Result")
+
+#: What opens a connection: yields what to wait for, is sent the descriptors that are ready, and returns what it opened.
+Steps = Generator[tuple[int, Want] | AnyOf, Collection[int] | None, Result]
 
 #: "Under way": EINTR too, since an interrupted connect goes on (POSIX), and EWOULDBLOCK, which is Windows' word for it.
 _UNDER_WAY = frozenset({errno.EINPROGRESS, errno.EINTR, errno.EALREADY, errno.EWOULDBLOCK} - {errno.EAGAIN})
@@ -29,6 +35,8 @@ _UNIX = getattr(socket, "AF_UNIX", None)
 #: Seconds between attempts while a unix server's backlog is full: short first, since servers usually accept at once; the longest
 #: still answers a person at once, and costs next to nothing.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.1
+#: Seconds after which the next address is tried too (RFC 8305, section 5, "Connection Attempt Delay").
+ATTEMPT_DELAY = 0.25
 
 
 def connect_socket(
@@ -60,6 +68,102 @@ def connect_socket(
 
 def _fail(number: int) -> NoReturn:
     raise OSError(number, os.strerror(number))
+
+
+class Branch(Generic[Result]):
+    """One of several generators that are run side by side.
+
+    Attributes:
+        need: what it waits for; None when it has ended.
+        error: the error of nbdcore's that ended it, else None.
+        result: what it returned; None before, and where it failed.
+    """
+
+    def __init__(self, steps: Steps[Result]) -> None:
+        self._steps = steps
+        self._until = inf
+        self.need: AnyOf | None = None
+        self.error: Error | None = None
+        self.result: Result | None = None
+        self._go_on(None)
+
+    def take(self, ready: Collection[int]) -> None:
+        """Go on, if what it waits for is among those that are ready, or its time has passed."""
+        if self.need is not None:
+            mine = frozenset(fd for fd, _ in self.need.waiting if fd in ready)
+            if mine or time.monotonic() >= self._until:
+                self._go_on(mine)
+
+    def close(self) -> None:
+        """Free what it has opened, unless it has returned that."""
+        self._steps.close()
+
+    def _go_on(self, ready: Collection[int] | None) -> None:
+        self.need = None
+        try:
+            wanted = self._steps.send(ready)
+        except StopIteration as end:
+            self.result = end.value
+        except Error as exc:
+            self.error = exc
+        else:
+            self.need = wanted if isinstance(wanted, AnyOf) else AnyOf((wanted,))
+            self._until = inf if self.need.seconds is None else time.monotonic() + self.need.seconds
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until its time has passed."""
+        return max(0.0, self._until - time.monotonic())
+
+
+def any_of(branches: Iterable[Branch[Any]], seconds: float = inf) -> AnyOf:
+    """Return what to wait for so that any of the branches can go on, or so many seconds pass."""
+    waiting: list[tuple[int, Want]] = []
+    for branch in branches:
+        if branch.need is not None:
+            waiting += branch.need.waiting
+            seconds = min(seconds, branch.seconds_left)
+    return AnyOf(tuple(waiting), None if seconds == inf else seconds)
+
+
+def first_of(attempts: Sequence[Steps[Result]], *, delay: float = ATTEMPT_DELAY) -> Steps[Result]:
+    """Make attempts until one succeeds (RFC 8305, "happy eyeballs"), and return its result.
+
+    The next attempt is begun when the one before has failed, or has taken `delay` seconds, after which that one goes on. When one
+    succeeds the others are closed. When all have failed, raises one TransportError: the first attempt's, with the words of all.
+    """
+    begun: list[Branch[Result]] = []
+    next_at = 0.0
+    try:
+        while True:
+            waiting = [branch for branch in begun if branch.need is not None]
+            more = len(begun) < len(attempts)
+            if more and (not waiting or time.monotonic() >= next_at):
+                begun.append(Branch(attempts[len(begun)]))
+                next_at = time.monotonic() + delay
+                advanced = begun[-1:]
+            elif waiting:
+                ready = yield any_of(waiting, max(0.0, next_at - time.monotonic()) if more else inf)
+                for branch in waiting:
+                    branch.take(ready or ())
+                advanced = waiting
+            else:
+                raise _all_failed([branch.error for branch in begun if branch.error is not None])
+            for branch in advanced:
+                if branch.need is None and branch.error is None:
+                    return cast("Result", branch.result)
+                if branch.error is not None:
+                    next_at = 0.0
+    finally:
+        for steps in attempts:
+            steps.close()
+
+
+def _all_failed(failures: Sequence[Error]) -> TransportError:
+    """Return the one error for several: the first, whose address the resolver thought best, with the others' words."""
+    error = TransportError(failures[0].errno or 0, "; ".join(failure.message for failure in failures))
+    error.__cause__ = failures[0].__cause__
+    return error
 
 
 def in_thread(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import socket
+import sys
+import time
 
 import pytest
 
 import nbdcore
-from nbdcore import aio
+from nbdcore import aio, libnbd
 from nbdcore.server import MemoryDisk, Server
 from nbdcore.testing.scripted import ScriptedServer, answer, data, hang_up
 from tests.clients.talking import PATIENCE, script
@@ -16,6 +20,7 @@ from tests.clients.talking import PATIENCE, script
 COUNT = 512
 RANGES = [(index * COUNT, COUNT) for index in range(200)]
 FRONT_ENDS = ["Client", "Pool", "AsyncClient", "AsyncPool"]
+DROP_IN = "nbdcore.libnbd"
 every_front_end = pytest.mark.parametrize("front_end", FRONT_ENDS)
 
 
@@ -120,3 +125,61 @@ def test_server_that_hangs_up_between_bursts_is_a_lost_connection(front_end, dep
                 results.extend(client.pread_many(RANGES, depth=depth))
             client.close()
     assert len(results) <= 4
+
+
+# ---------------------------------------------------------------------------------------------- connecting
+
+
+@pytest.fixture
+def silent_first(monkeypatch):
+    """A host "two.test" with two addresses, of which the first is silent; yields its port."""
+    real = socket.getaddrinfo
+
+    def look_up(host, *arguments, **options):
+        if host not in ("two.test", b"two.test"):
+            return real(host, *arguments, **options)
+        if options.get("flags", 0) & socket.AI_NUMERICHOST:
+            raise socket.gaierror(socket.EAI_NONAME, "no number")
+        return real("127.0.0.2", *arguments, **options) + real("127.0.0.1", *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with Server(MemoryDisk(1 << 20)) as server, contextlib.ExitStack() as stack:
+        port = server.listen("tcp", host="127.0.0.1", port=0).address.port
+        silent = stack.enter_context(socket.socket())
+        silent.bind(("127.0.0.2", port))
+        silent.listen(0)
+        for _ in range(4):  # they fill its backlog: the kernel drops what else comes
+            caller = stack.enter_context(socket.socket())
+            caller.setblocking(False)
+            caller.connect_ex(("127.0.0.2", port))
+        yield port
+
+
+async def size_by_asyncio(front_end, uri):
+    async with connected(front_end, uri) as client:
+        return client.size
+
+
+def size_by_drop_in(port):
+    handle = libnbd.NBD()
+    handle.connect_tcp("two.test", str(port))
+    try:
+        return handle.get_size()
+    finally:
+        handle.shutdown()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a full backlog is silent on Linux, where 127.0.0.2 is loopback too")
+@pytest.mark.parametrize("front_end", [*FRONT_ENDS, DROP_IN])
+def test_host_whose_first_address_is_silent_is_reached_by_its_second(silent_first, front_end):
+    uri = f"nbd://two.test:{silent_first}"
+    began = time.monotonic()
+    if front_end == DROP_IN:
+        size = size_by_drop_in(silent_first)
+    elif front_end.startswith("Async"):
+        size = asyncio.run(size_by_asyncio(front_end, uri))
+    else:
+        with connected(front_end, uri) as client:
+            size = client.size
+    assert size == 1 << 20
+    assert time.monotonic() - began < PATIENCE

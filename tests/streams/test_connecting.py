@@ -11,7 +11,7 @@ import pytest
 from nbdcore.errors import TransportError
 from nbdcore.streams import connecting
 from nbdcore.streams.base import Want
-from nbdcore.streams.connecting import connect_socket, in_thread
+from nbdcore.streams.connecting import connect_socket, first_of, in_thread
 from nbdcore.streams.waiting import Deadline, drive
 from tests.leaks import open_descriptors
 
@@ -157,3 +157,84 @@ def test_lack_of_descriptors_for_a_thread_is_a_transport_error(monkeypatch):
     with pytest.raises(TransportError, match="Too many open files") as caught:
         run(in_thread(lambda: None))
     assert caught.value.errno == errno.EMFILE
+
+
+# --- several attempts side by side ---
+
+
+def steps(log, name, *wanted, outcome):
+    """An attempt that waits for each of `wanted`, then returns its outcome, or raises it."""
+    log.append(f"{name} begun")
+    try:
+        yield from wanted
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+    finally:
+        log.append(f"{name} ended")
+
+
+def refused(text):
+    return TransportError(errno.ECONNREFUSED, text)
+
+
+def played(generator, *answers):
+    """Send the answers one by one; returns what was waited for, and the result."""
+    waited = [next(generator)]
+    for answer in answers:
+        try:
+            waited += [generator.send(frozenset(answer))]
+        except StopIteration as end:
+            return waited, end.value
+    return waited, None
+
+
+def test_second_attempt_is_begun_at_once_when_the_first_fails():
+    log = []
+    first = first_of([steps(log, "a", outcome=refused("a")), steps(log, "b", (7, Want.WRITE), outcome="b")])
+    waited, result = played(first, {7})
+    assert result == "b"
+    assert [request.waiting for request in waited] == [((7, Want.WRITE),)]
+    assert waited[0].seconds is None  # there is no third one
+    assert log == ["a begun", "a ended", "b begun", "b ended"]
+
+
+def test_second_attempt_is_begun_beside_the_first_when_that_takes_long():
+    log = []
+    slow, fast = steps(log, "slow", (5, Want.WRITE), outcome="slow"), steps(log, "fast", (6, Want.WRITE), outcome="fast")
+    waited, result = played(first_of([slow, fast], delay=0), {6})
+    assert result == "fast"
+    assert waited[0].waiting == ((5, Want.WRITE), (6, Want.WRITE))
+    assert log == ["slow begun", "fast begun", "fast ended", "slow ended"]
+
+
+def test_first_attempt_may_still_win_when_the_second_has_begun():
+    log = []
+    slow, fast = steps(log, "slow", (5, Want.WRITE), outcome="slow"), steps(log, "fast", (6, Want.WRITE), outcome="fast")
+    _, result = played(first_of([slow, fast], delay=0), {5, 6})
+    assert result == "slow"
+    assert log[-1] == "fast ended"
+
+
+def test_all_attempts_failed_is_the_first_ones_error_with_the_words_of_all():
+    log = []
+    attempts = [steps(log, name, outcome=TransportError(number, name)) for name, number in (("a", 111), ("b", 113))]
+    with pytest.raises(TransportError, match="a; b") as caught:
+        played(first_of(attempts))
+    assert caught.value.errno == 111
+
+
+def test_attempts_that_are_given_up_are_closed():
+    log = []
+    first = first_of([steps(log, "a", (5, Want.WRITE), outcome="a"), steps(log, "b", outcome="b")])
+    next(first)
+    first.close()
+    assert log == ["a begun", "a ended"]
+
+
+def test_second_attempt_waits_for_its_turn():
+    log = []
+    first = first_of([steps(log, "a", (5, Want.WRITE), outcome="a"), steps(log, "b", outcome="b")], delay=100)
+    waited, result = played(first, {5})
+    assert 99 < waited[0].seconds <= 100
+    assert (result, log) == ("a", ["a begun", "a ended"])

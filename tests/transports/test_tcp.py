@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ from nbdcore.testing.streams import check_stream
 from nbdcore.testing.transports import check_transport
 from nbdcore.uri import parse_uri
 from nbdcore_tcp import TCPAddress
+from tests import leaks
 
 SOON = 30.0
 (TCP,) = nbdcore_tcp.nbdcore_transports()
@@ -213,6 +216,67 @@ def test_error_of_the_first_address_counts_and_all_are_listed(resolver, monkeypa
     assert isinstance(caught.value.__cause__, ConnectionRefusedError)
     assert f"TCP several.test port {port} at 127.0.0.1: nothing listens there" in caught.value.message
     assert f"TCP several.test port {port} at 255.255.255.255: " in caught.value.message
+
+
+@contextlib.contextmanager
+def silent_at(host, port):
+    """A server whose backlog is full: the kernel drops what else comes, as a firewall does."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.socket())
+        server.bind((host, port))
+        server.listen(0)
+        for _ in range(4):
+            caller = stack.enter_context(socket.socket())
+            caller.setblocking(False)
+            caller.connect_ex((host, port))
+        yield
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a full backlog is silent on Linux")
+def test_address_after_a_silent_one_is_taken_and_nothing_is_left_open(resolver):
+    listener = TCP.listen(TCP.address(port=0))
+    resolver.addresses = ["127.0.0.2", "127.0.0.4", "127.0.0.1"]
+    with leaks.none_left_open(), silent_at("127.0.0.2", listener.address.port), silent_at("127.0.0.4", listener.address.port):
+        client = connect(TCP.address(host="several.test", port=listener.address.port))
+        server = accept(listener)
+        for each in (client, server):
+            each.close()
+    listener.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a full backlog is silent on Linux")
+def test_connecting_that_is_given_up_while_several_addresses_are_tried_leaves_nothing_open(resolver):
+    listener = TCP.listen(TCP.address(host="127.0.0.9", port=0))
+    port = listener.address.port
+    resolver.addresses = ["127.0.0.2", "127.0.0.4"]
+    with (
+        leaks.none_left_open(),
+        silent_at("127.0.0.2", port),
+        silent_at("127.0.0.4", port),
+        pytest.raises(DeadlineExceeded),
+    ):
+        drive(TCP.connect(TCP.address(host="several.test", port=port)), Deadline.after(0.6), "too long")
+    listener.close()
+
+
+@pytest.mark.parametrize(
+    ("families", "order"),
+    [
+        ("444", "444"),
+        ("6644", "6464"),
+        ("4466", "4646"),
+        ("66644", "64646"),
+        ("6444", "6444"),
+        ("64", "64"),
+    ],
+)
+def test_addresses_of_both_families_are_tried_by_turns(families, order):
+    of = {"4": socket.AF_INET, "6": socket.AF_INET6}
+    found = [(of[family], 0, 0, "", (str(number), 0)) for number, family in enumerate(families)]
+    turns = nbdcore_tcp._by_turns(found)
+    assert [one[0] for one in turns] == [of[family] for family in order]
+    for family in of.values():  # within a family the resolver's order stays
+        assert [one for one in turns if one[0] == family] == [one for one in found if one[0] == family]
 
 
 def test_name_that_does_not_exist_is_a_transport_error(monkeypatch):

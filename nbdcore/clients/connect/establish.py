@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from math import inf
 
-from nbdcore.clients.connect.steps import AnyOf, Steps
+from nbdcore.clients.connect.steps import AnyOf, Steps, Waits
 from nbdcore.clients.connect.target import Endpoint, OpenStream, Target
 from nbdcore.clients.requests.arguments import deadline_after
 from nbdcore.clients.session.session import Session
@@ -25,8 +25,9 @@ from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.handshake.agreement import Settings
 from nbdcore.protocol.transmission.commands import disconnect
 from nbdcore.streams.base import Stream
+from nbdcore.streams.connecting import Branch, any_of
 from nbdcore.streams.sockets import transport_errors
-from nbdcore.streams.waiting import NEVER, Deadline
+from nbdcore.streams.waiting import Deadline
 
 #: Seconds between attempts while a server is waited for: short first, since it may be about to listen; the longest costs a
 #: machine nothing, and a person does not notice it.
@@ -94,7 +95,7 @@ def _never_up(target: Target, wait: float, last: Error) -> DeadlineExceeded:
 # ---------------------------------------------------------------------------------------------- one connection
 
 
-def open_session(engine: Engine, target: Target, deadline: Deadline) -> Steps[Session]:
+def open_session(engine: Engine, target: Target, deadline: Deadline) -> Waits[Session]:
     """Open a stream and shake hands. Whatever goes wrong ends the engine too."""
     try:
         stream = yield from _open_stream(target.endpoint, deadline)
@@ -110,7 +111,7 @@ def open_session(engine: Engine, target: Target, deadline: Deadline) -> Steps[Se
     return session
 
 
-def _open_stream(endpoint: Endpoint | OpenStream, deadline: Deadline) -> Steps[Stream]:
+def _open_stream(endpoint: Endpoint | OpenStream, deadline: Deadline) -> Waits[Stream]:
     connecting = endpoint.open(deadline.remaining())
     ready: Collection[int] | None = None
     with transport_errors(f"connect to {endpoint}"):
@@ -127,7 +128,7 @@ def _open_stream(endpoint: Endpoint | OpenStream, deadline: Deadline) -> Steps[S
             connecting.close()
 
 
-def _shake_hands(session: Session, deadline: Deadline) -> Steps[None]:
+def _shake_hands(session: Session, deadline: Deadline) -> Waits[None]:
     exchange = session.engine.handshake()
     session.advance()
     while not exchange.done:
@@ -142,7 +143,7 @@ def _shake_hands(session: Session, deadline: Deadline) -> Steps[None]:
         raise exchange.error
 
 
-def _until(need: AnyOf, deadline: Deadline, message: str) -> Steps[Collection[int]]:
+def _until(need: AnyOf, deadline: Deadline, message: str) -> Waits[Collection[int]]:
     """Wait, no longer than until the deadline. Raises DeadlineExceeded when it passes."""
     remaining = deadline.remaining()
     if remaining is not None and (need.seconds is None or remaining < need.seconds):
@@ -159,14 +160,19 @@ def _until(need: AnyOf, deadline: Deadline, message: str) -> Steps[Collection[in
 
 def _open_further(first: Engine, target: Target, settings: Settings, count: int, deadline: Deadline) -> Steps[list[Session]]:
     """Open up to `count` sessions more, with the same settings; return those that agree with the first one."""
-    attempts = [_Attempt(open_session(Engine(settings), target, deadline)) for _ in range(count)]
+    attempts = [Branch(open_session(Engine(settings), target, deadline)) for _ in range(count)]
     try:
-        yield from _side_by_side(attempts)
+        while any(attempt.need for attempt in attempts):
+            ready: Collection[int] = yield any_of(attempts)
+            for attempt in attempts:
+                attempt.take(ready)
     except BaseException:
         for attempt in attempts:
-            attempt.give_up()
+            attempt.close()
+            if attempt.result is not None:
+                attempt.result.close()
         raise
-    sessions = [attempt.session for attempt in attempts if attempt.session is not None]
+    sessions = [attempt.result for attempt in attempts if attempt.result is not None]
     for session in sessions:
         if not agree(session.engine, first):
             session.engine.submit(disconnect())
@@ -179,52 +185,6 @@ def agree(engine: Engine, first: Engine) -> bool:
     """Whether a request built for the first connection means the same on this one."""
     ours, theirs = engine.agreement, first.agreement
     return engine.limits == first.limits and ours.contexts == theirs.contexts and ours.tls == theirs.tls
-
-
-class _Attempt:
-    """One of several sessions that are opened side by side.
-
-    Attributes:
-        need: what it waits for; None when it has ended.
-        until: when it goes on though nothing is ready.
-        session: what came of it; None where it failed.
-    """
-
-    def __init__(self, steps: Steps[Session]) -> None:
-        self._steps = steps
-        self.need: AnyOf | None = None
-        self.until: Deadline = NEVER
-        self.session: Session | None = None
-        self.go_on(None)
-
-    def go_on(self, answer: Collection[int] | None) -> None:
-        """Go on until it has to wait again. An error ends it: there is one connection less."""
-        try:
-            need = self._steps.send(answer)
-        except StopIteration as end:
-            self.need, self.session = None, end.value
-        except Error:
-            self.need = None
-        else:
-            assert isinstance(need, AnyOf), "what blocks was done when the target was found"
-            self.need, self.until = need, Deadline.after(need.seconds)
-
-    def give_up(self) -> None:
-        """Close what is open."""
-        self._steps.close()
-        if self.session is not None:
-            self.session.close()
-
-
-def _side_by_side(attempts: Sequence[_Attempt]) -> Steps[None]:
-    """Let all go on until none waits any more."""
-    while waiting := [(attempt, attempt.need) for attempt in attempts if attempt.need is not None]:
-        until = min((attempt.until for attempt, _ in waiting), key=_moment)
-        ready: Collection[int] = yield AnyOf(tuple(one for _, need in waiting for one in need.waiting), until.remaining())
-        for attempt, need in waiting:
-            answer = frozenset(fd for fd, _ in need.waiting if fd in ready)
-            if answer or attempt.until.expired:
-                attempt.go_on(answer)
 
 
 # ---------------------------------------------------------------------------------------------- words and deadlines

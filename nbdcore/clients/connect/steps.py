@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from nbdcore.streams.base import AnyOf
 
-__all__ = ["AnyOf", "Blocking", "Steps"]
+__all__ = ["AnyOf", "Blocking", "Steps", "Waits"]
 
 Result = TypeVar("Result")
 
@@ -26,3 +26,5 @@ class Blocking:
 
 #: A generator in steps: each yields a request, and is sent the answer.
 Steps = Generator[AnyOf | Blocking, Any, Result]
+#: One that only waits.
+Waits = Generator[AnyOf, Any, Result]
