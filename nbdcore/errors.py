@@ -103,8 +103,11 @@ class ArgumentTypeError(UsageError, TypeError):
 class CommandError(Error, OSError):
     """The server answered a command with an error.
 
-    The connection lives and every other command goes on. `errno` is the specification's error number in this platform's terms.
-    For a failed read no data is returned, and a caller's buffer must be taken as undefined.
+    The connection lives and every other command goes on. But where `errno` is ESHUTDOWN the server is shutting down, and the
+    connection is closed as soon as the commands in flight are answered.
+
+    `errno` is the specification's error number in this platform's terms. For a failed read no data is returned, and a caller's
+    buffer must be taken as undefined.
 
     Attributes:
         offset: absolute offset in bytes of the failure, where the server named one inside the request; else None.
@@ -121,7 +124,8 @@ class CommandError(Error, OSError):
 class NegotiationError(Error, OSError):
     """The server refused an option of the handshake: unknown export, TLS required, not allowed.
 
-    In opt mode the connection stays in the negotiating phase; in automatic mode it has been closed.
+    In opt mode the connection stays in the negotiating phase. In automatic mode it has been closed; so it has in opt mode where
+    the server is shutting down (NBD_REP_ERR_SHUTDOWN).
 
     Attributes:
         reply: the NBD_REP_ERR_* number, 0 where the refusal was no reply of the server.

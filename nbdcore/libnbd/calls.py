@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from nbdcore.errors import Error as CoreError
-from nbdcore.errors import UsageError
 from nbdcore.libnbd import arguments
 from nbdcore.libnbd.errors import ClosedHandle, Error, command_failure, failure, translated
 from nbdcore.protocol.state import Phase
@@ -200,7 +199,7 @@ def shared(
                 self._run_with_others(client, command)
             except CoreError as exc:
                 raise translated(name, exc) from exc
-            if isinstance(command.error, UsageError):  # it was not sent: another thread has changed the state meanwhile
+            if command.error is not None and not command.cookie:  # it was not sent: the state has changed meanwhile
                 return run_alone(self, *args, **kwargs)
             if command.error is not None:
                 raise command_failure(name, command) from command.error

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nbdcore.clients.polled import PolledClient
-from nbdcore.errors import UsageError
+from nbdcore.errors import Disconnected, UsageError
 from nbdcore.libnbd import arguments
 from nbdcore.libnbd.calls import CONNECTED, TALKING, call, shared
 from nbdcore.libnbd.constants import (
@@ -155,7 +155,7 @@ class CommandCalls(CommandBuilders):
             command = inbox.popleft()
             try:
                 client.engine.submit(command)
-            except UsageError as exc:
+            except (UsageError, Disconnected) as exc:
                 command.error, command.done = exc, True
         client.send()
 

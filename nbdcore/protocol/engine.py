@@ -4,6 +4,9 @@ Whoever owns it moves bytes: `outgoing` says what to send and `sent` how much we
 `received` how many came. The two halves share only the table of commands in flight, so a full send buffer never stops replies
 from being read. A session does this for a stream; tests do it with bytes.
 
+A server that answers a command with ESHUTDOWN is about to end, and the client must leave it: no command is taken any more, those
+in flight are waited for, then the goodbye is said. Whoever moves the bytes need not wait for the server to hang up after that.
+
 Nothing here raises because of the peer. A broken protocol, like a broken transport, ends in `fail`: the phase becomes DEAD (or
 CLOSED, where the server hung up between two messages), the reason is kept in `error`, and every pending command and conversation
 completes exactly once with it. Completions run after the bytes at hand have been dealt with; they may submit, never receive.
@@ -25,13 +28,14 @@ from nbdcore.protocol.constants import (
     MAX_PAYLOAD,
     REQUEST_MAGIC,
     CommandType,
+    OptionReply,
 )
 from nbdcore.protocol.handshake import negotiation, options
 from nbdcore.protocol.handshake.agreement import Agreement, Settings, Traffic
 from nbdcore.protocol.handshake.exchange import Exchange, Exchanges
 from nbdcore.protocol.handshake.negotiation import Conversation
 from nbdcore.protocol.state import Phase
-from nbdcore.protocol.transmission.commands import ALL_STRICT, Command, Limits
+from nbdcore.protocol.transmission.commands import ALL_STRICT, Command, Limits, disconnect
 from nbdcore.protocol.transmission.decoder import LARGE, Replies
 
 __all__ = ["INLINE_PAYLOAD", "Engine", "Exchange"]
@@ -42,6 +46,7 @@ INLINE_PAYLOAD = 1 << 14
 # Looked up once: to find a member costs about as much as a call, and these are asked for with every command.
 _CONNECTED = Phase.CONNECTED
 _READ, _DISC, _BLOCK_STATUS = int(CommandType.READ), int(CommandType.DISC), int(CommandType.BLOCK_STATUS)
+_SHUTTING_DOWN = "the server is shutting down"
 # Most commands packed at once: sendmsg takes 1024 parts, and a command has two at most.
 _BURST = 256
 
@@ -61,7 +66,8 @@ class Engine(Exchanges):
         ended_by_program: it was this program that ended it.
         queue: commands of which nothing has been packed, let alone sent.
         in_flight: cookie -> command, for those that have been.
-        ending: a disconnect was queued.
+        ending: no more commands are taken: a disconnect was queued, or will be.
+        shutting_down: the server said that it shuts down, before this program took leave.
     """
 
     def __init__(self, settings: Settings, *, strict: int = ALL_STRICT) -> None:
@@ -83,6 +89,8 @@ class Engine(Exchanges):
         self._begun: memoryview | None = None  # the part of which some bytes are sent, as it was
         self._last_cookie = 0
         self.ending: bool = False
+        self.shutting_down: bool = False
+        self._goodbye_queued = False
 
     # ------------------------------------------------------------------------------------------ phases
 
@@ -127,10 +135,13 @@ class Engine(Exchanges):
 
     def abort(self) -> None:
         """Leave opt mode: say goodbye and count the connection as closed, whatever the server answers."""
+        self._say_abort()
+        self.phase = Phase.CLOSED
+
+    def _say_abort(self) -> None:
         for step in negotiation.abort(self.agreement, self.settings):
             if isinstance(step, bytes):
                 self._say(step)
-        self.phase = Phase.CLOSED
 
     def end(self, why: str = "the connection was closed by this program") -> None:
         """This program ends the connection: everything pending fails, and a later call is a mistake, not a loss."""
@@ -162,24 +173,39 @@ class Engine(Exchanges):
         finally:
             self._complete(pending)
 
-    def _out_of_phase(self, what: object, wanted: Phase) -> UsageError:
+    def _out_of_phase(self, what: object, wanted: Phase) -> Error:
         """The last word on what is legal: another thread may have ended the connection since the caller looked at its phase."""
-        number = errno.ENOTCONN if self.phase is Phase.CREATED else errno.EINVAL
-        return UsageError(number, f"{what}: the connection is {self.phase.value}, and must be {wanted.value}")
+        message = f"{what}: the connection is {self.phase.value}, and must be {wanted.value}"
+        if self.lost:
+            return Disconnected(errno.ENOTCONN, f"{message} (it ended with: {self.error})")
+        return UsageError(errno.ENOTCONN if self.phase is Phase.CREATED else errno.EINVAL, message)
 
     # ------------------------------------------------------------------------------------------ commands
 
     def submit(self, command: Command) -> int:
-        """Queue a command and return its cookie. Raises UsageError unless CONNECTED, and once a disconnect is queued."""
+        """Queue a command and return its cookie.
+
+        Raises UsageError unless CONNECTED, and once a disconnect is queued. Raises Disconnected where the connection was lost,
+        and once the server shuts down; but a disconnect is done at once then, since the goodbye will be said anyway.
+        """
         if self.phase is not _CONNECTED:
             raise self._out_of_phase(command, _CONNECTED) from self.error
         if self.ending:
-            raise UsageError(errno.EINVAL, f"{command}: the connection is being closed")
+            return self._submit_at_the_end(command)
         self._last_cookie = command.cookie = cookie = self._last_cookie + 1
         if command.type == _DISC:
-            self.ending = True
+            self.ending = self._goodbye_queued = True
         self.queue.append(command)
         return cookie
+
+    def _submit_at_the_end(self, command: Command) -> int:
+        if not self.shutting_down:
+            raise UsageError(errno.EINVAL, f"{command}: the connection is being closed")
+        if command.type != _DISC:
+            raise Disconnected(errno.ENOTCONN, f"{command}: {_SHUTTING_DOWN}")
+        command.done = True
+        self._complete([command])
+        return command.cookie
 
     def submit_all(self, commands: Sequence[Command]) -> None:
         """Queue several commands, none of them a disconnect, or none: raises as `submit` does."""
@@ -219,7 +245,10 @@ class Engine(Exchanges):
     @property
     def lost(self) -> bool:
         """Whether there was a connection, and it ended without this program's doing."""
-        return isinstance(self.error, (Disconnected, ProtocolViolation)) and not self.ended_by_program
+        error = self.error
+        if isinstance(error, NegotiationError):
+            return error.reply == OptionReply.ERR_SHUTDOWN
+        return isinstance(error, (Disconnected, ProtocolViolation)) and not self.ended_by_program
 
     @property
     def pending(self) -> int:
@@ -238,7 +267,7 @@ class Engine(Exchanges):
     @property
     def finished_sending(self) -> bool:
         """Whether a disconnect was queued and everything has been sent: the sending side may be shut down."""
-        return self.ending and not self.queue and not self._parts
+        return self._goodbye_queued and not self.queue and not self._parts
 
     # ------------------------------------------------------------------------------------------ bytes out
 
@@ -343,16 +372,36 @@ class Engine(Exchanges):
             completed = replies.received(count)
         except ProtocolViolation as exc:
             completed, violation = replies.take_completed(), exc
+        if replies.shutdown_heard and not self.ending:
+            completed += self._take_no_more()
         try:
             if completed:
                 self._complete(completed)
         finally:
             if violation is not None:
                 self.fail(violation)
+            elif self.shutting_down:
+                self._say_goodbye()
         if replies.raised is not None:
             raised, replies.raised = replies.raised, None
             raise raised
         return len(completed)
+
+    def _take_no_more(self) -> list[Command]:
+        """The server shuts down: it is asked nothing any more. Returns the commands that will not be sent, which have failed."""
+        self.ending = self.shutting_down = True
+        unsent = [*self.queue]
+        self.queue.clear()
+        for command in unsent:
+            command.error = Disconnected(errno.ENOTCONN, f"{command} was not sent: {_SHUTTING_DOWN}")
+            command.done = True
+        return unsent
+
+    def _say_goodbye(self) -> None:
+        """Take leave of a server that shuts down, when it has answered everything."""
+        if self.phase is _CONNECTED and not self.in_flight and not self._goodbye_queued:
+            self._goodbye_queued = True
+            self.queue.append(disconnect())
 
     def rest(self) -> None:
         """Nothing more is to be received just now: hold no memory for it. What `room` returned is not to be used any more."""
@@ -362,11 +411,13 @@ class Engine(Exchanges):
     def received_eof(self) -> None:
         """The server has finished sending."""
         waiting = len(self.queue) + sum(not command.done for command in self.in_flight.values())
-        if self._replies is not None and self._replies.between_messages and self.finished_sending and not waiting:
+        between = self._replies is not None and self._replies.between_messages
+        if between and self.finished_sending and not waiting and not self.shutting_down:
             self.end("this program took leave of the server")
-        elif self._replies is not None and self._replies.between_messages:
-            unanswered = f" with {waiting} commands unanswered" if waiting else ""
-            self.fail(Disconnected(errno.ENOTCONN, f"the server closed the connection{unanswered}"), phase=Phase.CLOSED)
+        elif between:
+            why = _SHUTTING_DOWN if self.shutting_down else "the server closed the connection"
+            unanswered = f" ({waiting} commands were not answered)" if waiting else ""
+            self.fail(Disconnected(errno.ENOTCONN, f"{why}{unanswered}"), phase=Phase.CLOSED)
         elif self._replies is not None:
             self.fail(Disconnected(errno.ENOTCONN, "the server closed the connection in the middle of a reply"))
         else:

@@ -26,7 +26,8 @@ from tests.protocol.harness import (
     refused,
 )
 
-REFUSALS = [reply for reply in OptionReply if reply >> 31] + [1 << 31 | 0x7777, 0xFFFFFFFF]
+# ERR_SHUTDOWN is of another kind: see test_shutdown.
+REFUSALS = [reply for reply in OptionReply if reply >> 31 and reply != OptionReply.ERR_SHUTDOWN] + [1 << 31 | 0x7777, 0xFFFFFFFF]
 
 # What the client says, message by message, written down from the specification.
 CLIENT_FLAGS = bytes.fromhex("00000003")
@@ -153,7 +154,7 @@ ERRNO = {
 }
 
 
-@pytest.mark.parametrize("error", [error for error in REFUSALS if error != OptionReply.ERR_UNSUP])
+@pytest.mark.parametrize("error", [error for error in (*REFUSALS, OptionReply.ERR_SHUTDOWN) if error != OptionReply.ERR_UNSUP])
 def test_refused_export_is_final_and_the_server_is_told_goodbye(error):
     script = greeting() + ack(Option.EXTENDED_HEADERS, Option.SET_META_CONTEXT) + refused(Option.GO, error, b"go away\x1b[2J")
     client = everywhere(lambda: (disk(), script))

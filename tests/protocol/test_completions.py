@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nbdcore.errors import Disconnected, ProtocolViolation, UsageError
+from nbdcore.errors import Disconnected, ProtocolViolation
 from nbdcore.protocol.constants import Option
 from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission import commands
@@ -124,7 +124,7 @@ def test_completion_may_not_submit_once_the_connection_has_ended():
     refusals = []
 
     def again(_):
-        with pytest.raises(UsageError) as refusal:
+        with pytest.raises(Disconnected) as refusal:
             engine.submit(commands.flush(engine.limits))
         refusals.append(refusal.value)
 

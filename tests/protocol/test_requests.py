@@ -303,7 +303,7 @@ def test_command_on_a_connection_that_has_ended_is_refused_with_the_reason(phase
     reason = Disconnected(0, "the cable was cut")
     client.engine.fail(reason, phase=phase)
 
-    with pytest.raises(UsageError) as refusal:
+    with pytest.raises(Disconnected, match="the cable was cut") as refusal:
         client.engine.submit(commands.read(limits, 512, 0))
 
     assert refusal.value.__cause__ is reason

@@ -77,7 +77,7 @@ def test_tls_is_not_asked_for_when_disabled():
     assert bytes(client.said) == CLIENT_FLAGS + EXTENDED_HEADERS
 
 
-@pytest.mark.parametrize("error", REFUSALS)
+@pytest.mark.parametrize("error", [error for error in REFUSALS if error != OptionReply.ERR_SHUTDOWN])  # see test_shutdown
 def test_allow_goes_on_in_the_clear_after_a_refusal(error):
     client = everywhere(lambda: (newborn(tls=TLSPolicy.ALLOW), greeting() + refused(Option.STARTTLS, error) + INSIDE))
 

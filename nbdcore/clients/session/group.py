@@ -15,7 +15,8 @@ from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission.commands import Command
 
 _OVER = (Phase.CLOSED, Phase.DEAD)
-_PENDING = attrgetter("pending")
+# One whose server shuts down comes last: it takes no more.
+_PENDING = attrgetter("shutting_down", "pending")
 
 
 class Group:

@@ -146,6 +146,11 @@ class Session:
             if exc.errno not in _HUNG_UP or isinstance(exc, TLSError):
                 raise
             # The server has read the goodbye and was faster to hang up.
+            self._half_closed = over = True
+        else:
+            # A server that shuts down has answered everything before the goodbye was said. Nobody needs to wait for its end.
+            over = self._half_closed and self.engine.shutting_down
+        if over:
             self.engine.received_eof()
             self.close()
 

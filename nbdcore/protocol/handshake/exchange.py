@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nbdcore.errors import Error, NegotiationError, UsageError
+from nbdcore.protocol.constants import OptionReply
 from nbdcore.protocol.handshake.negotiation import HANDOVER, Conversation
 
 __all__ = ["Exchange", "Exchanges"]
@@ -56,6 +57,10 @@ class Exchanges(ABC):
     @abstractmethod
     def _say(self, message: bytes) -> None:
         """Send what a conversation says."""
+
+    @abstractmethod
+    def _say_abort(self) -> None:
+        """Send the goodbye of the handshake, where one may be said."""
 
     @abstractmethod
     def _settle(self, exchange: Exchange) -> None:
@@ -113,11 +118,16 @@ class Exchanges(ABC):
                 self._reading, self._filled = memoryview(bytearray(wanted)), 0
 
     def _refused(self, exchange: Exchange, error: Error) -> None:
-        """A conversation failed. A refusal in opt mode is an answer like others; everything else ends the connection."""
-        if isinstance(error, NegotiationError) and not exchange.fatal:
+        """A conversation failed. A refusal in opt mode is an answer like others; everything else ends the connection.
+
+        So does a server that shuts down: the client must say goodbye then (section "Termination of the session").
+        """
+        if isinstance(error, NegotiationError) and not (exchange.fatal or error.reply == OptionReply.ERR_SHUTDOWN):
             exchange.error = error
             self._finish(exchange)
         else:
+            if isinstance(error, NegotiationError):
+                self._say_abort()
             self._exchange = exchange
             self.fail(error)
 

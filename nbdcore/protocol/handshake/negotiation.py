@@ -158,6 +158,14 @@ def _refusal(option: Option) -> Conversation[NegotiationError | None]:
     raise ProtocolViolation(errno.EPROTO, f"the server answers {option.name} with a reply of type {reply}")
 
 
+def _granted(option: Option) -> Conversation[bool]:
+    """Read the answer to an option that is granted or refused. Raises the refusal of a server that shuts down."""
+    refusal = yield from _refusal(option)
+    if refusal is not None and refusal.reply == OptionReply.ERR_SHUTDOWN:
+        raise refusal
+    return refusal is None
+
+
 # ---------------------------------------------------------------------------------------------- one option at a time
 
 
@@ -170,6 +178,8 @@ def starttls(agreement: Agreement, settings: Settings) -> Conversation[bool]:
     refusal = yield from _refusal(Option.STARTTLS)
     if refusal is not None:
         _require_tls(agreement, settings, refusal.message, refusal.server_text)
+        if refusal.reply == OptionReply.ERR_SHUTDOWN:
+            raise refusal
         return False
     if agreement.tls:
         raise ProtocolViolation(errno.EPROTO, "the server agrees to start TLS a second time")
@@ -181,7 +191,7 @@ def starttls(agreement: Agreement, settings: Settings) -> Conversation[bool]:
 def structured_reply(agreement: Agreement, settings: Settings) -> Conversation[bool]:
     """Ask for structured replies (NBD_OPT_STRUCTURED_REPLY). Returns whether they were granted."""
     yield from _ask(agreement, settings, Option.STRUCTURED_REPLY)
-    granted = (yield from _refusal(Option.STRUCTURED_REPLY)) is None
+    granted = yield from _granted(Option.STRUCTURED_REPLY)
     agreement.structured |= granted
     return granted
 
@@ -189,7 +199,7 @@ def structured_reply(agreement: Agreement, settings: Settings) -> Conversation[b
 def extended_headers(agreement: Agreement, settings: Settings) -> Conversation[bool]:
     """Ask for extended headers (NBD_OPT_EXTENDED_HEADERS), which imply structured replies. Returns whether they were granted."""
     yield from _ask(agreement, settings, Option.EXTENDED_HEADERS)
-    granted = (yield from _refusal(Option.EXTENDED_HEADERS)) is None
+    granted = yield from _granted(Option.EXTENDED_HEADERS)
     agreement.extended |= granted
     agreement.structured |= granted
     return granted
@@ -309,21 +319,14 @@ def _export_name(agreement: Agreement, settings: Settings, name: str) -> Convers
 
 
 def handshake(agreement: Agreement, settings: Settings) -> Conversation[bool]:
-    """Run the handshake as the settings ask. Returns whether the transmission phase is reached; opt mode stops before it.
-
-    When the server refuses the export it is told goodbye, and the refusal is raised.
-    """
+    """Run the handshake as the settings ask. Returns whether the transmission phase is reached; opt mode stops before it."""
     yield from greeting(agreement, settings)
     if agreement.protocol == "oldstyle":
         return True
     yield from _improve(agreement, settings)
     if settings.opt_mode:
         return False
-    try:
-        yield from enter(agreement, settings, settings.export)
-    except NegotiationError:
-        yield from abort(agreement, settings)
-        raise
+    yield from enter(agreement, settings, settings.export)
     return True
 
 
@@ -354,13 +357,18 @@ def inspect(agreement: Agreement, settings: Settings, name: str) -> Conversation
 
 
 def _select(agreement: Agreement, settings: Settings, name: str, *, anew: bool) -> Conversation[None]:
-    """Select the wanted metadata contexts, unless some are selected for the export. Refusals are no reason to fail."""
+    """Select the wanted metadata contexts, unless some are selected for the export.
+
+    A refusal is no reason to fail, unless the server shuts down.
+    """
     if not settings.request_contexts or (agreement.contexts_for == name and not anew):
         return
     if settings.contexts and agreement.structured:
         try:
             yield from set_meta_context(agreement, settings, name, settings.contexts)
-        except NegotiationError:
+        except NegotiationError as refused:
+            if refused.reply == OptionReply.ERR_SHUTDOWN:
+                raise
             agreement.select(name, {})
     else:
         agreement.select(name, {})

@@ -28,6 +28,7 @@ from nbdcore.protocol.constants import (
     STRUCTURED_REPLY_MAGIC,
     Chunk,
     CommandType,
+    ErrorNumber,
 )
 from nbdcore.protocol.handshake.agreement import Traffic
 from nbdcore.protocol.transmission.buffer import Receiver
@@ -72,6 +73,7 @@ _DATA_HEADER = Struct(">IIQIQ")  # a structured chunk's header and the offset it
 _EXTENDED_DATA = Struct(">IIQQQQ")  # an extended chunk's header and the offset its data begin with
 _EXTENDED_TAIL = Struct(">QQ")  # offset of the request, length of the payload
 _OFFSET = wire.UINT64
+_SHUTDOWN = wire.UINT32.pack(ErrorNumber.ESHUTDOWN)
 
 
 class Replies(Receiver):
@@ -105,6 +107,7 @@ class Replies(Receiver):
         self._traffic = traffic
         self._completed: list[Command] = []
         self._chunk_done = False
+        self.shutdown_heard: bool = False  #: a command was answered with ESHUTDOWN
         self.raised: BaseException | None = None  #: what a callback raised in the middle of decoding
         self.large: int = 0  #: commands in flight that are large reads, counted by the engine
 
@@ -273,6 +276,7 @@ class Replies(Receiver):
         """A simple reply that carries an error, or data."""
         if error:
             fail(command, local_errno(error))
+            self.shutdown_heard |= error == ErrorNumber.ESHUTDOWN
             self._final(command)
             return
         if self._structured:
@@ -415,12 +419,16 @@ class Replies(Receiver):
 
     def _error(self, command: Command, payload: memoryview) -> None:
         """NBD_REPLY_TYPE_ERROR, or an error of a type that we do not know."""
-        note_error(command, payload)
+        self._note_error(command, payload)
+
+    def _note_error(self, command: Command, payload: memoryview) -> int:
+        self.shutdown_heard |= payload[:4] == _SHUTDOWN
+        return note_error(command, payload)
 
     def _error_offset(self, command: Command, payload: memoryview) -> None:
         """NBD_REPLY_TYPE_ERROR_OFFSET: the same, then 64 bits offset."""
         first = command.error is None
-        offset = error_offset(command, payload, note_error(command, payload))
+        offset = error_offset(command, payload, self._note_error(command, payload))
         if offset is None:
             return
         if first and isinstance(command.error, CommandError):
