@@ -28,7 +28,7 @@ class _Program(click.Group):
 @click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(nbdcore.__version__, prog_name="nbdcore", message="%(prog)s %(version)s")
 def program() -> None:
-    """Look at and serve disks over NBD, the Network Block Device protocol.
+    """Look at and serve disks over NBD, the Network Block Device protocol, by which a program uses a disk that another one has.
 
     Begin with "nbdcore demo", which shows what works on this machine.
     """

@@ -17,6 +17,7 @@ from nbdcore.cli.output import Failure, escaped, paragraph, say, table
 from nbdcore.cli.sizes import rounded
 from nbdcore.cli.trial import SIZE, Outcome, pattern, run_trial
 from nbdcore.plugins.registry import State, TransportStatus, registry
+from nbdcore.plugins.spec import Transport
 
 __all__ = ["demo"]
 
@@ -24,23 +25,28 @@ __all__ = ["demo"]
 _MEASURING = 3.0
 # The longest that one thing is measured; longer would tell no more.
 _MOMENT = 0.3
+# Why nothing can be served over a transport, in words for who has never used it.
+_ONLY_CONNECTING = {
+    "command": "it starts a server program that you name, such as nbdkit, and connects to it: nothing can be served over it",
+    "ssh": "it connects to servers on other machines, which it reaches with the program ssh: nothing can be served over it",
+}
 # The kernel's own words are about addresses; what a user can do is another matter.
 _VSOCK_HINT = (
-    ". Within one machine vsock takes the kernel module vsock_loopback; "
-    "between a virtual machine and its host it may work all the same"
+    ". vsock joins a virtual machine and its host, and may work between those all the same. "
+    "To try it within this machine, load the kernel's module for that, as root: modprobe vsock_loopback"
 )
 _NUMBERS = ("disk", "compared", "extents", "write", "read", "4 KiB reads")
 
 
 @click.command(short_help="Show what works on this machine.")
 def demo() -> None:
-    """Try every transport on this machine: serve a disk, use it, and check every byte.
+    """Try every transport, which is a way to reach a server, on this machine: serve a disk, use it, and check every byte.
 
     Takes a few seconds, needs nothing, and leaves nothing behind. The exit status is 0 if all that could be tried was right.
     """
     paragraph(
-        "nbdcore serves a disk in memory over each transport that works here, connects to it as a client, "
-        "writes, reads back and compares, and walks the extents."
+        f"For each transport, which is a way to reach a server, nbdcore serves a disk of {SIZE >> 20} MiB in memory, connects "
+        "to it as a client, writes, reads back and compares, and asks which parts (extents) of the disk hold data."
     )
     say("")
     with tempfile.TemporaryDirectory(prefix="nbdcore-demo-") as folder:
@@ -73,11 +79,13 @@ def _try(status: TransportStatus, folder: Path, data: bytes, moment: float) -> O
         "unix": {"path": folder / "socket"},
         "vsock": {"cid": 1, "port": 0},
     }
+    if type(transport).listen is Transport.listen:
+        return Outcome(status.name, reason=_ONLY_CONNECTING.get(status.name, "it connects to servers, and cannot serve"))
     if status.name not in ours:
         try:
             transport.listening_address()
         except Exception as error:  # noqa: BLE001 (a stranger's code may raise anything)
-            return Outcome(status.name, reason=f"it has no address to listen at unless it is told one ({error})")
+            return Outcome(status.name, reason=f"a server must be told where to listen, and the demo knows no place ({error})")
     outcome = run_trial(transport, ours.get(status.name, {}), data, moment)
     if status.name == "vsock" and outcome.reason:
         outcome.reason += _VSOCK_HINT

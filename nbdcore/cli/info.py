@@ -58,7 +58,7 @@ Facts = dict[str, Any]
 @click.argument("uri")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with the keys of nbdinfo --json.")
 @click.option("--size", "only_size", is_flag=True, help="Print the size in bytes, and nothing else.")
-@click.option("--list", "all_exports", is_flag=True, help="Describe every export of the server; the one in URI does not matter.")
+@click.option("--list", "all_exports", is_flag=True, help="Describe all the disks of the server, whichever URI names.")
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
@@ -68,9 +68,12 @@ Facts = dict[str, Any]
     help="How long to wait for the connection, and for each answer.",
 )
 @click.option(
-    "--tls-certificates", metavar="DIR", help="Encrypt, trusting the CA in DIR: ca-cert.pem, and client-*.pem if there."
+    "--tls-certificates",
+    metavar="DIR",
+    help="Encrypt with TLS, and trust the authority (CA) in DIR, which is ca-cert.pem. Where there are client-cert.pem and "
+    "client-key.pem too, the server gets to see that certificate.",
 )
-@click.option("--tls-psk", metavar="FILE", help="Encrypt, with a key of this file: lines of USER:HEXKEY.")
+@click.option("--tls-psk", metavar="FILE", help="Encrypt with TLS, by a key that the server has too: lines of USER:HEXKEY.")
 @click.option("--tls-hostname", metavar="NAME", help="The name that the server's certificate must be for.")
 def info(
     uri: str,
@@ -83,7 +86,9 @@ def info(
     tls_psk: str | None,
     tls_hostname: str | None,
 ) -> None:
-    """Describe the export that URI names: its size, and what it can do.
+    """Describe the disk that URI names (NBD calls it an export): its size, and what the server can do with it.
+
+    The words are those of the program nbdinfo; the page "Command line" of the documentation explains each.
 
     \b
     nbdcore info nbd://localhost/
@@ -106,7 +111,7 @@ def _describe_one(inquiry: _Inquiry, *, as_json: bool, only_size: bool) -> None:
     try:
         facts = inquiry.facts(inquiry.chosen)
     except NegotiationError as error:
-        hint = "; --list shows the exports that there are" if error.errno == errno.ENOENT else ""
+        hint = "; nbdcore info --list shows those that it has" if error.errno == errno.ENOENT else ""
         raise Failure(described(error) + hint) from error
     if only_size:
         if "export-size" not in facts:

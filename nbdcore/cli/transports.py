@@ -17,7 +17,10 @@ __all__ = ["transports"]
 @click.command(short_help="List the ways to a server that exist here.")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of JSON objects.")
 def transports(*, as_json: bool) -> None:
-    """List the transports that are installed, and say why one cannot be used."""
+    """List the transports, the ways to reach a server, that are installed, and the beginning of the URIs for each.
+
+    Where one cannot be used here, the reason stands below the list. "nbdcore demo" tries those that are loaded.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TransportWarning)  # the same is about to be printed
         statuses = registry.statuses()

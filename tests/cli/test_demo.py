@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+
 import pytest
 
 from nbdcore.plugins.registry import registry
-from tests.cli.commands import run
+from tests.cli.commands import COMMAND, DEADLINE, run
 from tests.cli.test_command import STRANGERS
+from tests.interop.programs import DIES_WITH_US
 
 
 @pytest.fixture
@@ -65,8 +70,8 @@ def test_transport_that_raises_anything_harms_no_other(demo):
 @pytest.mark.parametrize(
     ("stranger", "reason"),
     [
-        ("homeless", "it has no address to listen at unless it is told one"),
-        ("caller", "transport caller can connect, but it cannot listen"),
+        ("homeless", "a server must be told where to listen, and the demo knows no place"),
+        ("caller", "it connects to servers, and cannot serve"),
         ("broken", "breaks the contract"),
     ],
 )
@@ -84,3 +89,27 @@ def test_demo_without_any_transport_fails_with_the_reasons(demo):
     assert all(len(lines_about(name, done)) == 1 for name in names)
     assert done.stderr == "nbdcore: no transport could be tried on this machine\n"
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize("name", ["command", "ssh"])
+def test_transport_that_only_connects_says_what_it_is_for_and_no_error(demo, name):
+    [line] = lines_about(name, demo())
+    assert line.endswith("nothing can be served over it")
+    assert "EINVAL" not in line
+
+
+def test_interrupted_demo_is_quiet_and_leaves_nothing(tmp_path):
+    with subprocess.Popen(
+        [*DIES_WITH_US, *COMMAND, "demo"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        # A test run in the background may have been told to ignore it, and hand that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509 (no threads here)
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(b"For each transport")
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=DEADLINE)
+    assert (rest.strip(), errors, process.returncode) == (b"", b"", 130)
+    assert list(tmp_path.iterdir()) == []

@@ -129,6 +129,12 @@ def test_unknown_export_is_one_line_that_says_what_to_try(serve):
     failed(invoke("info", serve({"a": MemoryDisk(1), "b": MemoryDisk(1)}) + "c"), "'c'", "--list")
 
 
+def test_missing_default_export_is_a_sentence_that_says_what_to_try(serve):
+    done = invoke("info", serve({"a": MemoryDisk(1), "b": MemoryDisk(1)}))
+    failed(done, "--list")
+    assert done.stderr.startswith("nbdcore: opening the default export failed: the server has no such export")
+
+
 def test_control_characters_of_a_server_do_not_reach_the_terminal(serve):
     name, description = 'a"b\\c\x1b[31m\n', "red\x1b[31m\x07\u202e"
     uri = serve({name: ExportSettings(MemoryDisk(1), description=description)})

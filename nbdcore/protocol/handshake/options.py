@@ -81,7 +81,7 @@ def refusal(option: int, reply: int, text: str, name: str | None) -> Negotiation
     number, words = _REFUSALS.get(reply, (0, f"the server answered with error {reply:#x}"))
     purpose = _PURPOSES[option]
     if name is not None:
-        purpose += f" {name!r}" if name else ", the default one"
+        purpose = f"{purpose} {name!r}" if name else purpose.replace("export", "the default export")
     return NegotiationError(number, f"{purpose} failed: {words}", server_text=text, reply=reply)
 
 
