@@ -166,7 +166,8 @@ def steps(log, name, *wanted, outcome):
     """An attempt that waits for each of `wanted`, then returns its outcome, or raises it."""
     log.append(f"{name} begun")
     try:
-        yield from wanted
+        for each in wanted:
+            _ = yield each
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
