@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from nbdcore.clients.connect.methods import ConnectMethods
-from nbdcore.clients.connect.steps import AnyOf, Blocking, Steps
+from nbdcore.clients.connect.steps import Blocking, Steps
 from nbdcore.clients.connect.target import Find
 from nbdcore.clients.connect.tls import Encryption, Permissions
 from nbdcore.clients.session.session import Session, StartTLS
@@ -27,7 +27,7 @@ from nbdcore.protocol.handshake.negotiation import Conversation
 from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission import commands
 from nbdcore.protocol.transmission.commands import ALL_STRICT, Command
-from nbdcore.streams.base import Stream, Want
+from nbdcore.streams.base import AnyOf, Stream, Want, from_signal_handler
 from nbdcore.streams.connecting import in_thread
 from nbdcore.streams.waiting import NEVER, Deadline, Watch, wait_any
 
@@ -126,6 +126,8 @@ class PolledClient(ConnectMethods[None]):
             self._connecting = None
             self._shake_hands(end.value)
         except (Error, OSError) as exc:
+            if from_signal_handler(exc):
+                raise
             self._connecting = None
             if not isinstance(exc, Error):
                 cause = exc
@@ -180,9 +182,24 @@ class PolledClient(ConnectMethods[None]):
                 self._step(self._connecting)
             elif self._session is not None:
                 _move(self._session, receives)
+        except BaseException as exc:
+            self._look_for_interruption(exc)
+            raise
         finally:
             self._advancing = False
         self._raise_if_dead()
+
+    def _look_for_interruption(self, exc: BaseException) -> None:
+        """Where a signal handler broke off the moving of bytes the connection ends. What a completion raises ends nothing."""
+        if isinstance(exc, Exception) and not from_signal_handler(exc):
+            return
+        if self._connecting is not None:
+            self._connecting.close()
+            self._connecting = None
+        if self._session is not None:
+            self._session.give_up(exc)
+        else:
+            self._engine.fail(TransportError(0, f"connecting was given up ({exc!r})"))
 
     def _raise_if_dead(self) -> None:
         if self._engine.phase is Phase.DEAD and self._engine.error is not None:
@@ -260,7 +277,11 @@ class PolledClient(ConnectMethods[None]):
     def send(self) -> None:
         """Send what is queued, as far as it goes now: else it leaves with what is submitted next, or the next wait."""
         if self._session is not None and not self._advancing:
-            self._session.send()
+            try:
+                self._session.send()
+            except BaseException as exc:
+                self._look_for_interruption(exc)
+                raise
 
     # ------------------------------------------------------------------------------------------ for blocking callers
 
@@ -292,6 +313,9 @@ class PolledClient(ConnectMethods[None]):
             session.receive(1)
             while session.buffered:
                 session.receive()
+        except BaseException as exc:
+            self._look_for_interruption(exc)
+            raise
         finally:
             self._advancing = False
         self._raise_if_dead()

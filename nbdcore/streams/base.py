@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-__all__ = ["WANTS", "Address", "AnyOf", "Listener", "Stream", "Want"]
+__all__ = ["WANTS", "Address", "AnyOf", "Listener", "Stream", "Want", "from_signal_handler"]
 
 
 class Want(enum.IntFlag):
@@ -48,7 +48,8 @@ class Stream(ABC):
     """An open, ordered, two-way byte pipe. No method waits, except the one that is called so.
 
     Calls come from one thread at a time, except `hang_up` and `close`, which may come from any. A method that fails raises an
-    `OSError` (an `nbdcore.Error` is one too); after that only `close` may be called. None means "not now": wait on `fileno()`,
+    `OSError` (an `nbdcore.Error` is one too); after that only `close` may be called. What a signal handler raises meanwhile is no
+    error of the stream's, and passes unchanged (`from_signal_handler`). None means "not now": wait on `fileno()`,
     then call again. `str(stream)` is how messages name the other end.
     """
 
@@ -111,6 +112,22 @@ class Stream(ABC):
 
         A thread that waits on the descriptor wakes up, and its next call raises Disconnected.
         """
+
+
+def from_signal_handler(exc: BaseException) -> bool:
+    """Tell whether a signal handler raised this, in the middle of whatever this thread was doing.
+
+    Many handlers raise a TimeoutError, which is an OSError like those of a stream. It is the caller's own, and must come out as
+    it is. A handler is known by its second argument: the frame that it interrupted, which is the one below its own.
+    """
+    entry = exc.__traceback__
+    while entry is not None and entry.tb_next is not None:
+        interrupted, inner = entry.tb_frame, entry.tb_next.tb_frame
+        for value in inner.f_locals.values():
+            if value is interrupted or (isinstance(value, tuple) and any(one is interrupted for one in value)):
+                return True
+        entry = entry.tb_next
+    return False
 
 
 @runtime_checkable

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nbdcore.errors import Disconnected, Error, TransportError, UsageError, printable
-from nbdcore.streams.base import Address, Listener, Stream
+from nbdcore.streams.base import Address, Listener, Stream, from_signal_handler
 
 __all__ = ["SocketListener", "SocketStream", "connected_pair", "transport_errors"]
 
@@ -61,6 +61,8 @@ def transport_errors(doing: str, hints: Mapping[int, str] = _NO_HINTS) -> Iterat
     except Error:
         raise
     except OSError as exc:
+        if from_signal_handler(exc):
+            raise
         # A failed name look-up has a number of its own kind.
         number = 0 if isinstance(exc, socket.gaierror) else exc.errno or 0
         raise TransportError(number, f"cannot {doing}: {hints.get(number) or exc.strerror or exc}") from exc
@@ -103,9 +105,13 @@ class SocketStream(Stream):
             if self._failed is not None:
                 raise self._failed
             count = self._sock.recv_into(room, 0, _DONT_WAIT)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return None
         except OSError as exc:
+            if from_signal_handler(exc):
+                raise
+            if isinstance(exc, InterruptedError):
+                return None
             raise self._broken("receiving", exc) from exc
         if not count and self._closed:
             # What `close` in another thread looks like while it is at work.
@@ -124,8 +130,8 @@ class SocketStream(Stream):
             # Nothing has come. Or the mode, which is shared with a duplicate, was changed by that one's owner.
             return False
         except OSError as exc:
-            if exc.__traceback__ is not None and exc.__traceback__.tb_next is not None:
-                raise  # a signal handler did, as many do with a TimeoutError: that is no error of this socket
+            if from_signal_handler(exc):
+                raise
             if exc.errno in _NO_SUCH_WAIT:
                 self._can_wait = False
                 return False
@@ -139,7 +145,9 @@ class SocketStream(Stream):
                 return False
             try:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-            except (OSError, TypeError):  # TypeError: Python sets no option of a vsock socket but to a whole number
+            except (OSError, TypeError) as exc:  # TypeError: Python sets no option of a vsock socket but to a whole number
+                if from_signal_handler(exc):
+                    raise
                 self._can_limit = False
                 return False
             self._limit = limit
@@ -151,9 +159,13 @@ class SocketStream(Stream):
             if _HAS_SENDMSG:
                 return self._sock.sendmsg(parts if len(parts) <= _MOST_PARTS else parts[:_MOST_PARTS], (), _SEND_FLAGS)
             return self._sock.send(next(filter(len, parts), b""), _SEND_FLAGS)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return None
         except OSError as exc:
+            if from_signal_handler(exc):
+                raise
+            if isinstance(exc, InterruptedError):
+                return None
             raise self._broken("sending", exc) from exc
 
     def fileno(self) -> int:
@@ -165,6 +177,8 @@ class SocketStream(Stream):
         try:
             self._sock.shutdown(socket.SHUT_WR)
         except OSError as exc:
+            if from_signal_handler(exc):
+                raise
             raise self._broken("finishing", exc) from exc
         return True
 
@@ -213,10 +227,12 @@ class SocketListener(Listener):
         """Return the next client's stream, or None when there is none to take just now. Raises TransportError."""
         try:
             sock, name = self._sock.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+        except (BlockingIOError, ConnectionAbortedError):
             return None
         except OSError as exc:
-            if exc.errno in _PASSING:
+            if from_signal_handler(exc):
+                raise
+            if exc.errno in _PASSING or isinstance(exc, InterruptedError):
                 return None
             raise TransportError(exc.errno or 0, f"cannot accept clients on {self._address}: {exc.strerror or exc}") from exc
         try:

@@ -1,4 +1,4 @@
-"""A signal handler closes the client whose call it interrupted: the call ends at once, wherever it was, and nothing deadlocks."""
+"""A signal handler interrupts a call: what it raises comes out as it is, and it may close the client, whose call then ends."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import errno
 import faulthandler
 import signal
 import threading
+import time
 
 import pytest
 
 import nbdcore
-from nbdcore.server import MemoryDisk, Server
+from nbdcore import libnbd
+from nbdcore.server import MemoryDisk, Server, ServerTLS
+from nbdcore.streams.base import from_signal_handler
+from tests.certificates import CertificateAuthority
 from tests.clients.talking import PATIENCE, in_background
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timers")
 
 RANGES = [(index * 4096 % (1 << 20), 4096) for index in range(20_000)]
 ROUNDS = 40
+lost_now_and_then = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture
@@ -26,15 +31,23 @@ def uri():
         yield server.listen("tcp", host="127.0.0.1", port=0).address.uri()
 
 
+@pytest.fixture(autouse=True)
+def _an_alarm_that_comes_late_is_harmless():
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    yield
+    signal.signal(signal.SIGALRM, before)
+
+
 @contextlib.contextmanager
 def alarm_after(seconds, handler):
-    before = signal.signal(signal.SIGALRM, handler)
+    armed = True
+    signal.signal(signal.SIGALRM, lambda *arguments: armed and handler(*arguments))
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
+        armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @contextlib.contextmanager
@@ -105,3 +118,84 @@ def test_other_calls_in_a_handler_fail_and_the_interrupted_one_goes_on(uri):
     with watchdog(), nbdcore.connect(uri, timeout=PATIENCE) as client, alarm_after(0.001, handler):
         assert len(list(client.pread_many(RANGES, depth=64))) == len(RANGES)
     assert errno.EDEADLK in outcomes
+
+
+class AlarmError(TimeoutError):
+    """What many programs raise in a handler of SIGALRM: an OSError, like those of streams."""
+
+
+def alarmed(*_):
+    raise AlarmError("the program's own")
+
+
+def by_blocking(connect):
+    def work(uri, **options):
+        with connect(uri, timeout=PATIENCE, **options) as client:
+            read_many(client)
+
+    return work
+
+
+def by_drop_in(uri):
+    handle = libnbd.NBD()
+    handle.connect_uri(uri)
+    for offset, count in RANGES:
+        handle.pread(count, offset)
+
+
+# Not asyncio's: a handler that raises breaks whatever callback of the loop it hits, which no client can mend.
+WORKS = {
+    "Client": by_blocking(nbdcore.connect),
+    "Pool": by_blocking(nbdcore.create_pool),
+    "nbdcore.libnbd": by_drop_in,
+}
+
+
+def alarmed_rounds(front_end, uri, **options):
+    """Return in how many rounds the handler's exception came out; raises any other exception.
+
+    Python keeps to itself what is raised while it destroys an object.
+    """
+    WORKS[front_end](uri, **options)  # imports what it needs: Python does not survive everywhere that an import is broken off
+    count = 0
+    for number in range(ROUNDS):
+        try:
+            with alarm_after(0.001 + number / 1000, alarmed):
+                WORKS[front_end](uri, **options)
+        except AlarmError:
+            count += 1
+    return count
+
+
+@lost_now_and_then
+@pytest.mark.parametrize("front_end", WORKS)
+def test_what_a_handler_raises_comes_out_as_it_is(uri, front_end):
+    """Wherever it hits: in a receive, in sending, in waiting, in decoding, in connecting."""
+    with watchdog():
+        assert alarmed_rounds(front_end, uri) > ROUNDS // 2
+
+
+@lost_now_and_then
+@pytest.mark.parametrize("front_end", ["Client", "Pool"])
+def test_what_a_handler_raises_over_tls_comes_out_as_it_is(front_end, tmp_path):
+    ca = CertificateAuthority()
+    pki = ca.write(tmp_path / "pki", server=ca.issue("server", "127.0.0.1"))
+    with watchdog(), Server(MemoryDisk(1 << 20), tls=ServerTLS(certificates=pki)) as server:
+        uri = server.listen("tcp", host="127.0.0.1", port=0).address.uri()
+        assert alarmed_rounds(front_end, uri, tls=nbdcore.TLS(ca=pki / "ca-cert.pem")) > ROUNDS // 2
+
+
+def test_what_a_handler_raises_is_told_from_what_it_interrupted():
+    def raise_here():
+        raise TimeoutError("not a handler's")
+
+    def by_lambda(*arguments):
+        raise AlarmError(len(arguments))
+
+    with pytest.raises(TimeoutError) as caught:
+        raise_here()
+    assert not from_signal_handler(caught.value)
+    for handler in (alarmed, by_lambda):
+        with pytest.raises(AlarmError) as caught, alarm_after(0.001, handler):
+            time.sleep(PATIENCE)
+        assert from_signal_handler(caught.value)

@@ -301,10 +301,7 @@ class LoopSession:
         try:
             move()
         except BaseException as exc:
-            # A second Ctrl-C, say: nobody knows how many bytes have been moved.
-            error = Disconnected(errno.ECONNABORTED, f"the connection was given up in the middle of moving bytes ({exc!r})")
-            error.__cause__ = exc
-            self._session.fail(error)
+            self._session.give_up(exc)  # a second Ctrl-C, say
             raise
         finally:
             self._look()

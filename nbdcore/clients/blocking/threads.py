@@ -382,9 +382,7 @@ class SharedSession:
         try:
             move()
         except BaseException as exc:
-            error = Disconnected(errno.ECONNABORTED, f"the connection was given up in the middle of moving bytes ({exc!r})")
-            error.__cause__ = exc
-            session.fail(error)
+            session.give_up(exc)
             raise
         finally:
             if self._crowd.asleep:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from nbdcore.errors import Disconnected, Error, TLSError
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
-from nbdcore.streams.base import WANTS, Stream, Want
+from nbdcore.streams.base import WANTS, Stream, Want, from_signal_handler
 
 #: Swaps a plain stream for an encrypted one over it: a TLSStream, or any that shakes hands by itself before it moves bytes.
 StartTLS = Callable[[Stream], Stream]
@@ -117,7 +117,7 @@ class Session:
             elif (owed := stream.wants()) is not _NOTHING and owed & Want.WRITE:
                 stream.send([])
         except (Error, OSError) as exc:
-            if exc.errno in _HUNG_UP:
+            if exc.errno in _HUNG_UP and not from_signal_handler(exc):
                 self._receive_the_rest()
             self._broken(exc)
 
@@ -128,7 +128,9 @@ class Session:
             room = engine.room()
             try:
                 count = self._stream.recv_into(room) if len(room) else None
-            except OSError:
+            except OSError as exc:
+                if from_signal_handler(exc):
+                    raise
                 return
             if count is None:
                 return
@@ -143,7 +145,7 @@ class Session:
             self._half_closed = self._stream.finish_sending()
             self._finishing = not self._half_closed
         except OSError as exc:
-            if exc.errno not in _HUNG_UP or isinstance(exc, TLSError):
+            if exc.errno not in _HUNG_UP or isinstance(exc, TLSError) or from_signal_handler(exc):
                 raise
             # The server has read the goodbye and was faster to hang up.
             self._half_closed = over = True
@@ -200,6 +202,12 @@ class Session:
         """End the stream in both directions, so that whoever waits or moves bytes finds out. May be called at any time."""
         self._stream.hang_up()
 
+    def give_up(self, exc: BaseException) -> None:
+        """An exception broke off the moving of bytes, such as Ctrl-C: nobody knows how many have been, so the connection ends."""
+        error = Disconnected(errno.ECONNABORTED, f"the connection was given up in the middle of moving bytes ({exc!r})")
+        error.__cause__ = exc
+        self.fail(error)
+
     def close(self) -> None:
         """Close the stream. What the engine still wanted to say (its goodbye in opt mode) is said if it goes through at once.
 
@@ -225,7 +233,12 @@ class Session:
             self._stream.close()
 
     def _broken(self, exc: Error | OSError) -> None:
-        """The stream failed. An error of ours says already what happened; the operating system's is put into words."""
+        """The stream failed. An error of ours says already what happened; the operating system's is put into words.
+
+        What a signal handler raised meanwhile is raised.
+        """
+        if from_signal_handler(exc):
+            raise exc
         if not isinstance(exc, Error):
             error = Disconnected(exc.errno or 0, f"the connection broke: {exc.strerror or exc}")
             error.__cause__ = exc

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from nbdcore.errors import UsageError, printable
-from nbdcore.streams.base import Stream
+from nbdcore.streams.base import Stream, from_signal_handler
 from nbdcore.streams.tls.credentials import TLS, ServerTLS
 from nbdcore.streams.tls.keys import read_keys
 from nbdcore.streams.tls.priorities import Priority, parse_priority
@@ -212,6 +212,8 @@ def _reading(what: str, path: AnyPath) -> Iterator[None]:
             raise _wrong(f"the key is not that of the certificate {_shown(path)}") from exc
         raise _wrong(f"no {what} in PEM form can be read from {_shown(path)}: {exc.reason or exc}") from exc
     except OSError as exc:
+        if from_signal_handler(exc):
+            raise
         raise UsageError(exc.errno or 0, f"cannot read the {what} in {_shown(path)}: {exc.strerror}") from exc
 
 

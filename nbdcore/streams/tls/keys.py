@@ -9,6 +9,7 @@ import errno
 import os
 
 from nbdcore.errors import UsageError, printable
+from nbdcore.streams.base import from_signal_handler
 
 __all__ = ["read_keys"]
 
@@ -27,6 +28,8 @@ def read_keys(path: str | os.PathLike[str]) -> dict[str, bytes]:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:  # noqa: PTH123 (any path-like)
             lines = file.read().splitlines()
     except OSError as exc:
+        if from_signal_handler(exc):
+            raise
         raise UsageError(exc.errno or 0, f"cannot read the file of pre-shared keys {shown}: {exc.strerror}") from exc
     keys: dict[str, bytes] = {}
     for number, line in enumerate(lines, 1):

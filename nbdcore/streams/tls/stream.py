@@ -29,7 +29,7 @@ import threading
 from collections.abc import Sequence
 
 from nbdcore.errors import Disconnected, TLSError
-from nbdcore.streams.base import Stream, Want
+from nbdcore.streams.base import Stream, Want, from_signal_handler
 from nbdcore.streams.tls.explanations import explain
 from nbdcore.streams.tls.records import RECORD, end_of_records, pieces
 
@@ -124,7 +124,8 @@ class TLSStream(Stream):
             try:
                 return self._shake()
             except OSError as exc:
-                self._give_up(exc)
+                if not from_signal_handler(exc):
+                    self._give_up(exc)
                 raise
 
     def recv_into(self, room: memoryview) -> int | None:
@@ -137,7 +138,8 @@ class TLSStream(Stream):
             try:
                 return self._receive(room)
             except OSError as exc:
-                self._give_up(exc)
+                if not from_signal_handler(exc):
+                    self._give_up(exc)
                 raise
 
     def send(self, parts: Sequence[memoryview]) -> int | None:
@@ -150,7 +152,8 @@ class TLSStream(Stream):
                 taken = self._encrypt(parts)
                 self._flush()
             except OSError as exc:
-                self._give_up(exc)
+                if not from_signal_handler(exc):
+                    self._give_up(exc)
                 raise
             return taken
 
@@ -183,7 +186,8 @@ class TLSStream(Stream):
                 self._say_goodbye()
                 return self._flush() and self._stream.finish_sending()
             except OSError as exc:
-                self._give_up(exc)
+                if not from_signal_handler(exc):
+                    self._give_up(exc)
                 raise
 
     def hang_up(self) -> None:
@@ -284,6 +288,8 @@ class TLSStream(Stream):
                     if self._ended or self._error is not None or filled == len(room) or (filled and not self._plenty):
                         break
         except OSError as exc:
+            if from_signal_handler(exc):
+                raise
             self._error = exc
         return filled
 
@@ -308,7 +314,7 @@ class TLSStream(Stream):
             count = self._stream.recv_into(self._ciphertext[self._begun :])
         except OSError as exc:
             # What hanging up looks like when our goodbye was not received before.
-            if not self._finished or exc.errno != errno.ECONNRESET:
+            if not self._finished or exc.errno != errno.ECONNRESET or from_signal_handler(exc):
                 raise
             count = 0
         self._plenty = count is not None and count >= _PLENTY
