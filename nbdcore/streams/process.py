@@ -12,7 +12,6 @@ import atexit
 import contextlib
 import errno
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -229,7 +228,7 @@ def run_activated(arguments: Sequence[str], *, name: str = "unknown") -> Generat
     child = None
     try:
         path = os.path.join(folder, "socket")  # noqa: PTH118 (as a socket takes it)
-        with socket.socket(socket.AF_UNIX) as listener, transport_errors(f"listen on {path}"):
+        with transport_errors(f"listen on {path}"), socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
             listener.listen()
             environment = {key: value for key, value in os.environ.items() if not key.startswith("LISTEN_")}
@@ -237,17 +236,27 @@ def run_activated(arguments: Sequence[str], *, name: str = "unknown") -> Generat
             line = ("/bin/sh", "-c", _ACTIVATE, "activate", *arguments)
             child = _start(line, listener, activated=environment)
         try:
-            sock = yield from connect_socket(socket.socket(socket.AF_UNIX), path, f"the command {_shown(arguments)}")
+            with transport_errors(f"connect to the command {_shown(arguments)}"):
+                sock = socket.socket(socket.AF_UNIX)
+            yield from connect_socket(sock, path, f"the command {_shown(arguments)}")
         except TransportError as exc:
             if (failure := child.failure(exc.errno or 0)) is not None:
                 raise failure from exc
             raise
-        return ProcessStream(sock, child, path=path, tidy=lambda: shutil.rmtree(folder, ignore_errors=True))
+        return ProcessStream(sock, child, path=path, tidy=lambda: _remove(folder))
     except BaseException:
         if child is not None:
             child.end()
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         raise
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder with a socket in it. It takes no descriptor, of which there may be no more."""
+    with contextlib.suppress(OSError):
+        os.unlink(os.path.join(folder, "socket"))  # noqa: PTH108, PTH118 (as the path was made)
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)  # noqa: PTH106 (likewise)
 
 
 def _check(arguments: Sequence[str]) -> None:
@@ -274,7 +283,17 @@ def _start(arguments: Sequence[str], sock: socket.socket, *, activated: dict[str
             stderr=subprocess.PIPE,
             env=activated,
         )
-    return Child(process, ended_by=signal.SIGTERM if activated is not None else None)
+    try:
+        return Child(process, ended_by=signal.SIGTERM if activated is not None else None)
+    except BaseException as exc:
+        # No more threads, or Ctrl-C. It has hardly begun, and nobody else will look after it.
+        process.kill()
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
+        if isinstance(exc, RuntimeError):
+            raise TransportError(errno.EAGAIN, f"cannot {what}: {exc}") from exc
+        raise
 
 
 def _thread(target: Callable[..., None], *arguments: object) -> threading.Thread:

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -202,6 +203,43 @@ def test_program_that_is_not_there_is_a_transport_error_and_leaves_nothing():
         run_command(["/nonexistent/program"])
     assert caught.value.errno == errno.ENOENT
     assert "/nonexistent/program" in str(caught.value)
+
+
+@pytest.mark.parametrize("start", [run_command, lambda command: drive(run_activated(command), Deadline.after(PATIENCE), "")])
+def test_no_thread_for_a_program_is_a_transport_error_and_leaves_nothing(start, folder, monkeypatch):
+    def no_more(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_more)
+    with leaks.none_left_open(), pytest.raises(TransportError, match=r"cannot run .*: can't start new thread") as caught:
+        start(["sleep", "100"])
+    assert caught.value.errno == errno.EAGAIN
+    assert leaks.children() == {}
+    assert [*folder.iterdir()] == []
+
+
+@pytest.mark.parametrize("start", [run_command, lambda command: drive(run_activated(command), Deadline.after(PATIENCE), "")])
+def test_no_descriptors_for_a_program_is_a_transport_error_and_leaves_nothing(start, folder):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    failed = 0
+    with leaks.none_left_open(), contextlib.ExitStack() as fillers:
+        used = 0
+        last = max(leaks.open_descriptors())
+        while used <= last:  # no gaps among those in use
+            used = os.dup(0)
+            fillers.callback(os.close, used)
+        for room in range(1, 14):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + room, hard))
+            try:
+                start(["sleep", "100"]).close()
+            except TransportError as exc:
+                assert exc.errno == errno.EMFILE  # noqa: PT017 (with room for all that it needs it succeeds)
+                failed += 1
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert failed > 2
+    assert leaks.settled(leaks.children) == {}
+    assert [*folder.iterdir()] == []
 
 
 def test_program_that_may_not_be_run_is_a_transport_error(tmp_path):
