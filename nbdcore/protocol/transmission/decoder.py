@@ -127,6 +127,7 @@ class Replies(Receiver):
 
     def _decode(self) -> None:  # noqa: C901, PLR0912, PLR0915 (flat on purpose, see the top of this module)
         headers, head, end = 0, self._head, self._end
+        without_offset = head - 8  # a chunk's header: all that an acknowledgement has
         buffer, view = self._buffer, self._view
         in_flight, structured, extended = self._in_flight, self._structured, self._extended
         unpack_header, unpack_data, unpack_extended = _HEADER.unpack_from, _DATA_HEADER.unpack_from, _EXTENDED_DATA.unpack_from
@@ -139,7 +140,8 @@ class Replies(Receiver):
         while True:
             available = end - start
             command, begin, after = None, start, start
-            if structured and available >= head:
+            if structured and available >= without_offset:
+                # An acknowledgement has no offset: it is read from the bytes behind (the buffer has them), and not looked at.
                 if extended:
                     magic, word, cookie, asked, length, offset = unpack_extended(buffer, start)
                 else:
