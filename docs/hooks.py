@@ -22,7 +22,7 @@ from tests.bench.results import Result
 
 _PLACE = re.compile(r"^<!-- drawn: (.+) -->$", re.MULTILINE)
 # Characters in a line of help: what a code block on a page has room for.
-_WIDTH = 90
+_WIDTH = 84
 
 
 def legal_calls() -> str:
@@ -48,7 +48,7 @@ def commands() -> str:
 
 
 def _helps() -> Iterator[tuple[str, str]]:
-    outer = click.Context(program, info_name="nbdcore", terminal_width=_WIDTH)
+    outer = click.Context(program, info_name="nbdcore", terminal_width=_WIDTH, **program.context_settings)
     yield "## nbdcore", _help(program, outer)
     for name, command in program.commands.items():
         yield f"## nbdcore {name}", _help(command, click.Context(command, info_name=name, parent=outer, terminal_width=_WIDTH))
