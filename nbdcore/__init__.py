@@ -15,6 +15,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nbdcore import aio as aio
+    from nbdcore import libnbd as libnbd
+    from nbdcore import server as server
     from nbdcore.clients.blocking.client import Client
     from nbdcore.clients.blocking.functions import (
         connect,
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
         connect_socket,
         connect_socket_activation,
         connect_ssh,
+        connect_stream,
         connect_tcp,
         connect_unix,
         connect_vsock,
@@ -89,6 +93,7 @@ __all__ = [
     "connect_socket",
     "connect_socket_activation",
     "connect_ssh",
+    "connect_stream",
     "connect_tcp",
     "connect_unix",
     "connect_vsock",
@@ -110,7 +115,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "nbdcore.clients.blocking.client": "Client",
     "nbdcore.clients.blocking.functions": (
-        "connect connect_command connect_socket connect_socket_activation connect_ssh connect_tcp connect_unix "
+        "connect connect_command connect_socket connect_socket_activation connect_ssh connect_stream connect_tcp connect_unix "
         "connect_vsock create_pool list_exports"
     ),
     "nbdcore.clients.blocking.pool": "Pool",
@@ -131,8 +136,14 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 
+# Each by its own name too: `import nbdcore` is enough, and costs nothing until they are used.
+_SUBMODULES = ("aio", "libnbd", "server")
+
+
 def __getattr__(name: str) -> object:
     module = _HOME.get(name)
+    if name in _SUBMODULES:
+        return import_module(f"nbdcore.{name}")
     if module is None:
         raise AttributeError(f"module 'nbdcore' has no attribute {name!r}")
     value: object = getattr(import_module(module), name)
@@ -141,4 +152,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_SUBMODULES})

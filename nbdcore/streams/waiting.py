@@ -48,11 +48,11 @@ class Deadline:
 
     @classmethod
     def after(cls, seconds: float | None) -> Deadline:
-        """Return the deadline `seconds` from now: None never comes, 0 is here already.
+        """Return the deadline `seconds` from now: None and infinity never come, 0 is here already.
 
         Raises UsageError (EINVAL) for a negative number and for NaN.
         """
-        if seconds is None:
+        if seconds is None or seconds == math.inf:
             return NEVER
         if not seconds >= 0:
             raise UsageError(errno.EINVAL, f"a timeout is a number of seconds, 0 or more, or None: not {seconds}")

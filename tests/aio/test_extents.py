@@ -43,11 +43,11 @@ def test_a_walk_is_the_same_however_the_server_cuts_it(at_most, extended, column
         async with talk(serve(of_map(WHOLE, at_most=at_most)), size=SIZE, extended=extended) as (client, _):
             merged = await everything(client.extents(timeout=PATIENCE))
             assert merged == [Extent(offset * KIB, length * KIB, flags) for offset, length, flags in MERGED]
-            found = await client.extents(columns=True, timeout=PATIENCE)
+            found = await client.extent_columns(timeout=PATIENCE)
             assert isinstance(found, ExtentColumns)
             assert {type(each) for each in (found.offsets, found.lengths, found.flags)} == {column}
             assert [Extent(*map(int, row)) for row in zip(found.offsets, found.lengths, found.flags, strict=True)] == merged
-            part = await client.extents(offset=10 * KIB, count=30 * KIB, columns=True, timeout=PATIENCE)
+            part = await client.extent_columns(offset=10 * KIB, count=30 * KIB, timeout=PATIENCE)
             assert list(part.lengths) == [22 * KIB, 8 * KIB]
 
     asyncio.run(main())
@@ -60,7 +60,7 @@ def test_several_contexts_go_in_lock_step(column):
     async def main() -> None:
         async with talk(serve(both), size=SIZE, **TWO) as (client, _):
             merged = await everything(client.extents("base:allocation", BITMAP, timeout=PATIENCE))
-            found = await client.extents("base:allocation", BITMAP, columns=True, timeout=PATIENCE)
+            found = await client.extent_columns("base:allocation", BITMAP, timeout=PATIENCE)
             assert isinstance(found, CombinedExtentColumns)
             assert {type(each) for each in found.flags} == {column}
             rows = zip(found.offsets, found.lengths, zip(*found.flags, strict=True), strict=True)
@@ -74,7 +74,7 @@ def test_a_server_that_describes_nothing_is_an_error_and_no_endless_loop(column)
     async def main() -> None:
         async with talk(answer(chunk(Chunk.NONE)), size=SIZE) as (client, _):
             with pytest.raises(CommandError) as caught:
-                await client.extents(columns=True, timeout=PATIENCE)
+                await client.extent_columns(timeout=PATIENCE)
             assert caught.value.errno == 71
             assert client.phase is Phase.CONNECTED
 
@@ -85,7 +85,7 @@ def test_the_timeout_is_for_each_request_of_columns():
     async def main() -> None:
         async with talk(answer(of_map(WHOLE, at_most=2)), drain, size=SIZE) as (client, _):
             with pytest.raises(DeadlineExceeded):
-                await client.extents(columns=True, timeout=SHORT)
+                await client.extent_columns(timeout=SHORT)
 
     asyncio.run(main())
 
@@ -101,22 +101,22 @@ def test_columns_that_are_given_up_leave_the_client_usable():
             late_one(connection)
 
         async with talk(answer(of_map(WHOLE, at_most=2)), second, answer(of_map(WHOLE)), size=SIZE) as (client, _):
-            task = asyncio.create_task(client.extents(columns=True))
+            task = asyncio.create_task(client.extent_columns())
             await until(asked.is_set, "the walk goes on")
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
             given_up.set()
-            assert len(await client.extents(columns=True, timeout=PATIENCE)) == 4
+            assert len(await client.extent_columns(timeout=PATIENCE)) == 4
 
     asyncio.run(main())
 
 
-def test_a_wrong_range_shows_at_once_and_not_when_it_is_awaited():
+def test_a_wrong_range_is_a_usage_error_and_nothing_is_sent():
     async def main() -> None:
         async with talk(goodbye, size=SIZE) as (client, _):
             with pytest.raises(UsageError, match="no part of the export"):
-                client.extents(offset=1, count=SIZE, columns=True)
+                await client.extent_columns(offset=1, count=SIZE)
             await client.disconnect(timeout=PATIENCE)
 
     asyncio.run(main())

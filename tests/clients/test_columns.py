@@ -138,7 +138,7 @@ def test_columns_are_the_same_however_the_server_cuts_them(at_most, past_request
     server = serve(of_map(WHOLE, at_most=at_most, past_request=past_request))
     with numpy_if(installed) as column, talk(server, size=SIZE, extended=extended) as (client, _):
         for where in ({}, {"offset": 10 * KIB, "count": 30 * KIB}, {"offset": 60 * KIB}, {"count": KIB}):
-            found = client.extents(columns=True, timeout=PATIENCE, **where)
+            found = client.extent_columns(timeout=PATIENCE, **where)
             assert {type(each) for each in (found.offsets, found.lengths, found.flags)} == {column}
             assert rows(found) == list(client.extents(timeout=PATIENCE, **where))
 
@@ -151,7 +151,7 @@ def test_columns_of_several_contexts_go_in_lock_step(first_cut, second_cut, inst
         lambda request: not_done(of_map(WHOLE, at_most=first_cut), request), of_map(other, context=7, at_most=second_cut)
     )
     with numpy_if(installed) as column, talk(serve(both), size=SIZE, **TWO) as (client, _):
-        found = client.extents("base:allocation", BITMAP, columns=True, timeout=PATIENCE)
+        found = client.extent_columns("base:allocation", BITMAP, timeout=PATIENCE)
         assert isinstance(found, CombinedExtentColumns)
         assert [type(each) for each in found.flags] == [column, column]
         expected = [(0, 4, (0, 1)), (4, 4, (0, 0)), (8, 16, (3, 0)), (24, 8, (3, 1)), (32, 16, (0, 1)), (48, 16, (2, 1))]
@@ -163,7 +163,7 @@ def test_flags_and_lengths_of_64_bits_are_kept_whole(installed):
     size = (1 << 63) - 1
     extents = [(1 << 62, (1 << 64) - 1), (size - (1 << 62), 1 << 32)]
     with numpy_if(installed), talk(answer(status(1, extents)), size=size, extended=True) as (client, _):
-        assert rows(client.extents(columns=True, timeout=PATIENCE)) == [
+        assert rows(client.extent_columns(timeout=PATIENCE)) == [
             Extent(0, 1 << 62, (1 << 64) - 1),
             Extent(1 << 62, size - (1 << 62), 1 << 32),
         ]
@@ -174,14 +174,14 @@ def test_chunks_whose_lengths_together_pass_64_bits_are_cut(installed):
     size = (1 << 63) - 1
     pieces = replies(*(status(1, [(size, number)], done=number == 3) for number in range(4)))
     with numpy_if(installed), talk(answer(pieces), size=size, extended=True) as (client, _):
-        assert rows(client.extents(columns=True, timeout=PATIENCE)) == [Extent(0, size, 0)]
+        assert rows(client.extent_columns(timeout=PATIENCE)) == [Extent(0, size, 0)]
 
 
 @ways
 def test_columns_of_an_empty_range_ask_nothing_and_are_empty(installed):
     with numpy_if(installed), talk(goodbye, size=SIZE, **TWO) as (client, _):
-        assert len(client.extents(count=0, columns=True)) == 0
-        assert rows(client.extents("base:allocation", BITMAP, offset=SIZE, columns=True)) == []
+        assert len(client.extent_columns(count=0)) == 0
+        assert rows(client.extent_columns("base:allocation", BITMAP, offset=SIZE)) == []
         client.disconnect(timeout=PATIENCE)
 
 
@@ -190,7 +190,7 @@ def test_columns_of_an_empty_range_ask_nothing_and_are_empty(installed):
 def test_a_server_that_does_not_advance_is_an_error_and_no_endless_loop(said, installed):
     with numpy_if(installed), talk(answer(said), answer(DONE, kind=CommandType.FLUSH), size=SIZE) as (client, _):
         with pytest.raises(CommandError) as caught:
-            client.extents(columns=True, timeout=PATIENCE)
+            client.extent_columns(timeout=PATIENCE)
         assert caught.value.errno == 71
         assert client.phase is Phase.CONNECTED
         client.flush(timeout=PATIENCE)
@@ -200,7 +200,7 @@ def test_a_server_that_does_not_advance_is_an_error_and_no_endless_loop(said, in
 def test_an_extent_past_the_end_is_an_error_of_columns_too(installed):
     with numpy_if(installed), talk(answer(status(1, [(SIZE + 1, 0)])), size=SIZE) as (client, _):
         with pytest.raises(CommandError, match="past the end"):
-            client.extents(columns=True, timeout=PATIENCE)
+            client.extent_columns(timeout=PATIENCE)
         client.close()
 
 
@@ -208,23 +208,23 @@ def test_an_error_half_way_leaves_the_client_usable():
     server = [answer(of_map(WHOLE, at_most=2)), answer(error(5)), answer(of_map(WHOLE))]
     with talk(*server, size=SIZE) as (client, _):
         with pytest.raises(CommandError):
-            client.extents(columns=True, timeout=PATIENCE)
-        assert len(client.extents(columns=True, timeout=PATIENCE)) == 4
+            client.extent_columns(timeout=PATIENCE)
+        assert len(client.extent_columns(timeout=PATIENCE)) == 4
 
 
 def test_the_timeout_is_for_each_request_of_columns():
     with talk(answer(of_map(WHOLE, at_most=2)), drain, size=SIZE) as (client, _):
         with pytest.raises(DeadlineExceeded):
-            client.extents(columns=True, timeout=0.05)
+            client.extent_columns(timeout=0.05)
         client.close()
 
 
 def test_wrong_arguments_of_columns_are_a_usage_error():
     with talk(goodbye, size=SIZE) as (client, _):
         with pytest.raises(UsageError, match="no part of the export"):
-            client.extents(offset=1, count=SIZE, columns=True)
+            client.extent_columns(offset=1, count=SIZE)
         with pytest.raises(UsageError, match="metadata context qemu:x is not selected"):
-            client.extents("qemu:x", columns=True)
+            client.extent_columns("qemu:x")
         client.disconnect(timeout=PATIENCE)
 
 
@@ -234,8 +234,8 @@ def test_wrong_arguments_of_columns_are_a_usage_error():
 @ways
 def test_columns_are_values(installed):
     with numpy_if(installed), talk(serve(of_map(WHOLE)), size=SIZE) as (client, _):
-        found, again = (client.extents(columns=True, timeout=PATIENCE) for _ in range(2))
-        part = client.extents(count=KIB, columns=True, timeout=PATIENCE)
+        found, again = (client.extent_columns(timeout=PATIENCE) for _ in range(2))
+        part = client.extent_columns(count=KIB, timeout=PATIENCE)
     assert found == again == pickle.loads(pickle.dumps(found))
     assert found != part
     assert found != "columns"
@@ -254,14 +254,14 @@ def test_with_and_without_numpy_columns_are_equal():
     outcomes = []
     for installed in (True, False):
         with numpy_if(installed), talk(serve(of_map(WHOLE)), size=SIZE) as (client, _):
-            outcomes.append(client.extents(columns=True, timeout=PATIENCE))
+            outcomes.append(client.extent_columns(timeout=PATIENCE))
     assert outcomes[0] == outcomes[1]
     assert (np.asarray(outcomes[1].offsets) == outcomes[0].offsets).all()
 
 
 def test_numpy_columns_can_be_computed_with():
     with talk(serve(of_map(WHOLE)), size=SIZE) as (client, _):
-        found = client.extents(columns=True, timeout=PATIENCE)
+        found = client.extent_columns(timeout=PATIENCE)
     assert int(found.lengths[found.flags & 2 != 0].sum()) == 40 * KIB
     assert found.offsets.dtype == found.lengths.dtype == found.flags.dtype == np.uint64
     found.offsets[0] += np.uint64(1)  # they are the caller's

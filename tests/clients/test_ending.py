@@ -140,7 +140,7 @@ def test_the_representation_tells_phase_and_address(socket_path):
         client = Client()
         assert repr(client) == "<nbdcore.Client newly created>"
         client.connect_unix(socket_path, timeout=PATIENCE)
-        assert repr(client) == f"<nbdcore.Client connected, unix socket {socket_path}>"
+        assert repr(client) == f"<nbdcore.Client connected, unix socket {socket_path}, export '', {DISK} bytes>"
         client.disconnect(timeout=PATIENCE)
         assert repr(client) == f"<nbdcore.Client closed, unix socket {socket_path}>"
     socket_path.unlink()
@@ -148,7 +148,7 @@ def test_the_representation_tells_phase_and_address(socket_path):
 
 def test_the_representation_of_an_own_stream_names_its_other_end():
     with talk(goodbye) as (client, _):
-        assert repr(client) == "<nbdcore.Client connected, a scripted server>"
+        assert repr(client) == f"<nbdcore.Client connected, a scripted server, export '', {DISK} bytes>"
         client.disconnect(timeout=PATIENCE)
 
 

@@ -7,13 +7,13 @@ same on one connection and on several.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable
+from collections.abc import AsyncIterator, Callable, Generator, Iterable
 from operator import attrgetter
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Self, TypeVar, overload
 
 from nbdcore.clients.asyncio.connecting import AsyncConnectMethods
 from nbdcore.clients.asyncio.many import Many
-from nbdcore.clients.asyncio.pipeline import run_all
+from nbdcore.clients.asyncio.pipeline import run_pieces
 from nbdcore.clients.connect.methods import Connected
 from nbdcore.clients.extents.columns import CombinedExtentColumns, ExtentColumns
 from nbdcore.clients.extents.walking import CombinedExtent, Extent, ExtentWalk, extents_by_context
@@ -21,7 +21,7 @@ from nbdcore.clients.requests import batches
 from nbdcore.clients.requests import single as requests
 from nbdcore.clients.requests.arguments import Buffer, deadline_after, texts, whole_numbers
 from nbdcore.clients.requests.batches import DEPTH
-from nbdcore.clients.requests.single import Request
+from nbdcore.clients.requests.single import Pieces, Request
 from nbdcore.errors import Error
 from nbdcore.protocol.constants import BASE_ALLOCATION, CommandFlag
 from nbdcore.protocol.state import Phase
@@ -85,9 +85,12 @@ class AsyncCalls(AsyncConnectMethods[Connected]):
         limits = live.engine.limits
         if count.__class__ is not int or offset.__class__ is not int:  # as a rule they are, which saves a call
             count, offset = whole_numbers("pread", count, offset)
+        if not count:
+            await self._run(requests.read_nothing(limits, offset, df=df), timeout)
+            return b""
         if count <= limits.data or df:
             command = commands.read(limits, count, offset, flags=CommandFlag.DF if df else 0)
-            await live.run(command, timeout)
+            await live.run(command, self._command_timeout if timeout is None else timeout)
             data = command.data
             return command.result() if data is None else data
         memory = requests.memory_for(limits, count, offset)
@@ -224,51 +227,13 @@ class AsyncCalls(AsyncConnectMethods[Connected]):
 
     @overload
     def extents(
-        self,
-        context: str = ...,
-        /,
-        *,
-        offset: int = ...,
-        count: int | None = ...,
-        columns: Literal[False] = ...,
-        timeout: float | None = ...,
+        self, context: str = ..., /, *, offset: int = ..., count: int | None = ..., timeout: float | None = ...
     ) -> AsyncIterator[Extent]: ...
 
     @overload
     def extents(
-        self,
-        context: str,
-        /,
-        *more: str,
-        offset: int = ...,
-        count: int | None = ...,
-        columns: Literal[False] = ...,
-        timeout: float | None = ...,
+        self, context: str, /, *more: str, offset: int = ..., count: int | None = ..., timeout: float | None = ...
     ) -> AsyncIterator[CombinedExtent]: ...
-
-    @overload
-    def extents(
-        self,
-        context: str = ...,
-        /,
-        *,
-        offset: int = ...,
-        count: int | None = ...,
-        columns: Literal[True],
-        timeout: float | None = ...,
-    ) -> Coroutine[Any, Any, ExtentColumns]: ...
-
-    @overload
-    def extents(
-        self,
-        context: str,
-        /,
-        *more: str,
-        offset: int = ...,
-        count: int | None = ...,
-        columns: Literal[True],
-        timeout: float | None = ...,
-    ) -> Coroutine[Any, Any, CombinedExtentColumns]: ...
 
     def extents(
         self,
@@ -277,22 +242,50 @@ class AsyncCalls(AsyncConnectMethods[Connected]):
         *more: str,
         offset: int = 0,
         count: int | None = None,
-        columns: bool = False,
         timeout: float | None = None,
-    ) -> AsyncIterator[Extent | CombinedExtent] | Coroutine[Any, Any, ExtentColumns | CombinedExtentColumns]:
+    ) -> AsyncIterator[Extent | CombinedExtent]:
         """Walk the extents of a range, by default of the whole export, with `async for`.
 
         One by one, as the server describes them: asked for in as many requests as it takes, clipped to the range, neighbours of
         equal status merged. With several contexts extents end wherever any of them changes, and have one status for each.
         `timeout` is for each request.
-
-        With `columns` it is a coroutine, which returns all at once as `ExtentColumns` (`CombinedExtentColumns` for several
-        contexts): arrays of offsets, lengths and flags, numpy's where numpy is installed. See `Client.extents`.
         """
-        limits = self._connected("extents")
-        walk = requests.walk(limits, self._engine.agreement, (context, *more), offset, count, columns=columns)
         deadline_after(timeout)  # a wrong one shows now, not at the first step
-        return self._columns(walk, timeout) if columns else self._walk(walk, timeout)
+        walk = requests.walk(self._connected("extents"), self._engine.agreement, (context, *more), offset, count)
+        return self._walk(walk, timeout)
+
+    @overload
+    async def extent_columns(
+        self, context: str = ..., /, *, offset: int = ..., count: int | None = ..., timeout: float | None = ...
+    ) -> ExtentColumns: ...
+
+    @overload
+    async def extent_columns(
+        self, context: str, /, *more: str, offset: int = ..., count: int | None = ..., timeout: float | None = ...
+    ) -> CombinedExtentColumns: ...
+
+    async def extent_columns(
+        self,
+        context: str = BASE_ALLOCATION,
+        /,
+        *more: str,
+        offset: int = 0,
+        count: int | None = None,
+        timeout: float | None = None,
+    ) -> ExtentColumns | CombinedExtentColumns:
+        """Return the extents of a range as columns: arrays of offsets, lengths and flags, numpy's where numpy is installed.
+
+        What `extents` yields, all at once, in 24 bytes an extent, and 8 for each more context, where objects take 128. A server
+        decides how many there are, so bound an untrusted one by `count`. `timeout` is for each request.
+        """
+        deadline_after(timeout)  # as above
+        limits = self._connected("extents")
+        walk = requests.walk(limits, self._engine.agreement, (context, *more), offset, count, columns=True)
+        while walk.position < walk.end:
+            command = requests.next_of_walk(self._connected("extents"), walk)
+            await self._run(command, timeout)
+            walk.take_in(command)
+        return walk.columns()
 
     async def _walk(self, walk: ExtentWalk, timeout: float | None) -> AsyncIterator[Extent | CombinedExtent]:
         while walk.position < walk.end:
@@ -300,13 +293,6 @@ class AsyncCalls(AsyncConnectMethods[Connected]):
             await self._run(command, timeout)
             for extent in walk.feed(command):
                 yield extent
-
-    async def _columns(self, walk: ExtentWalk, timeout: float | None) -> ExtentColumns | CombinedExtentColumns:
-        while walk.position < walk.end:
-            command = requests.next_of_walk(self._connected("extents"), walk)
-            await self._run(command, timeout)
-            walk.take_in(command)
-        return walk.columns()
 
     # ------------------------------------------------------------------------------------------ running
 
@@ -318,12 +304,13 @@ class AsyncCalls(AsyncConnectMethods[Connected]):
     def _many(
         self, call: str, fresh: Generator[Command], pick: Callable[[Any], Item], depth: int, timeout: float | None
     ) -> Many[Item]:
-        seconds = deadline_after(timeout).remaining()
+        seconds = deadline_after(self._command_timeout if timeout is None else timeout).remaining()
         return Many(self._session(), fresh, pick, depth=batches.checked_depth(call, depth), seconds=seconds, held=self)
 
     async def _run(self, request: Request, timeout: float | None) -> None:
         """Run a request, in as many pieces as it takes."""
-        if isinstance(request, Command):
+        timeout = self._command_timeout if timeout is None else timeout
+        if isinstance(request, Pieces):
+            await run_pieces(self._session(), request, deadline_after(timeout))
+        elif not request.done:  # one for no bytes is done already
             await self._session().run(request, timeout)
-        else:
-            await run_all(self._session(), request, deadline_after(timeout), depth=requests.PIECES_AT_A_TIME)

@@ -35,11 +35,10 @@ class AsyncClient(AsyncCalls["AsyncClient"], AsyncOptionCalls):
         options: as for `nbdcore.Client`.
     """
 
+    _shown_as = "nbdcore.aio.AsyncClient"
+
     def __init__(self, **options: Unpack[ClientOptions]) -> None:
         super().__init__(options)
-
-    def __repr__(self) -> str:
-        return f"<nbdcore.aio.AsyncClient {self.phase.value}{self._where and ', '}{self._where}>"
 
     # ------------------------------------------------------------------------------------------ what else the server has
 

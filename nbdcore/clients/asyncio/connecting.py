@@ -14,7 +14,13 @@ from nbdcore.clients.asyncio.loop import LoopSession, LoopSessions, check_runs, 
 from nbdcore.clients.asyncio.loop_pool import LoopPool
 from nbdcore.clients.connect.establish import closed_meanwhile
 from nbdcore.clients.connect.methods import Connected, ConnectMethods
-from nbdcore.clients.connect.options import ClientOptions, checked_encryption, checked_permissions, checked_settings
+from nbdcore.clients.connect.options import (
+    ClientOptions,
+    checked_encryption,
+    checked_permissions,
+    checked_settings,
+    checked_timeout,
+)
 from nbdcore.clients.connect.target import Find
 from nbdcore.clients.session.session import Session
 from nbdcore.errors import UsageError
@@ -28,6 +34,7 @@ class AsyncConnectMethods(ConnectMethods[Coroutine[Any, Any, Connected]]):
 
     def __init__(self, options: ClientOptions) -> None:
         super().__init__(Engine(checked_settings(options)), checked_encryption(options), checked_permissions(options))
+        self._command_timeout = checked_timeout(options)  # of calls that name none
         self._live: LoopSessions | None = None
         self._drivers: set[LoopDriver] = set()  # of connect calls that have not returned
         self._lost: weakref.finalize[..., Any] | None = None

@@ -54,8 +54,8 @@ class LoopSessions(Protocol):
     def abandon(self, command: Command, why: str) -> None:
         """Give a command up without a word to whoever waits for it: its memory is not touched any more."""
 
-    def take_error(self, command: Command) -> Error | None:
-        """Return a finished command's error for its caller to raise: a copy of their own where others may raise or keep it."""
+    def own(self, error: Error) -> Error:
+        """Return the caller's own copy of an error that others may be raising as well."""
 
     async def exchange(self, start: Callable[[Engine], Exchange], deadline: Deadline, what: str) -> object:
         """Run one conversation with the server and return its result."""
@@ -154,25 +154,25 @@ class LoopSession:
         self.engine.abandon(command, DeadlineExceeded(f"no answer from the server in time ({command})"))
         self._wake_soon()
 
-    def take_error(self, command: Command) -> Error | None:
-        """Return a finished command's error for its caller to raise: a copy of their own where others may raise or keep it."""
-        error = command.error
-        if error is None:
-            return None
-        command.target = None  # the error's traceback leads to the command, and must not hold on to the caller's memory
-        if error is self.engine.error or command.discard:
-            return copied(error)
-        command.error = None
-        return error
+    def own(self, error: Error) -> Error:
+        """Return the caller's own copy of an error that others may be raising as well."""
+        return copied(error) if error is self.engine.error else error
 
     def raise_error(self, command: Command) -> None:
         """Raise the error of a finished command, if it has one."""
-        error = self.take_error(command)
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error  # its traceback leads here
+        error = command.error
+        if error is None:
+            return
+        # The error's traceback leads to the command, which must not hold on to the caller's memory, nor to the error.
+        command.target = None
+        if error is self.engine.error or command.discard:
+            error = copied(error)
+        else:
+            command.error = None
+        try:
+            raise error
+        finally:
+            del error  # its traceback leads here
 
     # ------------------------------------------------------------------------------------------ conversations
 

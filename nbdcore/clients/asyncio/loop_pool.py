@@ -51,10 +51,9 @@ class LoopPool:
         """Give a command up, wherever it is under way."""
         self._sessions[self._group.owner(command)].abandon(command, why)
 
-    def take_error(self, command: Command) -> Error | None:
-        """Return a finished command's error for its caller to raise."""
-        ended = [session for engine, session in self._sessions.items() if engine.error is command.error]
-        return (ended or [*self._sessions.values()])[0].take_error(command)
+    def own(self, error: Error) -> Error:
+        """Return the caller's own copy of an error that others may be raising as well."""
+        return self._group.own(error)
 
     async def exchange(self, start: Callable[[Engine], Exchange], deadline: Deadline, what: str) -> object:
         """Run one conversation on the connection that speaks for all."""

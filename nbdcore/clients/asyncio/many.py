@@ -11,14 +11,12 @@ The iterator and its pipeline are two objects, so that nothing but the caller ho
 from __future__ import annotations
 
 import errno
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
-from itertools import islice
 from typing import Generic, TypeVar
 
 from nbdcore.clients.asyncio.loop import LoopSessions, call_in
-from nbdcore.clients.asyncio.pipeline import Pipeline
-from nbdcore.clients.requests.batches import Whole
+from nbdcore.clients.asyncio.pipeline import LoopPipeline
+from nbdcore.clients.requests.batches import SplitRequest
 from nbdcore.errors import UsageError
 from nbdcore.protocol.transmission.commands import Command
 
@@ -27,34 +25,6 @@ Item = TypeVar("Item")
 # While the caller takes what has finished, new requests are begun when so great a part of the depth is free: one by one they cost
 # more, and all at the end would leave the server with nothing to do while the caller is busy.
 _BURSTS = 4
-
-
-class _ManyPipeline(Pipeline):
-    """A pipeline that knows requests in pieces, and keeps the first error.
-
-    Attributes:
-        whole: requests that have finished well, in order.
-        failed: the first error.
-    """
-
-    __slots__ = ("failed", "whole")
-
-    def __init__(self, session: LoopSessions) -> None:
-        super().__init__(session)
-        self.whole: deque[Command | Whole] = deque()
-        self.failed: Exception | None = None
-
-    def _done(self, command: Command) -> None:
-        whole: Whole | None = command.tag
-        if command.error is not None:
-            error = self._session.take_error(command)
-            self.failed = self.failed or error
-        elif whole is None:
-            self.whole.append(command)
-        else:
-            whole.left -= 1
-            if not whole.left:
-                self.whole.append(whole)
 
 
 class Many(AsyncIterator[Item], Generic[Item]):
@@ -67,7 +37,7 @@ class Many(AsyncIterator[Item], Generic[Item]):
         self,
         session: LoopSessions,
         fresh: Generator[Command],
-        pick: Callable[[Command | Whole], Item],
+        pick: Callable[[Command | SplitRequest], Item],
         *,
         depth: int,
         seconds: float | None,
@@ -75,70 +45,61 @@ class Many(AsyncIterator[Item], Generic[Item]):
     ) -> None:
         self._held = held  # the client, which nobody else may hold: it is open as long as the loop lasts
         self._session = session
-        self._pipeline = _ManyPipeline(session)
-        self._whole = self._pipeline.whole
+        self._running = LoopPipeline(session, fresh, depth)
+        self._finished = self._running.pipeline.finished
         self._fresh = fresh
         self._pick = pick
-        self._depth = depth
         self._seconds = seconds
         self._burst = max(1, depth // _BURSTS)
         self._taken = 0  # since the last time that some were begun
 
     async def __anext__(self) -> Item:
-        whole = self._whole
+        finished, pipeline = self._finished, self._running.pipeline
         try:
-            if self._taken >= self._burst or not whole:
-                await self._go_on()
-            self._taken += 1
-            return self._pick(whole.popleft())
+            while True:
+                if self._taken >= self._burst or not finished:
+                    await self._go_on()
+                self._taken += 1
+                request = pipeline.settle(finished.popleft())
+                if request is not None:
+                    item = self._pick(request)
+                    if request.__class__ is Command:
+                        request.target = request.data = None  # the caller's memory is theirs again
+                    return item
         except BaseException:
-            if not self._pipeline.waited_for:  # or another task is here, which goes on
+            if not self._running.waited_for:  # or another task is here, which goes on
                 self._stop()
             raise
 
     async def _go_on(self) -> None:
         """Begin what there is room for, and wait until something has finished. Raises when nothing is left."""
-        pipeline, whole = self._pipeline, self._whole
-        if pipeline.waited_for:
+        running, pipeline = self._running, self._running.pipeline
+        if running.waited_for:
             raise UsageError(errno.EBUSY, "a loop over many requests is for one task, and another one waits in it")
         self._taken = 0
-        while True:
-            room = self._depth - pipeline.under_way - len(whole)
-            if room > 0 and pipeline.failed is None:
-                self._refill(room)
-            if whole:
-                return
-            if not pipeline.under_way:
-                break
-            await pipeline.wait(self._seconds)
-        failed, pipeline.failed = pipeline.failed, None
-        if failed is None:
+        running.begin()
+        if not pipeline.done:
+            await running.wait(self._seconds)
+        if pipeline.under_way:
+            return
+        if pipeline.failed is None:
             raise StopAsyncIteration
+        failed, pipeline.failed = pipeline.failed, None
         try:
             raise failed
         finally:
             del failed  # its traceback leads here
-
-    def _refill(self, room: int) -> None:
-        try:
-            self._pipeline.begin(islice(self._fresh, room))
-        except Exception as exc:  # noqa: BLE001 (of the caller's own input too: raised when the rest has settled)
-            self._pipeline.failed = exc
 
     async def aclose(self) -> None:
         """Give up what is under way. So does dropping the iterator."""
         self._stop()
 
     def __del__(self) -> None:
-        if self._pipeline.under_way and not self._session.inherited:
-            call_in(self._session.loop, self._pipeline.abandon)
+        if self._running.pipeline.under_way and not self._session.inherited:
+            call_in(self._session.loop, self._running.abandon)
 
     def _stop(self) -> None:
-        self._pipeline.abandon()
-        self._pipeline.whole.clear()
-        self._end_input()
-
-    def _end_input(self) -> None:
+        self._running.abandon()
         # CPython 3.13.0 keeps what a generator held when it is closed, which may be a buffer of the caller's.
         self._fresh.close()
         self._fresh = _nothing()

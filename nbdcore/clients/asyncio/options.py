@@ -25,6 +25,7 @@ class AsyncOptionCalls(Info):
     """
 
     _encryption: Encryption
+    _command_timeout: float | None
 
     @abstractmethod
     async def _exchange(self, start: Callable[[Engine], Exchange], deadline: Deadline, what: str) -> Any:
@@ -97,5 +98,6 @@ class AsyncOptionCalls(Info):
         def start(engine: Engine) -> Exchange:
             return engine.option(ask(engine.agreement, engine.settings, *arguments), enters=enters)
 
-        result: Result = await self._exchange(start, deadline_after(timeout), call)
+        deadline = deadline_after(self._command_timeout if timeout is None else timeout)
+        result: Result = await self._exchange(start, deadline, call)
         return result

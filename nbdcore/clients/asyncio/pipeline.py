@@ -1,109 +1,96 @@
-"""Several commands of one caller under way at a time, without a task for each: a split request, and many small ones in a loop.
+"""Many requests of one task: how it waits for any of them, and the pieces of one request that is too large for the server.
 
-Commands that finish are put in a row, and their caller is woken once for all that came together.
+Commands that finish are put in a row, and their task is woken once for all that came together.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Iterator
 
 from nbdcore.clients.asyncio.loop import LoopSessions, settle
-from nbdcore.clients.requests.single import Pieces
+from nbdcore.clients.requests.single import PIECES_AT_A_TIME, Pieces
+from nbdcore.clients.session.pipeline import Pipeline
 from nbdcore.errors import DeadlineExceeded, Error
 from nbdcore.protocol.transmission.commands import Command
 from nbdcore.streams.waiting import Deadline
 
 
-class Pipeline:
-    """Commands under way, and those that have finished.
+class LoopPipeline:
+    """A pipeline in an event loop.
 
     Attributes:
-        finished: in the order in which they did; whoever takes one out looks at its error.
+        pipeline: the commands.
     """
 
-    __slots__ = ("_session", "_under_way", "_waiter", "finished")
+    __slots__ = ("_session", "_waiter", "pipeline")
 
-    def __init__(self, session: LoopSessions) -> None:
+    def __init__(self, session: LoopSessions, fresh: Iterator[Command], depth: int) -> None:
         self._session = session
-        self._under_way: set[Command] = set()
         self._waiter: asyncio.Future[bool] | None = None
-        self.finished: deque[Command] = deque()
-
-    @property
-    def under_way(self) -> int:
-        """How many commands have not finished."""
-        return len(self._under_way)
+        self.pipeline = Pipeline(fresh, depth, session.own, self._finish)
 
     @property
     def waited_for(self) -> bool:
-        """Whether somebody waits."""
+        """Whether a task waits."""
         return self._waiter is not None
 
-    def begin(self, commands: Iterable[Command]) -> None:
-        """Queue commands. Raises as the engine does."""
-        finish, submit, count = self._finish, self._session.submit, self._under_way.add
-        for command in commands:
-            command.completion = finish
-            submit(command)
-            count(command)
+    def begin(self) -> None:
+        """Submit as many fresh commands as there is room for. What keeps one from being submitted is its outcome."""
+        submit = self._session.submit
+        for command in self.pipeline.begin():
+            try:
+                submit(command)
+            except Error as exc:
+                command.error, command.done = exc, True
+                self._finish(command)
 
     def _finish(self, command: Command) -> None:
-        self._under_way.discard(command)
-        self._done(command)
+        self.pipeline.finished.append(command)
         if self._waiter is not None:
             settle(self._waiter)
 
-    def _done(self, command: Command) -> None:
-        self.finished.append(command)
-
     async def wait(self, seconds: float | None) -> None:
         """Wait until a command has finished. Raises DeadlineExceeded, and then, as when cancelled, all that are left go on."""
-        loop = self._session.loop
+        loop, pipeline = self._session.loop, self.pipeline
         waiter = self._waiter = loop.create_future()
         alarm = None if seconds is None else loop.call_later(seconds, settle, waiter, False)
         try:
-            if not await waiter and self._under_way:
-                oldest = min(self._under_way, key=lambda command: command.cookie)
-                raise DeadlineExceeded(f"no answer from the server in time ({oldest})")
+            if not await waiter and not pipeline.done:
+                raise DeadlineExceeded(f"no answer from the server in time ({pipeline})")
         finally:
             self._waiter = None
             if alarm is not None:
                 alarm.cancel()
 
     def abandon(self) -> None:
-        """Give up whatever is under way: no memory of the caller's is touched any more. Whoever waits is woken."""
-        under_way, self._under_way = self._under_way, set()
-        for command in under_way:
+        """Give up whatever is under way: no memory of the caller's is touched any more. A task that waits is woken."""
+        for command in self.pipeline.unfinished():
             self._session.abandon(command, "the rest is not wanted any more")
+        self.pipeline.close()
         if self._waiter is not None:
             settle(self._waiter)
 
 
-async def run_all(session: LoopSessions, commands: Pieces, deadline: Deadline, *, depth: int) -> None:
-    """Run commands with up to `depth` of them under way at a time, then raise the first error of any.
+async def run_pieces(session: LoopSessions, pieces: Pieces, deadline: Deadline) -> None:
+    """Run the pieces of one request, then raise the first error of any.
 
-    After an error no more are begun, and those under way are waited for. At the deadline, or when cancelled, they are abandoned.
+    At the deadline, or when the task is cancelled, those that are under way are given up.
     """
     # An exception may be kept, and this frame with it: nothing in it may hold on to the caller's memory then.
-    pipeline = Pipeline(session)
-    failed: Error | None = None
+    running = LoopPipeline(session, pieces, PIECES_AT_A_TIME)
+    pipeline = running.pipeline
     try:
         while True:
-            if failed is None:
-                pipeline.begin(islice(commands, depth - pipeline.under_way))
-            if not pipeline.under_way and not pipeline.finished:
+            running.begin()
+            if not pipeline.under_way:
                 break
-            if not pipeline.finished:
-                await pipeline.wait(deadline.remaining())
+            if not pipeline.done:
+                await running.wait(deadline.remaining())
             while pipeline.finished:
-                error = session.take_error(pipeline.finished.popleft())
-                failed = failed or error
-        if failed is not None:
-            raise failed
+                pipeline.settle(pipeline.finished.popleft())
+        if pipeline.failed is not None:
+            raise pipeline.failed
     finally:
-        pipeline.abandon()
-        commands.close()
-        failed = error = None
+        running.abandon()
+        pieces.close()

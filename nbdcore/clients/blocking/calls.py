@@ -9,23 +9,23 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any, Literal, Self, overload
+from typing import Any, Self, overload
 
 from nbdcore.clients.blocking.connecting import BlockingConnectMethods
 from nbdcore.clients.blocking.many import ManyCalls
+from nbdcore.clients.blocking.pipeline import run_pieces
 from nbdcore.clients.blocking.threads import SharedSession
 from nbdcore.clients.connect.methods import Connected
 from nbdcore.clients.extents.columns import CombinedExtentColumns, ExtentColumns
 from nbdcore.clients.extents.walking import CombinedExtent, Extent, ExtentWalk, extents_by_context
 from nbdcore.clients.requests import single as requests
 from nbdcore.clients.requests.arguments import Buffer, deadline_after, texts, whole_numbers
-from nbdcore.clients.requests.single import PIECES_AT_A_TIME, Request
+from nbdcore.clients.requests.single import Pieces, Request
 from nbdcore.errors import DeadlineExceeded, Error, UsageError
 from nbdcore.protocol.constants import BASE_ALLOCATION, CommandFlag
 from nbdcore.protocol.engine import Engine, Exchange
 from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission import commands
-from nbdcore.protocol.transmission.commands import Command
 from nbdcore.streams.waiting import Deadline
 
 # Seconds that leaving a `with` block waits for the server to hang up after the goodbye; what was written is not at stake.
@@ -75,6 +75,9 @@ class BlockingCalls(ManyCalls, BlockingConnectMethods[Connected]):
         """
         limits = self._connected("pread")
         count, offset = whole_numbers("pread", count, offset)
+        if not count:
+            self._run(requests.read_nothing(limits, offset, df=df), timeout)
+            return b""
         if count <= limits.data or df:
             command = commands.read(limits, count, offset, flags=CommandFlag.DF if df else 0)
             self._run(command, timeout)
@@ -156,51 +159,13 @@ class BlockingCalls(ManyCalls, BlockingConnectMethods[Connected]):
 
     @overload
     def extents(
-        self,
-        context: str = ...,
-        /,
-        *,
-        offset: int = ...,
-        count: int | None = ...,
-        columns: Literal[False] = ...,
-        timeout: float | None = ...,
+        self, context: str = ..., /, *, offset: int = ..., count: int | None = ..., timeout: float | None = ...
     ) -> Iterator[Extent]: ...
 
     @overload
     def extents(
-        self,
-        context: str,
-        /,
-        *more: str,
-        offset: int = ...,
-        count: int | None = ...,
-        columns: Literal[False] = ...,
-        timeout: float | None = ...,
+        self, context: str, /, *more: str, offset: int = ..., count: int | None = ..., timeout: float | None = ...
     ) -> Iterator[CombinedExtent]: ...
-
-    @overload
-    def extents(
-        self,
-        context: str = ...,
-        /,
-        *,
-        offset: int = ...,
-        count: int | None = ...,
-        columns: Literal[True],
-        timeout: float | None = ...,
-    ) -> ExtentColumns: ...
-
-    @overload
-    def extents(
-        self,
-        context: str,
-        /,
-        *more: str,
-        offset: int = ...,
-        count: int | None = ...,
-        columns: Literal[True],
-        timeout: float | None = ...,
-    ) -> CombinedExtentColumns: ...
 
     def extents(
         self,
@@ -209,35 +174,55 @@ class BlockingCalls(ManyCalls, BlockingConnectMethods[Connected]):
         *more: str,
         offset: int = 0,
         count: int | None = None,
-        columns: bool = False,
         timeout: float | None = None,
-    ) -> Iterator[Extent | CombinedExtent] | ExtentColumns | CombinedExtentColumns:
+    ) -> Iterator[Extent | CombinedExtent]:
         """Walk the extents of a range, by default of the whole export.
 
         Asks the server as often as needed, clips to the range, and merges neighbours of equal status. With several contexts the
         extents end wherever any of them changes, and have one status for each. `timeout` is for each request.
-
-        With `columns` it returns all of them at once as `ExtentColumns` (`CombinedExtentColumns` for several contexts): arrays of
-        offsets, lengths and flags, numpy's where numpy is installed. That takes 24 bytes an extent, and 8 for each more context,
-        where objects take 128; a server decides how many there are, so bound an untrusted one by `count`.
         """
-        limits = self._connected("extents")
         deadline_after(timeout)  # a wrong one shows now, not at the first step
-        walk = requests.walk(limits, self._engine.agreement, (context, *more), offset, count, columns=columns)
-        return self._columns(walk, timeout) if columns else chain.from_iterable(self._walk(walk, timeout))
+        walk = requests.walk(self._connected("extents"), self._engine.agreement, (context, *more), offset, count)
+        return chain.from_iterable(self._walk(walk, timeout))
+
+    @overload
+    def extent_columns(
+        self, context: str = ..., /, *, offset: int = ..., count: int | None = ..., timeout: float | None = ...
+    ) -> ExtentColumns: ...
+
+    @overload
+    def extent_columns(
+        self, context: str, /, *more: str, offset: int = ..., count: int | None = ..., timeout: float | None = ...
+    ) -> CombinedExtentColumns: ...
+
+    def extent_columns(
+        self,
+        context: str = BASE_ALLOCATION,
+        /,
+        *more: str,
+        offset: int = 0,
+        count: int | None = None,
+        timeout: float | None = None,
+    ) -> ExtentColumns | CombinedExtentColumns:
+        """Return the extents of a range as columns: arrays of offsets, lengths and flags, numpy's where numpy is installed.
+
+        What `extents` yields, all at once, in 24 bytes an extent, and 8 for each more context, where objects take 128. A server
+        decides how many there are, so bound an untrusted one by `count`. `timeout` is for each request.
+        """
+        deadline_after(timeout)  # as above
+        limits = self._connected("extents")
+        walk = requests.walk(limits, self._engine.agreement, (context, *more), offset, count, columns=True)
+        while walk.position < walk.end:
+            command = requests.next_of_walk(self._connected("extents"), walk)
+            self._run(command, timeout)
+            walk.take_in(command)
+        return walk.columns()
 
     def _walk(self, walk: ExtentWalk, timeout: float | None) -> Iterator[Iterator[Extent | CombinedExtent]]:
         while walk.position < walk.end:
             command = requests.next_of_walk(self._connected("extents"), walk)
             self._run(command, timeout)
             yield walk.feed(command)
-
-    def _columns(self, walk: ExtentWalk, timeout: float | None) -> ExtentColumns | CombinedExtentColumns:
-        while walk.position < walk.end:
-            command = requests.next_of_walk(self._connected("extents"), walk)
-            self._run(command, timeout)
-            walk.take_in(command)
-        return walk.columns()
 
     # ------------------------------------------------------------------------------------------ running
 
@@ -248,11 +233,11 @@ class BlockingCalls(ManyCalls, BlockingConnectMethods[Connected]):
 
     def _run(self, request: Request, timeout: float | None) -> None:
         """Run a request, in as many pieces as it takes."""
-        deadline = deadline_after(timeout)
-        if isinstance(request, Command):
+        deadline = deadline_after(self._command_timeout if timeout is None else timeout)
+        if isinstance(request, Pieces):
+            run_pieces(self._session(), request, deadline)
+        elif not request.done:  # one for no bytes is done already
             self._session().run_command(request, deadline)
-        else:
-            self._session().run_all(request, deadline, depth=PIECES_AT_A_TIME)
 
     def _session(self) -> SharedSession:
         if self._shared is None:

@@ -24,10 +24,12 @@ class Client(BlockingCalls["Client"], OptionCalls):
     Newly created it is not connected: call one of its `connect` methods once, or use the functions `nbdcore.connect` and its
     kind, which do both. As a context manager it says goodbye and closes at the end.
 
-    Every call that waits takes a `timeout` in seconds (None: for ever) and raises DeadlineExceeded when it runs out; a command is
-    then abandoned and the connection stays usable. Any command raises UsageError for arguments that are wrong (nothing is sent),
-    CommandError when the server refuses it (the connection lives), Disconnected or ProtocolViolation when the connection ended.
-    Offsets and counts are bytes. May be used from several threads at once.
+    Every call that waits takes a `timeout` in seconds and raises DeadlineExceeded when it runs out; a command is then abandoned
+    and the connection stays usable. None stands for the client's `command_timeout`, or for ever; `math.inf` is always for ever.
+
+    Any command raises UsageError for arguments that are wrong (nothing is sent), CommandError when the server refuses it (the
+    connection lives), Disconnected or ProtocolViolation when the connection ended. Offsets and counts are bytes. Reading,
+    writing, zeroing or trimming no bytes does nothing. May be used from several threads at once.
 
     Ctrl-C, or whatever else a signal handler raises, while a command waits costs that command only; if it hits in the few
     microseconds in which bytes are moved, the connection ends, since nobody knows how many of them have been.
@@ -50,6 +52,7 @@ class Client(BlockingCalls["Client"], OptionCalls):
         allow_local_files: whether a URI may name files of this machine (tls-certificates, tls-psk-file).
         allow_unverified: whether a URI may switch the verification of the server's certificate off (tls-verify-peer=0).
         allow_priority: whether a URI may choose TLS versions and ciphers (tls-priority).
+        command_timeout: seconds for every call that names no `timeout` of its own, connecting and disconnecting aside.
         timeout: for `stream` only.
     """
 
@@ -63,9 +66,6 @@ class Client(BlockingCalls["Client"], OptionCalls):
         super().__init__(options)
         if stream is not None:
             self.connect_stream(stream, timeout=timeout)
-
-    def __repr__(self) -> str:
-        return f"<nbdcore.Client {self.phase.value}{self._where and ', '}{self._where}>"
 
     # ------------------------------------------------------------------------------------------ what else the server has
 

@@ -9,7 +9,13 @@ from nbdcore.clients.blocking.drive import drive
 from nbdcore.clients.blocking.threads import SharedSession
 from nbdcore.clients.connect.establish import closed_meanwhile
 from nbdcore.clients.connect.methods import Connected, ConnectMethods
-from nbdcore.clients.connect.options import ClientOptions, checked_encryption, checked_permissions, checked_settings
+from nbdcore.clients.connect.options import (
+    ClientOptions,
+    checked_encryption,
+    checked_permissions,
+    checked_settings,
+    checked_timeout,
+)
 from nbdcore.clients.connect.target import Find, Target
 from nbdcore.clients.session.session import Session
 from nbdcore.protocol.engine import Engine
@@ -21,6 +27,7 @@ class BlockingConnectMethods(ConnectMethods[Connected]):
 
     def __init__(self, options: ClientOptions) -> None:
         super().__init__(Engine(checked_settings(options)), checked_encryption(options), checked_permissions(options))
+        self._command_timeout = checked_timeout(options)  # of calls that name none
         self._shared: SharedSession | None = None
         # Held while the client changes hands: newly created, connecting, with a session, or closed before it had one. A signal
         # handler may close the client meanwhile, in the same thread.

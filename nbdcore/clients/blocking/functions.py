@@ -12,6 +12,7 @@ from nbdcore.clients.connect.options import CONNECTIONS, ClientOptions
 from nbdcore.clients.requests.arguments import deadline_after
 from nbdcore.protocol.constants import DEFAULT_PORT
 from nbdcore.protocol.handshake.agreement import Export
+from nbdcore.streams.base import Stream
 
 
 def connect(
@@ -115,6 +116,11 @@ def connect_socket_activation(
 def connect_socket(socket: Any, *, timeout: float | None = None, **options: Unpack[ClientOptions]) -> Client:
     """Connect over a connected stream socket, or its descriptor. See `Client.connect_socket`, and `Client` for options."""
     return Client(**options).connect_socket(socket, timeout=timeout)
+
+
+def connect_stream(stream: Stream, *, timeout: float | None = None, **options: Unpack[ClientOptions]) -> Client:
+    """Connect over a stream that is open already, and belongs to the client from then on. See `Client.connect_stream`."""
+    return Client(**options).connect_stream(stream, timeout=timeout)
 
 
 def list_exports(

@@ -11,7 +11,7 @@ from nbdcore.clients.blocking.pipeline import run_many
 from nbdcore.clients.blocking.threads import SharedSession
 from nbdcore.clients.requests import batches
 from nbdcore.clients.requests.arguments import Buffer, deadline_after
-from nbdcore.clients.requests.batches import DEPTH, Whole
+from nbdcore.clients.requests.batches import DEPTH, SplitRequest
 from nbdcore.protocol.transmission.commands import Command, Limits
 
 _OFFSET = attrgetter("offset")
@@ -28,6 +28,8 @@ class ManyCalls(ABC):
     then the error is raised. Leaving the loop gives up what is under way, and the client stays usable. `timeout` is in seconds,
     for each step. Ctrl-C while bytes are being moved, which is most of the time in a busy loop, ends the connection.
     """
+
+    _command_timeout: float | None
 
     @abstractmethod
     def _connected(self, call: str) -> Limits: ...
@@ -86,13 +88,14 @@ class ManyCalls(ABC):
         self,
         call: str,
         fresh: Generator[Command],
-        pick: Callable[[Command | Whole], Item],
+        pick: Callable[[Command | SplitRequest], Item],
         depth: int,
         timeout: float | None,
     ) -> Iterator[Item]:
-        deadline_after(timeout)  # a wrong one shows now, not at the first step
-        return run_many(self._session(), fresh, pick, depth=batches.checked_depth(call, depth), seconds=timeout, held=self)
+        seconds = self._command_timeout if timeout is None else timeout
+        deadline_after(seconds)  # a wrong one shows now, not at the first step
+        return run_many(self._session(), fresh, pick, depth=batches.checked_depth(call, depth), seconds=seconds, held=self)
 
 
-def _offset_and_data(done: Command | Whole) -> tuple[int, bytes]:
+def _offset_and_data(done: Command | SplitRequest) -> tuple[int, bytes]:
     return done.offset, done.result()

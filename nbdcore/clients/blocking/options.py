@@ -25,6 +25,7 @@ class OptionCalls(Info):
     """
 
     _encryption: Encryption
+    _command_timeout: float | None
 
     @abstractmethod
     def _exchange(self, start: Callable[[Engine], Exchange], deadline: Deadline, what: str) -> Any:
@@ -98,5 +99,6 @@ class OptionCalls(Info):
             self._legal(call)  # another thread may have begun an option meanwhile
             return engine.option(ask(engine.agreement, engine.settings, *arguments), enters=enters)
 
-        result: Result = self._exchange(start, deadline_after(timeout), call)
+        deadline = deadline_after(self._command_timeout if timeout is None else timeout)
+        result: Result = self._exchange(start, deadline, call)
         return result

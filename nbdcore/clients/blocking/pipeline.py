@@ -1,123 +1,85 @@
-"""Many requests in a loop of a blocking client: up to so many under way at a time, outcomes in the order in which they come.
-
-The input is consumed as fast as the server answers, and never further than `depth` requests ahead of the caller. A request too
-large for the server goes out in pieces, and counts as finished when all of them have. After the first error no more is asked;
-what is under way is waited for and given to the caller, then the error is raised. Leaving the loop early, by whatever way,
-gives up what is under way: no buffer is written to any more, and the connection goes on.
-
-Outcomes come in bursts, one receive's worth, and requests go out likewise: when the caller has taken one burst, as many new ones
-as there is room for. While the caller is busy with a burst, the server has all the others to work on.
-"""
+"""Many requests of a blocking caller: a loop over their outcomes, and the pieces of one that is too large for the server."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator
-from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from nbdcore.clients.blocking.threads import SharedSession
 from nbdcore.clients.requests.arguments import deadline_after
-from nbdcore.clients.requests.batches import Whole
+from nbdcore.clients.requests.batches import SplitRequest
+from nbdcore.clients.requests.single import PIECES_AT_A_TIME, Pieces
+from nbdcore.clients.session.pipeline import Pipeline
 from nbdcore.errors import DeadlineExceeded
 from nbdcore.protocol.transmission.commands import Command
+from nbdcore.streams.waiting import Deadline
 
 Item = TypeVar("Item")
 
 
-class _Pipeline:
-    """Commands under way, as one thing to wait for: any of them.
-
-    Attributes:
-        finished: those to be looked at, in the order in which they finished.
-        under_way: how many have not been looked at.
-    """
-
-    __slots__ = ("_begun", "_depth", "completion", "finished", "under_way")
-
-    def __init__(self, depth: int) -> None:
-        self.finished: deque[Command] = deque()
-        self.under_way = 0
-        self.completion: Any = None
-        self._begun: list[Command] = []  # all that have not finished, and some that have
-        self._depth = depth
-
-    def begin(self, fresh: Generator[Command]) -> tuple[list[Command], Exception | None]:
-        """Take as many fresh commands as there is room for. Returns them, to be submitted, and what kept from taking more."""
-        commands: list[Command] = []
-        failed: Exception | None = None
-        try:
-            commands.extend(islice(fresh, self._depth - self.under_way))
-        except Exception as exc:  # noqa: BLE001 (of the caller's own input too: raised when the rest has settled)
-            failed = exc
-        finish = self.finished.append
-        for command in commands:
-            command.completion = finish
-        self.under_way += len(commands)
-        self._begun += commands
-        # Looked through now and then only: finding each one that finishes would cost more than to keep some that have.
-        if len(self._begun) > 4 * self._depth:
-            self._begun = self.unfinished()
-        return commands, failed
-
-    @property
-    def done(self) -> bool:
-        """Whether there is something to look at, or nothing to wait for."""
-        return bool(self.finished) or not self.under_way
-
-    def unfinished(self) -> list[Command]:
-        """Return the commands that have not finished."""
-        return [command for command in self._begun if not command.done]
-
-    def __str__(self) -> str:
-        return str(next(iter(self.unfinished()), "nothing is under way"))
-
-
-def run_many(  # noqa: C901 (its inner loop runs once a request, where a call costs as much as what it would hide)
+def run_many(
     shared: SharedSession,
     fresh: Generator[Command],
-    pick: Callable[[Command | Whole], Item],
+    pick: Callable[[Command | SplitRequest], Item],
     *,
     depth: int,
     seconds: float | None,
     held: object,  # noqa: ARG001 (the client, which nobody else may hold: this frame keeps it open as long as the loop lasts)
 ) -> Generator[Item]:
-    """Run the commands that `fresh` yields, and yield what `pick` makes of each request that has finished well."""
-    pipeline = _Pipeline(depth)
+    """Run the commands that `fresh` yields, and yield what `pick` makes of each request that has finished well.
+
+    The input is consumed as fast as the server answers, and never further than `depth` requests ahead of the caller. After an
+    error the rest is waited for and given to the caller, then it is raised. `seconds` is for each wait.
+    """
+    pipeline = Pipeline(fresh, depth, shared.own)
     finished = pipeline.finished
-    failed: Exception | None = None
     try:
         while True:
-            commands: list[Command] = []
-            if failed is None:
-                commands, failed = pipeline.begin(fresh)
+            commands = pipeline.begin()
             if not pipeline.under_way:
                 break
             shared.wait(pipeline, deadline_after(seconds), pipeline, submit=commands, any_of_several=True)
             while finished:
                 command = finished.popleft()
-                pipeline.under_way -= 1
-                whole: Whole | None = command.tag
-                if whole is not None:
-                    whole.left -= 1
-                if command.error is not None:
-                    command.target = None
-                    failed = failed or shared.own(command.error)
-                elif whole is None:
+                if command.error is None and command.tag is None:
+                    # As `settle` does. To call it would cost as much as all the rest.
+                    pipeline.under_way -= 1
                     item = pick(command)
                     command.target = command.data = None  # the caller's memory is theirs again
                     yield item
-                else:
-                    command.target = None
-                    if not whole.left:
-                        yield pick(whole)
-        if failed is not None:
-            raise failed
+                elif (request := pipeline.settle(command)) is not None:
+                    yield pick(request)
+        if pipeline.failed is not None:
+            raise pipeline.failed
     finally:
         fresh.close()
         if pipeline.under_way:
             shared.abandon(pipeline.unfinished(), _UNWANTED)
-        failed = None  # its traceback leads here
+        pipeline.close()
+
+
+def run_pieces(shared: SharedSession, pieces: Pieces, deadline: Deadline) -> None:
+    """Run the pieces of one request, then raise the first error of any. At the deadline those under way are given up."""
+    pipeline = Pipeline(pieces, PIECES_AT_A_TIME, shared.own)
+    try:
+        while True:
+            commands = pipeline.begin()
+            if not pipeline.under_way:
+                break
+            shared.wait(pipeline, deadline, pipeline, submit=commands, any_of_several=True)
+            while pipeline.finished:
+                pipeline.settle(pipeline.finished.popleft())
+    except BaseException as exc:
+        shared.abandon(pipeline.unfinished(), exc)
+        pipeline.close()
+        raise
+    finally:
+        pieces.close()
+    try:
+        if pipeline.failed is not None:
+            raise pipeline.failed
+    finally:
+        pipeline.close()
 
 
 _UNWANTED = DeadlineExceeded("given up by the program (the rest is not wanted any more)")

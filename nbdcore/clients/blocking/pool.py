@@ -47,14 +47,15 @@ class Pool(BlockingCalls["Pool"]):
         options: those of `Client`. With `opt_mode` it raises UsageError.
     """
 
+    _shown_as = "nbdcore.Pool"
+
     def __init__(self, *, connections: int = CONNECTIONS, **options: Unpack[ClientOptions]) -> None:
         self._connections = checked_connections(connections, options)
         self._shared = None  # the engine is asked for by way of it
         super().__init__(options)
 
-    def __repr__(self) -> str:
-        where = f", {self.connections} to {self._where}" if self._where else ""
-        return f"<nbdcore.Pool {self.phase.value}{where}>"
+    def _connected_to(self) -> str:
+        return f"{self.connections} to {self._where}" if self._where else ""
 
     @property
     def connections(self) -> int:

@@ -23,8 +23,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from nbdcore.clients.blocking.waiters import Crowd, Pending, Turn
@@ -103,28 +102,6 @@ class SharedSession:
             raise
         if command.error is not None:
             raise self.own(command.error)
-
-    def run_all(self, commands: Iterator[Command], deadline: Deadline, *, depth: int) -> None:
-        """Run commands with up to `depth` of them under way at a time, then raise the first error of any.
-
-        After an error no more are begun, and those under way are waited for. At the deadline these are abandoned.
-        """
-        under_way: list[Command] = []
-        failed: Error | None = None
-        fresh = [*islice(commands, depth)]
-        try:
-            while fresh or under_way:
-                under_way += fresh
-                oldest = under_way[0]
-                self.wait(oldest, deadline, oldest, submit=fresh)
-                del under_way[0]
-                failed = failed or oldest.error
-                fresh = [] if failed else [*islice(commands, 1)]
-        except BaseException as exc:
-            self.abandon(under_way, exc)
-            raise
-        if failed is not None:
-            raise self.own(failed)
 
     def take_leave(self, deadline: Deadline) -> None:
         """Say goodbye, unless another caller has, and wait until every connection has ended."""

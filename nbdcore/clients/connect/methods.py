@@ -15,15 +15,17 @@ from typing import Any, Generic, TypeVar
 from nbdcore.clients.connect import target as targets
 from nbdcore.clients.connect.establish import closed_meanwhile, establish, given_up
 from nbdcore.clients.connect.steps import Steps
-from nbdcore.clients.connect.target import ConnectCall, Find, Target
+from nbdcore.clients.connect.target import ConnectCall, Find, OpenStream, Target
 from nbdcore.clients.connect.tls import Encryption, Permissions
 from nbdcore.clients.requests.arguments import deadline_after
 from nbdcore.clients.session.info import Info
 from nbdcore.clients.session.session import Session
+from nbdcore.errors import UsageError
 from nbdcore.protocol.constants import DEFAULT_PORT
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import Stream
+from nbdcore.uri import parse_uri
 
 VSOCK_HOST = 2  # VMADDR_CID_HOST: seen from a virtual machine, the machine that runs it
 
@@ -43,6 +45,7 @@ class ConnectMethods(Info, Generic[Connected]):
     have passed, DeadlineExceeded is raised, with the last attempt's error as its cause. Every other error is raised at once.
     """
 
+    _shown_as = "nbdcore.Client"
     #: how many connections to open
     _connections = 1
 
@@ -187,6 +190,39 @@ class ConnectMethods(Info, Generic[Connected]):
         """Raise Disconnected when the client was closed while it connects."""
         if self._engine.phase is not Phase.CONNECTING:
             raise closed_meanwhile()
+
+    # ------------------------------------------------------------------------------------------ what can be asked at any time
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection has ended, whoever ended it. False while newly created, too."""
+        return self._engine.phase in (Phase.CLOSED, Phase.DEAD)
+
+    @property
+    def uri(self) -> str | None:
+        """The NBD URI that leads to this server and export.
+
+        None before connecting, and where there is none: a program that this one runs, a socket or stream that was open already.
+        """
+        if self._target is None or isinstance(self._target.endpoint, OpenStream):
+            return None
+        export = self._engine.agreement.export
+        try:
+            uri = parse_uri(self._target.endpoint.address.uri(self._engine.settings.export if export is None else export.name))
+        except UsageError:  # a URI must not name a program to run
+            return None
+        encrypted = self._engine.agreement.tls and not uri.tls
+        return str(replace(uri, scheme=uri.scheme.replace("nbd", "nbds", 1)) if encrypted else uri)
+
+    def __repr__(self) -> str:
+        parts = [f"<{self._shown_as} {self.phase.value}", *filter(None, [self._connected_to()])]
+        export = self._engine.agreement.export
+        if self.phase is Phase.CONNECTED and export is not None:
+            parts += [f"export {export.name!r}", f"{export.size} bytes"]
+        return f"{', '.join(parts)}>"
+
+    def _connected_to(self) -> str:
+        return self._where
 
     @property
     def _where(self) -> str:

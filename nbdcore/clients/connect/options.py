@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, TypedDict
 
 from nbdcore.clients.connect.tls import Encryption, Permissions
-from nbdcore.clients.requests.arguments import text, texts, whole_number
+from nbdcore.clients.requests.arguments import deadline_after, text, texts, whole_number
 from nbdcore.clients.session.session import StartTLS
 from nbdcore.errors import UsageError
 from nbdcore.protocol.constants import BASE_ALLOCATION
@@ -32,6 +32,7 @@ class ClientOptions(TypedDict, total=False):
     allow_local_files: bool
     allow_unverified: bool
     allow_priority: bool
+    command_timeout: float | None
 
 
 #: Connections of a pool where the caller does not say: as many as nbdcopy opens.
@@ -41,7 +42,16 @@ MOST_CONNECTIONS = 128
 
 #: Those that the handshake knows nothing of.
 _NOT_SETTINGS = frozenset(
-    {"tls", "tls_policy", "start_tls", "allow_transports", "allow_local_files", "allow_unverified", "allow_priority"}
+    {
+        "tls",
+        "tls_policy",
+        "start_tls",
+        "allow_transports",
+        "allow_local_files",
+        "allow_unverified",
+        "allow_priority",
+        "command_timeout",
+    }
 )
 
 
@@ -69,6 +79,13 @@ def checked_settings(options: ClientOptions) -> Settings:
 def checked_encryption(options: ClientOptions) -> Encryption:
     """Return what the options say of TLS. Raises UsageError for what they cannot say."""
     return Encryption.of(options.get("tls"), options.get("tls_policy"), options.get("start_tls"))
+
+
+def checked_timeout(options: ClientOptions) -> float | None:
+    """Return the timeout of calls that name none, in seconds. Raises UsageError for what is no timeout."""
+    timeout = options.get("command_timeout")
+    deadline_after(timeout)
+    return timeout
 
 
 def checked_permissions(options: ClientOptions) -> Permissions:

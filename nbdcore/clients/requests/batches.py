@@ -24,7 +24,7 @@ from nbdcore.protocol.transmission.commands import Command, Limits
 DEPTH = 64
 
 
-class Whole:
+class SplitRequest:
     """A request in pieces. For whoever looks at the outcome it is like a command."""
 
     __slots__ = ("_memory", "left", "offset")
@@ -60,12 +60,14 @@ def reads(limits: Limits, ranges: Iterable[tuple[int, int]]) -> Generator[Comman
             raise _no_pair("pread_many", "offset and count", item) from None
         if count.__class__ is not int or offset.__class__ is not int:
             count, offset = whole_numbers("pread_many", count, offset)
-        if count <= most:
+        if 0 < count <= most:
             yield read(limits, count, offset)
+        elif not count:
+            yield requests.read_nothing(limits, offset)
         else:
             memory = requests.memory_for(limits, count, offset)
             _, request = requests.read_into(limits, memory, offset, df=False, call="pread_many")
-            yield from _commands_of(request, Whole(offset, memory))
+            yield from _commands_of(request, SplitRequest(offset, memory))
 
 
 def reads_into(limits: Limits, items: Iterable[tuple[int, Any]]) -> Generator[Command]:
@@ -75,14 +77,14 @@ def reads_into(limits: Limits, items: Iterable[tuple[int, Any]]) -> Generator[Co
         if offset.__class__ is not int:
             offset = whole_number("pread_into_many", "offset", offset)  # noqa: PLW2901 (made plain)
         view = bytes_view("pread_into_many", buffer, writable=True)
-        if len(view) <= most:
+        if 0 < len(view) <= most:
             ready = [commands.read(limits, len(view), offset, target=view)]
             del view  # nothing here holds on to it: the caller's memory is theirs again when the command has finished
             yield ready.pop()
         else:
             _, request = requests.read_into(limits, view, offset, df=False, call="pread_into_many")
             del view
-            yield from _commands_of(request, Whole(offset, _NO_MEMORY))
+            yield from _commands_of(request, SplitRequest(offset, _NO_MEMORY))
 
 
 def writes(limits: Limits, items: Iterable[tuple[int, Any]], *, fua: bool) -> Generator[Command]:
@@ -97,28 +99,28 @@ def writes(limits: Limits, items: Iterable[tuple[int, Any]], *, fua: bool) -> Ge
             offset = whole_number("pwrite_many", "offset", offset)
         # Bytes need no view, which costs as much as half a command.
         view = data if data.__class__ is bytes else bytes_view("pwrite_many", data, writable=False)
-        if len(view) <= most:
+        if 0 < len(view) <= most:
             command = write(limits, view, offset, flags=flags)
             del view
             yield command
         else:
             request = requests.write(limits, memoryview(view), offset, fua=fua, call="pwrite_many")
             del view
-            yield from _commands_of(request, Whole(offset, _NO_MEMORY))
+            yield from _commands_of(request, SplitRequest(offset, _NO_MEMORY))
 
 
 def zeroes(limits: Limits, ranges: Iterable[tuple[int, int]], *, fua: bool, no_hole: bool, fast_zero: bool) -> Generator[Command]:
     """Yield the commands that write zeroes to (offset, count) ranges."""
     for offset, count in _ranges("zero_many", ranges):
         request = requests.zero(limits, count, offset, fua=fua, no_hole=no_hole, fast_zero=fast_zero, call="zero_many")
-        yield from _commands_of(request, Whole(offset, _NO_MEMORY))
+        yield from _commands_of(request, SplitRequest(offset, _NO_MEMORY))
 
 
 def trims(limits: Limits, ranges: Iterable[tuple[int, int]], *, fua: bool) -> Generator[Command]:
     """Yield the commands that trim (offset, count) ranges."""
     for offset, count in _ranges("trim_many", ranges):
         request = requests.trim(limits, count, offset, fua=fua, call="trim_many")
-        yield from _commands_of(request, Whole(offset, _NO_MEMORY))
+        yield from _commands_of(request, SplitRequest(offset, _NO_MEMORY))
 
 
 def _ranges(call: str, ranges: Iterable[Any]) -> Iterator[tuple[int, int]]:
@@ -148,17 +150,17 @@ def _no_pair(call: str, what: str, item: object) -> UsageError:
     return UsageError(errno.EINVAL, f"{call}: each item is a pair of {what}, not {item!r:.60}")
 
 
-def _commands_of(request: Request, whole: Whole) -> Generator[Command]:
-    """Yield the commands of a request; pieces know the whole that they belong to."""
+def _commands_of(request: Request, split: SplitRequest) -> Generator[Command]:
+    """Yield the commands of a request; each piece knows the request that it is of."""
     if isinstance(request, Command):
         yield request
         return
     following = next(request, None)
     while following is not None:
         piece, following = following, next(request, None)
-        piece.tag = whole
+        piece.tag = split
         if following is not None:
-            whole.left += 1
+            split.left += 1
         else:
             request.close()
         # Nothing here holds on to the caller's memory, which is theirs again when all pieces have finished.

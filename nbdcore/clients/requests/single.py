@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from nbdcore.clients.extents.walking import ExtentWalk
@@ -16,7 +17,7 @@ from nbdcore.errors import UsageError
 from nbdcore.protocol.constants import CommandFlag, TransmissionFlag
 from nbdcore.protocol.handshake.agreement import Agreement
 from nbdcore.protocol.transmission import commands
-from nbdcore.protocol.transmission.commands import Command, Limits
+from nbdcore.protocol.transmission.commands import Command, Limits, Strict
 
 #: Pieces of one split request that are under way at a time: enough to keep a server busy, few enough to bound its memory.
 PIECES_AT_A_TIME = 4
@@ -51,6 +52,13 @@ Request = Command | Pieces
 # ---------------------------------------------------------------------------------------------- data
 
 
+def read_nothing(limits: Limits, offset: int, *, df: bool = False) -> Command:
+    """Build a read of no bytes: checked as any other, and done already."""
+    command = commands.read(_for_nothing(limits, 0), 0, offset, flags=CommandFlag.DF if df else 0)
+    command.data, command.done = b"", True
+    return command
+
+
 def memory_for(limits: Limits, count: int, offset: int) -> bytearray:
     """Return memory for a read too large for one request, after a check of the whole: so that nonsense allocates nothing."""
     _check_whole(lambda part, at: commands.read(limits, part, at), count, offset)
@@ -61,6 +69,7 @@ def read_into(limits: Limits, buffer: Any, offset: Any, *, df: bool, call: str =
     """Build a read into a caller's buffer. Returns how many bytes that holds, too."""
     offset = whole_number(call, "offset", offset)
     view = bytes_view(call, buffer, writable=True)
+    limits = _for_nothing(limits, len(view))
     flags = CommandFlag.DF if df else 0
 
     def build(count: int, at: int) -> Command:
@@ -74,6 +83,7 @@ def write(limits: Limits, data: Any, offset: Any, *, fua: bool, call: str = "pwr
     """Build a write."""
     offset = whole_number(call, "offset", offset)
     view = bytes_view(call, data, writable=False)
+    limits = _for_nothing(limits, len(view))
     flags = CommandFlag.FUA if fua else 0
 
     def build(count: int, at: int) -> Command:
@@ -89,6 +99,7 @@ def write(limits: Limits, data: Any, offset: Any, *, fua: bool, call: str = "pwr
 def trim(limits: Limits, count: Any, offset: Any, *, fua: bool, call: str = "trim") -> Request:
     """Build a trim."""
     count, offset = whole_numbers(call, count, offset)
+    limits = _for_nothing(limits, count)
     flags = CommandFlag.FUA if fua else 0
     limit = length_limit(limits, bounded=False)
     return _split(lambda part, at: commands.trim(limits, part, at, flags=flags), count, offset, limit)
@@ -97,6 +108,7 @@ def trim(limits: Limits, count: Any, offset: Any, *, fua: bool, call: str = "tri
 def zero(limits: Limits, count: Any, offset: Any, *, fua: bool, no_hole: bool, fast_zero: bool, call: str = "zero") -> Request:
     """Build a write of zeroes."""
     count, offset = whole_numbers(call, count, offset)
+    limits = _for_nothing(limits, count)
     wanted = ((fua, CommandFlag.FUA), (no_hole, CommandFlag.NO_HOLE), (fast_zero, CommandFlag.FAST_ZERO))
     flags = sum(int(flag) for asked, flag in wanted if asked)
     limit = length_limit(limits, bounded=not fast_zero)
@@ -106,6 +118,7 @@ def zero(limits: Limits, count: Any, offset: Any, *, fua: bool, no_hole: bool, f
 def cache(limits: Limits, count: Any, offset: Any) -> Request:
     """Build a cache."""
     count, offset = whole_numbers("cache", count, offset)
+    limits = _for_nothing(limits, count)
     return _split(lambda part, at: commands.cache(limits, part, at), count, offset, length_limit(limits, bounded=True))
 
 
@@ -165,10 +178,18 @@ def next_of_walk(limits: Limits, extents: ExtentWalk) -> Command:
 # ---------------------------------------------------------------------------------------------- pieces
 
 
+def _for_nothing(limits: Limits, count: int) -> Limits:
+    """Return the limits, for a request of no bytes without the check that there are any: it does nothing, as os.pread does."""
+    return limits if count else replace(limits, strict=limits.strict & ~Strict.ZERO_SIZE)
+
+
 def _split(build: Callable[[int, int], Command], count: int, offset: int, limit: int) -> Request:
-    """Build one command, or, where that is too large, pieces after a check of the whole."""
+    """Build one command, or, where that is too large, pieces after a check of the whole. One for no bytes is done already."""
     if count <= limit:
-        return build(count, offset)
+        command = build(count, offset)
+        if not count:
+            command.data, command.done = b"", True
+        return command
     _check_whole(build, count, offset)
     return Pieces(build, count, offset, limit)
 

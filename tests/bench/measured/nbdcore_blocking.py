@@ -124,7 +124,7 @@ def extents(settings: SimpleNamespace, *, columns: bool) -> None:
         found: list[Any] = []
 
         def run(count: int | None = None) -> None:
-            found.append(disk.extents(columns=True, count=count) if columns else list(disk.extents(count=count)))
+            found.append(disk.extent_columns(count=count) if columns else list(disk.extents(count=count)))
 
         run(1)  # what the first brings in, numpy above all, is no part of it
         measuring.timed(run, settings.extents)
