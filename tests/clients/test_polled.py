@@ -17,7 +17,7 @@ from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission import commands
 from nbdcore.protocol.transmission.commands import Command
 from nbdcore.streams.base import Want
-from nbdcore.testing.scripted import ScriptedServer, answer, data, goodbye, hang_up, receive
+from nbdcore.testing.scripted import ScriptedServer, answer, data, drain, goodbye, hang_up, receive
 from tests.clients.talking import PATIENCE, SHORT, script
 
 
@@ -205,7 +205,7 @@ def test_closing_while_connecting_frees_what_was_opened():
 
 
 def test_option_outside_opt_mode_is_refused():
-    with ScriptedServer(script(), patience=PATIENCE) as server:
+    with ScriptedServer(script(drain), patience=PATIENCE) as server:
         client = connected(server)
         with pytest.raises(UsageError):
             client.exchange(negotiation.list_exports(client.engine.agreement, client.engine.settings))
