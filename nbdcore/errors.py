@@ -150,14 +150,13 @@ class TransportUnavailable(TransportError):
     """The transport needed is not loaded: it is not installed, was blocked, or cannot work on this platform.
 
     Raised by a transport plugin at import to say that it cannot work here, with the reason; raised to the caller who needs it.
-    `errno` is ENOTSUP. Nothing was opened.
+    `TransportUnavailable("reason")` is short for `TransportUnavailable(errno.ENOTSUP, "reason")`. Nothing was opened.
     """
 
-    def __init__(self, reason: str, *, errno: int = errno_names.ENOTSUP) -> None:
-        super().__init__(errno, reason)
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (type(self), (self.message,), {"errno": self.errno})
+    def __init__(self, errno: int | str, message: str | None = None, *, server_text: str = "") -> None:
+        """Take errno and message as every error does, or, for a plugin that cannot work here, the reason alone: ENOTSUP."""
+        number, reason = (errno_names.ENOTSUP, errno) if isinstance(errno, str) else (errno, message or "")
+        super().__init__(number, reason, server_text=server_text)
 
 
 class TLSError(Error, OSError):
@@ -188,12 +187,6 @@ class DeadlineExceeded(Error, TimeoutError):
     A command is abandoned: its buffer is not written to any more, whether the server carried it out is unknown, and the
     connection stays usable. While connecting or negotiating the connection is dead.
     """
-
-    def __init__(self, message: str, *, errno: int = errno_names.ETIMEDOUT) -> None:
-        super().__init__(errno, message)
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (type(self), (self.message,), {"errno": self.errno})
 
 
 AnyError = TypeVar("AnyError", bound=Error)

@@ -46,7 +46,7 @@ def test_number_that_does_not_exist_is_left_out():
         nbdcore.CommandError(errno.EIO, "read", server_text="text", offset=7),
         nbdcore.NegotiationError(errno.ENOENT, "no export", server_text="text", reply=6),
         nbdcore.TransportUnavailable("not here"),
-        nbdcore.DeadlineExceeded("too long"),
+        nbdcore.DeadlineExceeded(errno.ETIMEDOUT, "too long"),
         nbdcore.Disconnected(errno.ENOTCONN, "gone"),
     ],
 )
@@ -79,3 +79,20 @@ def test_an_error_that_is_an_oserror_has_that_ones_attributes():
 def test_a_usage_error_has_number_and_message():
     error = nbdcore.UsageError(errno.EINVAL, "wrong")
     assert (error.errno, error.message, error.args) == (errno.EINVAL, "wrong", (errno.EINVAL, "wrong"))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [getattr(nbdcore, name) for name in nbdcore.__all__ if name.endswith(("Error", "Exceeded"))]
+    + [nbdcore.Disconnected, nbdcore.ProtocolViolation, nbdcore.TransportUnavailable],
+)
+def test_every_error_is_made_of_errno_and_message(kind):
+    made = kind(errno.EPERM, "not so", server_text="said")
+    assert (made.errno, made.message, made.server_text) == (errno.EPERM, "not so", "said")
+    again = pickle.loads(pickle.dumps(made))
+    assert (type(again), again.errno, again.message, again.server_text) == (kind, errno.EPERM, "not so", "said")
+
+
+def test_reason_alone_why_a_transport_is_unavailable_is_enotsup():
+    made = nbdcore.TransportUnavailable("no pigeons here")
+    assert (made.errno, made.message) == (errno.ENOTSUP, "no pigeons here")

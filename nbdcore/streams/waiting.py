@@ -92,7 +92,7 @@ def wait(fd: int, want: Want, deadline: Deadline, message: str) -> Want:
                 raise Disconnected(errno.EBADF, "the connection was closed by this program while it was waited for")
             return found
         if deadline.expired:
-            raise DeadlineExceeded(message)
+            raise DeadlineExceeded(errno.ETIMEDOUT, message)
 
 
 def wait_any(waiting: Iterable[tuple[int, Want]], deadline: Deadline) -> list[tuple[int, Want]]:
@@ -137,7 +137,7 @@ def drive(
                 until = deadline
             ready = {fd for fd, _ in wait_any(any_of.waiting, until)}
             if not ready and deadline.expired:
-                raise DeadlineExceeded(message)
+                raise DeadlineExceeded(errno.ETIMEDOUT, message)
     finally:
         generator.close()
 

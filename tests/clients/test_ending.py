@@ -204,7 +204,7 @@ ERRORS = [
     TLSError(0, "refused"),
     ProtocolViolation(71, "nonsense"),
     Disconnected(107, "gone"),
-    DeadlineExceeded("too late"),
+    DeadlineExceeded(errno.ETIMEDOUT, "too late"),
 ]
 
 

@@ -174,7 +174,7 @@ def test_what_a_server_that_is_not_up_looks_like(name):
         TransportError(errno.EACCES, ""),
         TransportError(errno.ENAMETOOLONG, ""),
         TransportError(errno.EMFILE, ""),
-        TransportUnavailable("", errno=errno.ENOENT),
+        TransportUnavailable(errno.ENOENT, ""),
         UsageError(errno.ENOENT, ""),
         NegotiationError(errno.ENOENT, ""),
         TLSError(errno.ECONNRESET, ""),
@@ -200,7 +200,7 @@ def test_names_that_cannot_be_looked_up_just_now():
 
 def test_a_server_that_has_said_something_is_up():
     route = endpoint_by_name("unix", {"path": "/nonexistent"})
-    for error in (Disconnected(0, ""), DeadlineExceeded("")):
+    for error in (Disconnected(0, ""), DeadlineExceeded(errno.ETIMEDOUT, "")):
         assert (route.may_heal(error, heard=False), route.may_heal(error, heard=True)) == (True, False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import weakref
 
@@ -27,7 +28,7 @@ from tests.protocol.harness import (
     success,
 )
 
-GIVEN_UP = DeadlineExceeded("no answer in time")
+GIVEN_UP = DeadlineExceeded(errno.ETIMEDOUT, "no answer in time")
 UNTOUCHED = 0xEE
 all_modes = pytest.mark.parametrize("mode", MODES)
 chunked = pytest.mark.parametrize("mode", ["structured", "extended"])

@@ -117,7 +117,7 @@ def test_callback_is_called_in_the_middle_of_a_run(mode, place):
 @all_modes
 @places
 def test_answer_to_a_read_given_up_is_thrown_away_in_the_middle_of_a_run(mode, place):
-    error = DeadlineExceeded("too late")
+    error = DeadlineExceeded(errno.ETIMEDOUT, "too late")
     client = reads(mode, place, change=lambda client, command: client.engine.abandon(command, error))
     check_others(client, place)
     assert client.commands[place].error is error

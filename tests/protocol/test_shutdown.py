@@ -223,7 +223,7 @@ def test_answer_to_an_abandoned_command_counts(mode):
     client = connected(mode)
     command = read(client.engine.limits, 512, 0)
     client.submit(command)
-    client.engine.abandon(command, DeadlineExceeded("late"))
+    client.engine.abandon(command, DeadlineExceeded(errno.ETIMEDOUT, "late"))
     client.said.clear()
     client.hear(broken_off(mode, command, SHUTDOWN))
     assert isinstance(command.error, DeadlineExceeded)

@@ -147,11 +147,11 @@ class LoopSession:
     def abandon(self, command: Command, why: str) -> None:
         """Give a command up without a word to whoever waits for it: its memory is not touched any more."""
         command.completion = command.target = None
-        self.engine.abandon(command, DeadlineExceeded(f"given up by the program ({why})"))
+        self.engine.abandon(command, DeadlineExceeded(errno.ETIMEDOUT, f"given up by the program ({why})"))
 
     def expire(self, command: Command) -> None:
         """The time of a command is up: it fails, and whoever waits for it is told."""
-        self.engine.abandon(command, DeadlineExceeded(f"no answer from the server in time ({command})"))
+        self.engine.abandon(command, DeadlineExceeded(errno.ETIMEDOUT, f"no answer from the server in time ({command})"))
         self._wake_soon()
 
     def own(self, error: Error) -> Error:
@@ -187,12 +187,12 @@ class LoopSession:
         alarm = None
         if not exchange.done:
             remaining = deadline.remaining()
-            late = DeadlineExceeded(f"no answer from the server in time ({what})")
+            late = DeadlineExceeded(errno.ETIMEDOUT, f"no answer from the server in time ({what})")
             alarm = None if remaining is None else self.loop.call_later(remaining, self.close, late)
             try:
                 await waiter
             except BaseException as exc:
-                self.close(DeadlineExceeded(f"{what} was given up ({exc!r})"))
+                self.close(DeadlineExceeded(errno.ETIMEDOUT, f"{what} was given up ({exc!r})"))
                 raise
             finally:
                 if alarm is not None:
@@ -216,7 +216,7 @@ class LoopSession:
         alarm = None if remaining is None else self.loop.call_later(remaining, settle, waiter, False)
         try:
             if not await waiter:
-                raise DeadlineExceeded("no answer from the server in time (the server was to hang up)")
+                raise DeadlineExceeded(errno.ETIMEDOUT, "no answer from the server in time (the server was to hang up)")
         finally:
             if alarm is not None:
                 alarm.cancel()

@@ -6,6 +6,7 @@ Commands that finish are put in a row, and their task is woken once for all that
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Iterator
 
 from nbdcore.clients.asyncio.loop import LoopSessions, settle
@@ -57,7 +58,7 @@ class LoopPipeline:
         alarm = None if seconds is None else loop.call_later(seconds, settle, waiter, False)
         try:
             if not await waiter and not pipeline.done:
-                raise DeadlineExceeded(f"no answer from the server in time ({pipeline})")
+                raise DeadlineExceeded(errno.ETIMEDOUT, f"no answer from the server in time ({pipeline})")
         finally:
             self._waiter = None
             if alarm is not None:

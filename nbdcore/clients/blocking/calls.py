@@ -252,7 +252,7 @@ class BlockingCalls(ManyCalls, BlockingConnectMethods[Connected]):
         except UsageError:
             raise
         except BaseException as exc:
-            shared.close(exc if isinstance(exc, Error) else DeadlineExceeded(f"{what} was given up ({exc!r})"))
+            shared.close(exc if isinstance(exc, Error) else DeadlineExceeded(errno.ETIMEDOUT, f"{what} was given up ({exc!r})"))
             raise
         if exchange.error is not None:
             raise exchange.error

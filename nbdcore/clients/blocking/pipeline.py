@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Generator
 from typing import TypeVar
 
@@ -82,4 +83,4 @@ def run_pieces(shared: SharedSession, pieces: Pieces, deadline: Deadline) -> Non
         pipeline.close()
 
 
-_UNWANTED = DeadlineExceeded("given up by the program (the rest is not wanted any more)")
+_UNWANTED = DeadlineExceeded(errno.ETIMEDOUT, "given up by the program (the rest is not wanted any more)")

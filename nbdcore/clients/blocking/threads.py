@@ -151,7 +151,7 @@ class SharedSession:
     def abandon(self, commands: Iterable[Command], why: BaseException) -> None:
         """Give commands up: their memory is not touched any more, and answers that come are thrown away."""
         # A copy: the original's traceback would hold on to the caller's memory for as long as the late answer takes.
-        error = copied(why) if isinstance(why, Error) else DeadlineExceeded(f"given up by the program ({why!r})")
+        error = copied(why) if isinstance(why, Error) else DeadlineExceeded(errno.ETIMEDOUT, f"given up by the program ({why!r})")
         with self._lock:
             self._submit_inbox()
             for command in commands:
@@ -245,7 +245,7 @@ class SharedSession:
             self._close_if_asked()
             raise
         if not pending.done:
-            raise DeadlineExceeded(f"no answer from the server in time ({what})")
+            raise DeadlineExceeded(errno.ETIMEDOUT, f"no answer from the server in time ({what})")
 
     def _look(self, watched: Sequence[tuple[Session, int]], deadline: Deadline) -> Sequence[tuple[Session, int]]:
         """Wait for what this caller watches. Returns what of it is worth a look at the stream, which says what happened."""

@@ -89,7 +89,7 @@ def _wait_for_server(
 
 def _never_up(target: Target, wait: float, last: Error) -> DeadlineExceeded:
     said = f": {printable(last.server_text)}" if last.server_text else ""
-    return DeadlineExceeded(f"no server at {target.endpoint} within {wait:g} s ({last.message}{said})")
+    return DeadlineExceeded(errno.ETIMEDOUT, f"no server at {target.endpoint} within {wait:g} s ({last.message}{said})")
 
 
 # ---------------------------------------------------------------------------------------------- one connection
@@ -137,7 +137,7 @@ def _shake_hands(session: Session, deadline: Deadline) -> Waits[None]:
         yield from _until(need, deadline, _LATE)
         session.advance()
         if deadline.expired and not exchange.done:  # also where the server always has a little more to say
-            raise DeadlineExceeded(_LATE)
+            raise DeadlineExceeded(errno.ETIMEDOUT, _LATE)
     session.engine.rest()
     if exchange.error is not None:
         raise exchange.error
@@ -151,7 +151,7 @@ def _until(need: AnyOf, deadline: Deadline, message: str) -> Waits[Collection[in
     else:
         ready = yield need
     if not ready and deadline.expired:
-        raise DeadlineExceeded(message)
+        raise DeadlineExceeded(errno.ETIMEDOUT, message)
     return ready
 
 
