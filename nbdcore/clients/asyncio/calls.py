@@ -1,8 +1,7 @@
-"""What every client for asyncio does with an export that is open; see `calls`. Here every call is a coroutine.
+"""What every client for asyncio does with an export that is open; see `blocking.calls`. Here every call is a coroutine.
 
-A thin skin, like the blocking one: commands and their checks come from the protocol core and `requests`, the loop is
-`asynchronous_session`'s business, connecting `asynchronous_ways`'. What is left here is the shape of the calls, which are the
-same on one connection and on several.
+A thin skin, like the blocking one: commands and their checks come from the protocol core and `requests`, `loop` moves the bytes,
+`connecting` connects. What is left here is the shape of the calls, which are the same on one connection and on several.
 """
 
 from __future__ import annotations

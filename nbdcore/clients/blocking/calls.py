@@ -1,7 +1,7 @@
 """What every blocking client does with an export that is open: reading and writing, block status, and taking leave.
 
-A thin skin: commands and their checks come from the protocol core, waiting from `sharing`, arithmetic from `splitting` and
-`extents`. What is left here is the shape of the calls, which are the same on one connection and on several.
+A thin skin: commands and their checks come from the protocol core and `requests`, `threads` waits, `extents` does the arithmetic.
+What is left here is the shape of the calls, which are the same on one connection and on several.
 """
 
 from __future__ import annotations

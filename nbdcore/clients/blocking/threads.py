@@ -1,9 +1,9 @@
 """Several threads on one session, or on several to the same export: whoever has something to wait for waits for all.
 
 A caller queues its command under the lock and waits until it is done. At any time one of the waiting callers watches the
-descriptors, with the lock released, and then moves the bytes for everybody; the others sleep (`crowd`) until their outcome is
-there, or until the watching is theirs to do. Sending is the exception: a caller whose bytes do not fit the send buffer waits for
-that as well, since nobody else may be doing so. So a call costs no thread and no second descriptor, and one caller alone pays
+descriptors, with the lock released, and then moves the bytes for everybody. The others are parked (`waiters`) until their outcome
+is there, or until the watching is theirs to do. Sending is the exception: a caller whose bytes do not fit the send buffer waits
+for that as well, since nobody else may be doing so. So a call costs no thread and no second descriptor, and one caller alone pays
 nothing for the others.
 
 A signal handler may raise in the main thread at any point (Ctrl-C does). While a call waits that harms nobody: its command is
@@ -26,7 +26,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from nbdcore.clients.blocking.waiters import Crowd, Pending, Turn
+from nbdcore.clients.blocking.waiters import Pending, Wait, Waiters
 from nbdcore.clients.session.group import Group
 from nbdcore.clients.session.session import Session
 from nbdcore.errors import DeadlineExceeded, Disconnected, Error, UsageError, copied
@@ -36,7 +36,7 @@ from nbdcore.streams.base import WANTS, Want
 from nbdcore.streams.waiting import Deadline, Watch, wait_any
 
 _READ = int(Want.READ)
-# So many commands are sent at once while other callers are awake that may have more. 16 threads that read 4 KiB each had 19
+# So many commands are sent at once while other callers are woken that may have more. 16 threads that read 4 KiB each had 19
 # thousand answers a second with 4, 22 thousand with 8, and 26 thousand with 16.
 _SENT_TOGETHER = 16
 # Seconds after which a caller that watches for room to send looks whether there is more to watch: short for somebody who waits.
@@ -64,7 +64,7 @@ class SharedSession:
         self._interrupted: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]  # noqa: SLF001
         self._closing: Error | None = None  # what a signal handler asked the call that it interrupted to end the connection with
         self._watch = Watch()
-        self._crowd = Crowd()
+        self._waiters = Waiters()
         self._leaving = False
 
     @property
@@ -169,13 +169,13 @@ class SharedSession:
 
         Returns what is still to be submitted. The command may need more waiting than once; that is for `wait` as well.
         """
-        crowd = self._crowd
+        waiters = self._waiters
         watched = False
         if self._interrupted():
             self._refuse_if_interrupted(command)
         try:
             with self._lock:
-                if session.waited_for or crowd.asleep or crowd.awake:
+                if session.waited_for or waiters.parked or waiters.woken:
                     return (command,)
                 self._submit((command,))
                 self._move(session, session.send)
@@ -215,33 +215,33 @@ class SharedSession:
 
         Raises DeadlineExceeded, and the connection's own error where none is left to submit commands to.
         """
-        crowd = self._crowd
-        turn = Turn(pending, submit, any_of_several=any_of_several)
+        waiters = self._waiters
+        wait = Wait(pending, submit, any_of_several=any_of_several)
         expired = False
         self._refuse_if_interrupted(what)
         try:
-            if crowd.awake and submit:
-                sleeper = crowd.leave_to_others(turn)
-                if crowd.awake and len(crowd.inbox) < _SENT_TOGETHER:
-                    sleeper.sleep(deadline)
-                    if crowd.needs_nobody(turn):
+            if waiters.woken and submit:
+                parker = waiters.leave_to_others(wait)
+                if waiters.woken and len(waiters.inbox) < _SENT_TOGETHER:
+                    parker.park(deadline)
+                    if waiters.may_leave(wait):
                         return
             while True:
                 with self._lock:
-                    over = self._take(turn, expired=expired)
+                    over = self._take(wait, expired=expired)
                 self._close_if_asked()
                 if over:
                     break
-                if turn.sleeper is None:
-                    turn.ready = turn.watched if turn.at_once else self._look(turn.watched, deadline)
+                if wait.parker is None:
+                    wait.ready = wait.watched if wait.at_once else self._look(wait.watched, deadline)
                 else:
-                    turn.sleeper.sleep(deadline)
-                    if crowd.needs_nobody(turn):
+                    wait.parker.park(deadline)
+                    if waiters.may_leave(wait):
                         return
                 expired = deadline.at is not None and deadline.expired
         except BaseException:
             with self._lock:
-                self._leave(turn)
+                self._leave(wait)
             self._close_if_asked()
             raise
         if not pending.done:
@@ -264,55 +264,55 @@ class SharedSession:
 
     # ------------------------------------------------------------------------------------------ with the lock held
 
-    def _take(self, turn: Turn, *, expired: bool) -> bool:
-        """Take a turn: move bytes, then say what to wait for. Returns True when the caller's own wait is over."""
+    def _take(self, wait: Wait, *, expired: bool) -> bool:
+        """Move bytes, then settle what to wait for. Returns True when the caller's own wait is over."""
         try:
-            if turn.watched:
-                for session, wanted in turn.watched:
+            if wait.watched:
+                for session, wanted in wait.watched:
                     session.waited_for &= ~wanted
-                turn.watched = ()
-                for session, wanted in turn.ready:
+                wait.watched = ()
+                for session, wanted in wait.ready:
                     if not wanted & _READ:
                         # What there is to receive is for the caller that watches for it: the system may have woken that one, and
                         # have it wait on where nothing is left when it runs.
                         self._move(session, session.send)
                     else:
-                        self._move(session, session.advance_eagerly if turn.any_of_several else session.advance)
+                        self._move(session, session.advance_eagerly if wait.any_of_several else session.advance)
             else:
-                self._crowd.get_up(turn)
-                if turn.submit:
-                    self._submit(turn.submit)
-                    turn.submit = ()
+                self._waiters.unpark(wait)
+                if wait.submit:
+                    self._submit(wait.submit)
+                    wait.submit = ()
                 self._send()
-            if turn.pending.done or expired:
+            if wait.pending.done or expired:
                 self._hand_over()
                 return True
-            self._settle(turn)
+            self._settle(wait)
         except BaseException:
-            self._leave(turn)
+            self._leave(wait)
             raise
         return False
 
-    def _settle(self, turn: Turn) -> None:
-        """Have a caller watch what nobody watches, or sleep; while others are awake that may send more, watching is for them."""
-        turn.at_once = False
-        if not self._crowd.awake:
-            turn.watched = self._unwatched()
-        if not turn.watched:
+    def _settle(self, wait: Wait) -> None:
+        """Have a caller watch what nobody watches, or park it. While others are woken that may send more, they watch."""
+        wait.at_once = False
+        if not self._waiters.woken:
+            wait.watched = self._unwatched()
+        if not wait.watched:
             self._refuse_if_over()  # what an exception in the middle of moving bytes has lost, nobody would wake this one for
-            self._crowd.lie_down(turn)
+            self._waiters.park(wait)
             return
-        for session, wanted in turn.watched:
+        for session, wanted in wait.watched:
             session.waited_for |= wanted
             if session.buffered:
-                turn.at_once = True
+                wait.at_once = True
 
-    def _leave(self, turn: Turn) -> None:
+    def _leave(self, wait: Wait) -> None:
         """An exception ends a caller's wait."""
-        for session, wanted in turn.watched:
+        for session, wanted in wait.watched:
             session.waited_for &= ~wanted
-        turn.watched = ()
-        self._crowd.get_up(turn)
+        wait.watched = ()
+        self._waiters.unpark(wait)
         self._hand_over()
 
     def _refuse_if_over(self) -> None:
@@ -335,8 +335,8 @@ class SharedSession:
             raise
 
     def _submit_inbox(self) -> None:
-        """Queue what sleepers left. What cannot be queued is an outcome like others."""
-        inbox = self._crowd.inbox
+        """Queue what parked callers left. What cannot be queued is an outcome like others."""
+        inbox = self._waiters.inbox
         while inbox:
             command = inbox.popleft()
             try:
@@ -348,10 +348,10 @@ class SharedSession:
 
     def _send(self) -> None:
         """Send what is queued, unless others are about to queue more and there is little of it."""
-        if self._crowd.inbox:
+        if self._waiters.inbox:
             self._submit_inbox()
         for session in self._sessions:
-            if not self._crowd.awake or len(session.engine.queue) >= _SENT_TOGETHER:
+            if not self._waiters.woken or len(session.engine.queue) >= _SENT_TOGETHER:
                 self._move(session, session.send)
 
     def _move(self, session: Session, move: Callable[[], None]) -> None:
@@ -362,19 +362,19 @@ class SharedSession:
             session.give_up(exc)
             raise
         finally:
-            if self._crowd.asleep:
+            if self._waiters.parked:
                 self._wake_others()
 
     def _wake_others(self) -> None:
         """Wake whom no completion wakes. The end of all connections is an outcome for everybody, whatever they wait for."""
-        crowd = self._crowd
+        waiters = self._waiters
         if not self.engines:
-            for sleeper in [*crowd.asleep]:
-                sleeper.wake()
-        elif crowd.groups:
-            for sleeper in [*crowd.groups]:
-                if sleeper.pending.done:
-                    sleeper.wake()
+            for parker in [*waiters.parked]:
+                parker.wake()
+        elif waiters.groups:
+            for parker in [*waiters.groups]:
+                if parker.pending.done:
+                    parker.wake()
 
     def _unwatched(self) -> list[tuple[Session, int]]:
         """Return what nobody watches: each session, and for what, as the bits of a Want."""
@@ -390,12 +390,12 @@ class SharedSession:
         for session in self._sessions:
             if session.over:
                 session.close()  # what was kept open for those that watched
-        crowd = self._crowd
-        if crowd.asleep:
+        waiters = self._waiters
+        if waiters.parked:
             self._submit_inbox()
             self._wake_others()
-            if crowd.asleep and not crowd.awake and self._unwatched():
-                [*crowd.asleep][0].wake()  # noqa: RUF015 (an iterator does not outlive one more that falls asleep)
+            if waiters.parked and not waiters.woken and self._unwatched():
+                [*waiters.parked][0].wake()  # noqa: RUF015 (an iterator does not outlive one more that parks)
 
 
 def _closed_by_program() -> Disconnected:

@@ -1,11 +1,12 @@
-"""Callers that sleep while another one watches the connection for them, and how they are woken.
+"""Callers that are parked while another one watches the connection for them, and how they are woken.
 
-One receive may bring the outcomes of many callers, and waking a thread costs more than a small read. So whoever was woken counts
-as awake until it has come by, and as long as anybody is awake the others need neither the lock nor a system call: they leave
-their command in the inbox and fall asleep. Each single step on the containers here is one that the interpreter makes without
-another thread in between, and their order is what makes it safe: a command is in the inbox before its caller looks whether
-somebody is awake, and a caller is no longer awake before it looks into the inbox. Who goes through a container takes a copy
-first: others may fall asleep meanwhile.
+One receive may bring the outcomes of many callers, and waking a thread costs more than a small read. So a caller that was woken
+counts as woken until it has come by. As long as anybody is woken, the others need neither the lock nor a system call: they leave
+their commands in the inbox and park.
+
+Two orders make that safe without the lock, since the interpreter makes each single step on these containers in one go. A command
+is in the inbox before its caller looks whether somebody is woken; and a caller is no longer woken before it looks into the inbox.
+Whoever goes through a container takes a copy first: others may park meanwhile.
 """
 
 from __future__ import annotations
@@ -31,62 +32,62 @@ class Pending(Protocol):
         """Whether the outcome is final."""
 
 
-class Crowd:
-    """All callers of a session that do not watch it.
+class Waiters:
+    """The callers of a session that do not watch it.
 
     Attributes:
-        asleep: in the order in which they fell asleep.
+        parked: in the order in which they parked.
         groups: those of them that wait for any of several commands.
-        awake: those that were woken and have not come by.
+        woken: those that were woken and have not come by.
         inbox: commands that they left for another to submit.
     """
 
-    __slots__ = ("asleep", "awake", "groups", "inbox")
+    __slots__ = ("groups", "inbox", "parked", "woken")
 
     def __init__(self) -> None:
-        self.asleep: dict[Sleeper, None] = {}
-        self.groups: dict[Sleeper, None] = {}
-        self.awake: dict[Sleeper, None] = {}
+        self.parked: dict[Parker, None] = {}
+        self.groups: dict[Parker, None] = {}
+        self.woken: dict[Parker, None] = {}
         self.inbox: deque[Command] = deque()
 
-    def lie_down(self, turn: Turn) -> Sleeper:
-        """Let a caller be known as asleep, and be woken when what it waits for is done."""
-        # An exception may come after any call: so the sleeper is the turn's before others know it.
-        turn.sleeper = sleeper = Sleeper(self, turn.pending)
-        if turn.any_of_several:
-            self.groups[sleeper] = None
+    def park(self, wait: Wait) -> Parker:
+        """Count a caller as parked, and have it woken when what it waits for is done."""
+        # An exception may come after any call: so the wait has its parker before others know that.
+        wait.parker = parker = Parker(self, wait.pending)
+        if wait.any_of_several:
+            self.groups[parker] = None
         else:
-            turn.pending.completion = sleeper.wake
-        self.asleep[sleeper] = None
-        return sleeper
+            wait.pending.completion = parker.wake
+        self.parked[parker] = None
+        return parker
 
-    def get_up(self, turn: Turn) -> None:
-        """A caller is up, because it was woken or for a reason of its own."""
-        sleeper = turn.sleeper
-        if sleeper is not None:
-            self.asleep.pop(sleeper, None)
-            self.groups.pop(sleeper, None)
-            self.awake.pop(sleeper, None)
-            turn.sleeper = None
+    def unpark(self, wait: Wait) -> None:
+        """A caller goes on, because it was woken or for a reason of its own."""
+        parker = wait.parker
+        if parker is not None:
+            self.parked.pop(parker, None)
+            self.groups.pop(parker, None)
+            self.woken.pop(parker, None)
+            wait.parker = None
 
-    def leave_to_others(self, turn: Turn) -> Sleeper:
-        """Fall asleep without the lock, and leave to those that are awake what is to be submitted."""
-        sleeper = self.lie_down(turn)
-        self.inbox.extend(turn.submit)
-        turn.submit = ()
-        return sleeper
+    def leave_to_others(self, wait: Wait) -> Parker:
+        """Park without the lock, and leave to those that are woken what is to be submitted."""
+        parker = self.park(wait)
+        self.inbox.extend(wait.submit)
+        wait.submit = ()
+        return parker
 
-    def needs_nobody(self, turn: Turn) -> bool:
-        """Whether a caller that has its outcome may leave without the lock, since others are awake that see to the rest."""
-        sleeper = turn.sleeper
-        # At its deadline it may be up with its outcome and not be woken yet: then it would be taken for awake ever after.
-        if sleeper is None or not turn.pending.done or sleeper not in self.awake:
+    def may_leave(self, wait: Wait) -> bool:
+        """Whether a caller that has its outcome may return without the lock, since others are woken that see to the rest."""
+        parker = wait.parker
+        # At its deadline it may go on with its outcome and not be woken yet: then it would be taken for woken ever after.
+        if parker is None or not wait.pending.done or parker not in self.woken:
             return False
-        self.awake.pop(sleeper, None)
-        return bool(self.awake)
+        self.woken.pop(parker, None)
+        return bool(self.woken)
 
 
-class Turn:
+class Wait:
     """One caller's wait.
 
     Attributes:
@@ -96,10 +97,10 @@ class Turn:
         watched: what it watches, with the lock released: sessions, and for what, as the bits of a Want.
         ready: what of it something has happened to.
         at_once: there is something to receive already.
-        sleeper: what it sleeps in, when it does not watch.
+        parker: what it is parked in, when it does not watch.
     """
 
-    __slots__ = ("any_of_several", "at_once", "pending", "ready", "sleeper", "submit", "watched")
+    __slots__ = ("any_of_several", "at_once", "parker", "pending", "ready", "submit", "watched")
 
     def __init__(self, pending: Pending, submit: Sequence[Command], *, any_of_several: bool) -> None:
         self.pending: Pending = pending
@@ -108,35 +109,35 @@ class Turn:
         self.watched: Sequence[tuple[Session, int]] = ()
         self.ready: Sequence[tuple[Session, int]] = ()
         self.at_once: bool = False
-        self.sleeper: Sleeper | None = None
+        self.parker: Parker | None = None
 
 
-class Sleeper:
-    """A caller that sleeps: woken once, when its outcome is there or something is to be done.
+class Parker:
+    """What a caller is parked in: woken once, when its outcome is there or something is to be done.
 
     Args:
-        crowd: to which it belongs.
+        waiters: to which it belongs.
         pending: what it waits for.
     """
 
-    __slots__ = ("_alarm", "_crowd", "pending")
+    __slots__ = ("_gate", "_waiters", "pending")
 
-    def __init__(self, crowd: Crowd, pending: Pending) -> None:
-        self._alarm = threading.Lock()
-        self._alarm.acquire()
-        self._crowd = crowd
+    def __init__(self, waiters: Waiters, pending: Pending) -> None:
+        self._gate = threading.Lock()
+        self._gate.acquire()
+        self._waiters = waiters
         self.pending: Pending = pending
 
-    def sleep(self, deadline: Deadline) -> None:
-        """Sleep until woken, or until the deadline."""
+    def park(self, deadline: Deadline) -> None:
+        """Wait until woken, or until the deadline."""
         remaining = deadline.remaining()
-        self._alarm.acquire(timeout=-1 if remaining is None else min(remaining, threading.TIMEOUT_MAX))
+        self._gate.acquire(timeout=-1 if remaining is None else min(remaining, threading.TIMEOUT_MAX))
 
     def wake(self, _: object = None) -> None:
-        """Wake it, unless it is up already. Called with the lock held; no exception can come between these statements."""
-        crowd = self._crowd
-        if self in crowd.asleep:
-            crowd.awake[self] = None
-            del crowd.asleep[self]
-            crowd.groups.pop(self, None)
-            self._alarm.release()
+        """Wake it, unless it goes on already. Called with the lock held; no exception can come between these statements."""
+        waiters = self._waiters
+        if self in waiters.parked:
+            waiters.woken[self] = None
+            del waiters.parked[self]
+            waiters.groups.pop(self, None)
+            self._gate.release()
