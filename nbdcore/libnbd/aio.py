@@ -155,7 +155,7 @@ class AioCalls(CommandBuilders):
             check(AioCalls.aio_in_flight, self)
             return 0
         engine = client.engine
-        pending = len(engine.queue) + len(engine.in_flight)
+        pending = engine.pending
         return pending + 1 if self._disconnecting and engine.finished_sending else pending
 
     # ------------------------------------------------------------------------------------------ loops

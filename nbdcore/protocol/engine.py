@@ -64,7 +64,8 @@ class Engine(Exchanges):
         traffic: what has gone over the wire.
         error: why the connection ended, else None.
         ended_by_program: it was this program that ended it.
-        queue: commands of which nothing has been packed, let alone sent.
+        queue: commands of which nothing has been packed, let alone sent. Those given up meanwhile (`done`) stay until their turn,
+            except at the end: so there is something to send unless it is empty. `pending` leaves them out.
         in_flight: cookie -> command, for those that have been.
         ending: no more commands are taken: a disconnect was queued, or will be.
         shutting_down: the server said that it shuts down, before this program took leave.
@@ -88,6 +89,8 @@ class Engine(Exchanges):
         self._parts: list[memoryview] = []
         self._begun: memoryview | None = None  # the part of which some bytes are sent, as it was
         self._last_cookie = 0
+        self._mark = object()  # in each command that was submitted here
+        self._given_up = 0  # commands in the queue that will not be sent
         self.ending: bool = False
         self.shutting_down: bool = False
         self._goodbye_queued = False
@@ -163,6 +166,7 @@ class Engine(Exchanges):
         pending = [*answered, *self.in_flight.values(), *self.queue]
         self.in_flight.clear()
         self.queue.clear()
+        self._given_up = 0
         self._replies = None
         for command in pending:
             if not command.done:
@@ -193,6 +197,7 @@ class Engine(Exchanges):
         if self.ending:
             return self._submit_at_the_end(command)
         self._last_cookie = command.cookie = cookie = self._last_cookie + 1
+        command.mark = self._mark
         if command.type == _DISC:
             self.ending = self._goodbye_queued = True
         self.queue.append(command)
@@ -212,9 +217,10 @@ class Engine(Exchanges):
         if self.phase is not _CONNECTED or self.ending:
             for command in commands:
                 self.submit(command)  # raises with the first
-        cookie = self._last_cookie
+        cookie, mark = self._last_cookie, self._mark
         for command in commands:
             command.cookie = cookie = cookie + 1
+            command.mark = mark
         self._last_cookie = cookie
         self.queue.extend(commands)
 
@@ -225,17 +231,24 @@ class Engine(Exchanges):
         """
         if command.done:
             return
-        if command in self.queue:
-            self.queue.remove(command)
-        else:
-            command.discard = True
-            if self._replies is not None:
-                self._replies.forget(command)
+        queued = command.mark is self._mark and command.cookie not in self.in_flight
+        if self._replies is not None and not queued:
+            self._replies.forget(command)
         self._let_go(command)
         command.target = command.on_chunk = command.on_extents = None
-        command.error, command.done = error, True
+        command.error, command.done, command.discard = error, True, True
+        if queued:
+            self._leave_queue()
         if command.completion is not None:
             command.completion(command)
+
+    def _leave_queue(self) -> None:
+        """A command in the queue is given up. To take it out of the middle would be a search, so that waits for its turn."""
+        self._given_up += 1
+        queue = self.queue
+        while queue and queue[-1].done:
+            queue.pop()
+            self._given_up -= 1
 
     def abandon_unsent(self, error: Error) -> None:
         """Give up every command of which not a byte has been sent: it completes with `error`."""
@@ -253,11 +266,11 @@ class Engine(Exchanges):
     @property
     def pending(self) -> int:
         """How many commands are queued or in flight."""
-        return len(self.queue) + len(self.in_flight)
+        return len(self.queue) - self._given_up + len(self.in_flight)
 
     def knows(self, command: Command) -> bool:
         """Whether the command was submitted here, and has not finished."""
-        return self.in_flight.get(command.cookie) is command or command in self.queue
+        return command.mark is self._mark and not command.done
 
     @property
     def between_replies(self) -> bool:
@@ -312,10 +325,13 @@ class Engine(Exchanges):
         magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
         gathered: list[bytes | memoryview] = []
         goodbye: list[Command] = []
-        burst = min(len(queue), _BURST)
+        burst = min(len(queue) - self._given_up, _BURST)
         self.traffic.chunks_sent += burst
         for _ in range(burst):
             command = queue.popleft()
+            while command.done:
+                self._given_up -= 1
+                command = queue.popleft()
             kind, length, payload = command.type, command.count, command.payload
             if payload is not None and kind == _BLOCK_STATUS:
                 length = len(payload)
@@ -390,8 +406,9 @@ class Engine(Exchanges):
     def _take_no_more(self) -> list[Command]:
         """The server shuts down: it is asked nothing any more. Returns the commands that will not be sent, which have failed."""
         self.ending = self.shutting_down = True
-        unsent = [*self.queue]
+        unsent = [command for command in self.queue if not command.done]
         self.queue.clear()
+        self._given_up = 0
         for command in unsent:
             command.error = Disconnected(errno.ENOTCONN, f"{command} was not sent: {_SHUTTING_DOWN}")
             command.done = True
@@ -410,7 +427,7 @@ class Engine(Exchanges):
 
     def received_eof(self) -> None:
         """The server has finished sending."""
-        waiting = len(self.queue) + sum(not command.done for command in self.in_flight.values())
+        waiting = len(self.queue) - self._given_up + sum(not command.done for command in self.in_flight.values())
         between = self._replies is not None and self._replies.between_messages
         if between and self.finished_sending and not waiting and not self.shutting_down:
             self.end("this program took leave of the server")

@@ -149,6 +149,7 @@ class Command:
         "error",
         "flags",
         "fragments",
+        "mark",
         "offset",
         "on_chunk",
         "on_extents",
@@ -176,6 +177,8 @@ class Command:
         self.on_extents: Callable[[Command, str, Numbers, Numbers], object] | None = None
         self.tag: Any = None
         self.cookie: int = 0
+        #: which engine it was submitted to
+        self.mark: object = None
         #: bytes of data received for a read, extents for block status
         self.received: int = 0
         #: ranges of a read that arrived in several pieces; None while one piece is all
