@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,7 @@ TABLE = {
             "nbdcore.streams.sockets",
             "nbdcore.streams.connecting",
             "nbdcore.streams.tls.credentials",
+            "nbdcore.streams.tls.starting",
             "nbdcore.plugins",
             "nbdcore.protocol",
             "nbdcore.uri",
@@ -202,6 +204,24 @@ def test_a_module_imports_only_what_the_table_allows(module):
 )
 def test_the_table_sees_an_offence(module, source):
     assert len(offences(module, source)) == 1
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Return modules of which each imports the next, and the last the first; none where there is no such circle."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as exc:
+        return list(exc.args[1])
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {module: {*imports(path.read_text(encoding="utf-8"))} & MODULES.keys() for module, path in MODULES.items()}
+    assert circle(graph) == []
+
+
+def test_a_circle_is_seen():
+    assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("nbdcore.protocol")])

@@ -13,6 +13,4 @@ def install() -> None:
     To run a program unchanged that does not call this: `python -m nbdcore.libnbd PROGRAM [ARGUMENTS]`, or `-m MODULE`
     or `-c TEXT` in place of the program, as for python itself.
     """
-    import nbdcore.libnbd
-
-    sys.modules["nbd"] = nbdcore.libnbd
+    sys.modules["nbd"] = sys.modules["nbdcore.libnbd"]

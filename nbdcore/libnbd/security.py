@@ -9,6 +9,7 @@ from nbdcore.clients.session.session import StartTLS
 from nbdcore.libnbd.wishes import Wishes
 from nbdcore.streams.base import Stream
 from nbdcore.streams.tls.credentials import TLS, supports_tls
+from nbdcore.streams.tls.starting import client_starter
 
 __all__ = ["start_tls", "supports_tls"]
 
@@ -24,7 +25,7 @@ def start_tls(wishes: Wishes, host: str | None) -> StartTLS:
     """
 
     def start(stream: Stream) -> Stream:
-        return credentials(wishes).starter(host)(stream)
+        return client_starter(credentials(wishes), host)(stream)
 
     return start
 

@@ -16,6 +16,7 @@ from nbdcore.errors import UsageError
 from nbdcore.server.exports import Exports
 from nbdcore.streams.base import Stream
 from nbdcore.streams.tls.credentials import ServerTLS
+from nbdcore.streams.tls.starting import server_starter
 
 if TYPE_CHECKING:  # at run time it would bring ssl, which only a server with TLS needs
     from nbdcore.streams.tls.stream import TLSStream
@@ -51,7 +52,7 @@ def offer_of(exports: Exports, tls: ServerTLS | None, *, require_tls: bool | Non
     public = exports.public()
     if tls is not None:
         forced = require_tls is not False
-        return Offer(exports, Exports(()) if forced else public, tls.starter(), forced)
+        return Offer(exports, Exports(()) if forced else public, server_starter(tls), forced)
     if require_tls or public is not exports:
         raise UsageError(errno.EINVAL, "require_tls= is nothing without TLS: say tls=ServerTLS(...), with what the server shows")
     return Offer(exports, exports)

@@ -17,6 +17,7 @@ from nbdcore.streams.base import Want
 from nbdcore.streams.memory import memory_pair
 from nbdcore.streams.tls import stream as tls_stream
 from nbdcore.streams.tls.credentials import TLS, ServerTLS
+from nbdcore.streams.tls.starting import client_starter, server_starter
 from nbdcore.streams.tls.stream import TLSStream
 from nbdcore.streams.waiting import Deadline, wait_any
 from nbdcore.testing import streams
@@ -52,13 +53,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=VERSIONS)
 def starters(request, folder):
     """The client's and the server's, for each version of TLS."""
-    client = TLS(certificates=folder, priority=VERSIONS[request.param]).starter(NAME)
-    return client, ServerTLS(certificates=folder).starter()
+    client = client_starter(TLS(certificates=folder, priority=VERSIONS[request.param]), NAME)
+    return client, server_starter(ServerTLS(certificates=folder))
 
 
 @pytest.fixture(scope="module")
 def modern(folder):
-    return TLS(certificates=folder).starter(NAME), ServerTLS(certificates=folder).starter()
+    return client_starter(TLS(certificates=folder), NAME), server_starter(ServerTLS(certificates=folder))
 
 
 @contextlib.contextmanager
@@ -198,7 +199,9 @@ def test_ciphertext_changed_on_the_way_is_a_tls_error(starters, at):
 
 
 def test_failed_handshake_tells_the_peer_why(folder):
-    with started(TLS(certificates=folder).starter("other.example"), ServerTLS(certificates=folder).starter()) as ends:
+    with started(
+        client_starter(TLS(certificates=folder), "other.example"), server_starter(ServerTLS(certificates=folder))
+    ) as ends:
         client_error, server_error = shake_both(*ends)
         assert "not for the name 'other.example'" in str(client_error)
         assert "does not accept the certificate" in str(server_error)

@@ -16,6 +16,7 @@ from nbdcore.streams.memory import memory_pair
 from nbdcore.streams.tls import contexts
 from nbdcore.streams.tls.credentials import TLS, ServerTLS, supports_tls, supports_tls_psk
 from nbdcore.streams.tls.priorities import Priority, parse_priority
+from nbdcore.streams.tls.starting import client_starter, server_starter
 from tests.certificates import PSK_LINE, CertificateAuthority
 from tests.streams.tls_pairs import PAIRS, connected, receive, send, shake_both, started
 
@@ -54,7 +55,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def refusal(client: TLS, server: ServerTLS, host: str | None, make_pair=memory_pair) -> str:
     """Return what the client says of a connection that must fail: in the handshake, or when it first wants to hear something."""
     near, far = make_pair()
-    with started(client.starter(host), server.starter(), lambda: (near, far)) as ends:
+    with started(client_starter(client, host), server_starter(server), lambda: (near, far)) as ends:
         mine = [error for error in shake_both(*ends) if str(near) in str(error)]
         if not mine:
             with pytest.raises(TLSError) as caught:
@@ -66,7 +67,7 @@ def refusal(client: TLS, server: ServerTLS, host: str | None, make_pair=memory_p
 
 
 def accepted(client: TLS, server: ServerTLS, host: str | None, make_pair=memory_pair) -> None:
-    with connected(client.starter(host), server.starter(), make_pair) as (near, far):
+    with connected(client_starter(client, host), server_starter(server), make_pair) as (near, far):
         send(near, b"there")
         assert receive(far) == b"there"
         send(far, b"and back")
@@ -187,9 +188,9 @@ def test_certificate_and_key_in_one_file(world):
 )
 def test_server_is_told_the_name_unless_it_is_an_address(world, credentials, host, told):
     heard: list[str | None] = []
-    server = ServerTLS(certificates=world.good).starter()
+    server = server_starter(ServerTLS(certificates=world.good))
     server.keywords["context"].sni_callback = lambda _tls, name, _context: heard.append(name)
-    with connected(credentials.starter(host), server):
+    with connected(client_starter(credentials, host), server):
         assert heard == [told]
 
 
@@ -226,7 +227,7 @@ def test_wrong_client_certificate_is_refused_with_the_reason(world, priority, ho
 def test_alert_is_found_though_sending_fails_first(world):
     server = ServerTLS(certificates=world.good, verify_clients=True)
     client = TLS(certificates=world.trust, priority=VERSIONS["TLSv1.3"])
-    with started(client.starter(NAME), server.starter()) as (near, far):
+    with started(client_starter(client, NAME), server_starter(server)) as (near, far):
         while not near.handshake():
             assert not far.handshake()
         with pytest.raises(TLSError, match="showed no certificate"):
@@ -247,7 +248,7 @@ def test_client_shows_nothing_to_a_server_that_does_not_ask(world):
 def test_ciphers_are_openssls(world, ciphers):
     client = TLS(certificates=world.trust, ciphers=ciphers)
     server = ServerTLS(certificates=world.good, priority=VERSIONS["TLSv1.2"])
-    with connected(client.starter(NAME), server.starter()) as (near, _):
+    with connected(client_starter(client, NAME), server_starter(server)) as (near, _):
         assert "AES" in near.cipher
         assert "GCM" in near.cipher
 
@@ -271,16 +272,16 @@ def test_anonymous_ciphers_are_never_offered(world):
 )
 def test_priority_is_obeyed(world, priority, version, cipher):
     client = TLS(certificates=world.trust, priority=priority)
-    with connected(client.starter(NAME), ServerTLS(certificates=world.good).starter()) as (near, _):
+    with connected(client_starter(client, NAME), server_starter(ServerTLS(certificates=world.good))) as (near, _):
         assert near.version == version
         assert cipher in near.cipher
         assert near._tls.cipher()[2] >= parse_priority(priority).bits
 
 
 def test_cipher_weaker_than_the_priority_is_refused(world):
-    client = TLS(certificates=world.trust, priority="SECURE256").starter(NAME)
+    client = client_starter(TLS(certificates=world.trust, priority="SECURE256"), NAME)
     client.keywords["least_bits"] = 257
-    with started(client, ServerTLS(certificates=world.good).starter()) as (near, far):
+    with started(client, server_starter(ServerTLS(certificates=world.good))) as (near, far):
         errors = shake_both(near, far)
         assert any("257 are demanded here" in str(error) for error in errors)
 
@@ -309,7 +310,7 @@ def test_cipher_weaker_than_the_priority_is_refused(world):
 )
 def test_priority_that_cannot_be_done_is_refused(priority):
     with pytest.raises(UsageError, match="priority"):
-        TLS(priority=priority).starter()
+        client_starter(TLS(priority=priority))
 
 
 def test_parsed_priority():
@@ -321,7 +322,7 @@ def test_parsed_priority():
 @pytest.mark.parametrize("ciphers", ["NO-SUCH-CIPHER", "\0"])
 def test_ciphers_that_openssl_does_not_know_are_refused(ciphers):
     with pytest.raises(UsageError, match="knows no cipher"):
-        TLS(ciphers=ciphers).starter()
+        client_starter(TLS(ciphers=ciphers))
 
 
 def test_versions_before_1_2_and_renegotiation_are_never_allowed(world):
@@ -362,7 +363,7 @@ def test_credentials_are_plain_values(world):
 @pytest.mark.parametrize("host", ["a..b", ".example", "x" * 64 + ".example", "a\0b", "a\udc80"])
 def test_host_that_no_certificate_could_be_for_is_refused(host):
     with pytest.raises(UsageError, match="no host name"):
-        TLS().starter(host)
+        client_starter(TLS(), host)
 
 
 @pytest.mark.parametrize("name", ["ca-cert.pem", "client-cert.pem", "client-key.pem"])
@@ -370,7 +371,7 @@ def test_missing_file_of_a_clients_folder_is_named(world, name):
     folder = world.client()
     (folder / name).unlink()
     with pytest.raises(UsageError, match=name) as caught:
-        TLS(certificates=folder).starter(NAME)
+        client_starter(TLS(certificates=folder), NAME)
     assert caught.value.errno == errno.ENOENT
 
 
@@ -379,7 +380,7 @@ def test_missing_file_of_a_servers_folder_is_named(world, name):
     folder = world.server(NAME)
     (folder / name).unlink()
     with pytest.raises(UsageError, match=name) as caught:
-        ServerTLS(certificates=folder, verify_clients=True).starter()
+        server_starter(ServerTLS(certificates=folder, verify_clients=True))
     assert caught.value.errno == errno.ENOENT
 
 
@@ -388,7 +389,7 @@ def test_file_that_holds_something_else_is_named(world, name):
     folder = world.client()
     (folder / name).write_text("something else\n")
     with pytest.raises(UsageError, match="PEM form") as caught:
-        TLS(certificates=folder).starter(NAME)
+        client_starter(TLS(certificates=folder), NAME)
     assert str(folder) in str(caught.value)
 
 
@@ -396,7 +397,7 @@ def test_key_of_another_certificate_is_refused(world):
     folder = world.client()
     (folder / "client-key.pem").write_bytes(world.ca.issue("client").key_pem())
     with pytest.raises(UsageError, match="not that of the certificate"):
-        TLS(certificates=folder).starter(NAME)
+        client_starter(TLS(certificates=folder), NAME)
 
 
 def test_encrypted_key_is_refused_without_asking_on_the_terminal(world):
@@ -404,7 +405,7 @@ def test_encrypted_key_is_refused_without_asking_on_the_terminal(world):
     (folder / "client-cert.pem").write_bytes(issued.certificate_pem())
     (folder / "client-key.pem").write_bytes(issued.key_pem(b"password"))
     with pytest.raises(UsageError, match="encrypted"):
-        TLS(certificates=folder).starter(NAME)
+        client_starter(TLS(certificates=folder), NAME)
 
 
 # --- what this Python can do ---
@@ -422,9 +423,12 @@ def test_pre_shared_keys_are_tested_from_python_3_13_on():
 def test_psk_without_support_is_refused_clearly(tmp_path, monkeypatch):
     (tmp_path / "keys").write_text(PSK_LINE)
     monkeypatch.setattr(ssl, "HAS_PSK", False, raising=False)
-    for credentials in (TLS(psk_file=tmp_path / "keys"), ServerTLS(psk_file=tmp_path / "keys")):
+    for make_ready in (
+        lambda: client_starter(TLS(psk_file=tmp_path / "keys")),
+        lambda: server_starter(ServerTLS(psk_file=tmp_path / "keys")),
+    ):
         with pytest.raises(UsageError, match=r"needs Python 3\.13") as caught:
-            credentials.starter()
+            make_ready()
         assert caught.value.errno == errno.ENOTSUP
 
 
@@ -434,8 +438,9 @@ def test_python_without_ssl_is_said_so_clearly():
         "find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *rest: None if name == '_ssl' else find(name, *rest)\n"
         "from nbdcore.streams.tls.credentials import TLS, supports_tls_psk, supports_tls\n"
+        "from nbdcore.streams.tls.starting import client_starter\n"
         "print(supports_tls(), supports_tls_psk())\n"
-        "try: TLS().starter()\n"
+        "try: client_starter(TLS())\n"
         "except ValueError as exc: print(exc)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
@@ -443,6 +448,9 @@ def test_python_without_ssl_is_said_so_clearly():
 
 
 def test_credentials_do_not_import_ssl():
-    code = "import sys, nbdcore.streams.tls.credentials as c; c.TLS(), c.ServerTLS(certificates='x'); print('ssl' in sys.modules)"
+    code = (
+        "import sys, nbdcore.streams.tls.starting, nbdcore.streams.tls.credentials as c\n"
+        "c.TLS(), c.ServerTLS(certificates='x'); print('ssl' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False"

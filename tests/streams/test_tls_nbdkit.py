@@ -17,6 +17,7 @@ from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission import commands
 from nbdcore.streams.sockets import SocketStream
 from nbdcore.streams.tls.credentials import TLS, supports_tls_psk
+from nbdcore.streams.tls.starting import client_starter
 from nbdcore.streams.waiting import Deadline, wait
 from tests.certificates import PSK_LINE, PSK_USER, CertificateAuthority
 from tests.interop.servers import Server, nbdkit
@@ -35,7 +36,7 @@ over = pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
 def session(server: Server, tls: TLS, host: str | None) -> Iterator[Session]:
     """Connect with TLS, and yield the session when the export is open. Raises what ended it before."""
     engine = Engine(Settings(tls=TLSPolicy.REQUIRE))
-    connection = Session(engine, SocketStream(server.connect()), start_tls=tls.starter(host))
+    connection = Session(engine, SocketStream(server.connect()), start_tls=client_starter(tls, host))
     try:
         exchange = engine.handshake()
         run(connection, lambda: exchange.done)

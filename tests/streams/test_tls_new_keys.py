@@ -18,6 +18,7 @@ from nbdcore.errors import TLSError
 from nbdcore.streams.memory import memory_pair
 from nbdcore.streams.tls import stream as tls_stream
 from nbdcore.streams.tls.credentials import TLS, ServerTLS
+from nbdcore.streams.tls.starting import client_starter, server_starter
 from tests.certificates import CertificateAuthority
 from tests.streams.tls_pairs import connected, receive, send
 
@@ -62,10 +63,10 @@ def ends(tmp_path):
     """A client, the plain stream at its other end, and what writes on it as the server."""
     ca = CertificateAuthority()
     folder = ca.write(tmp_path, server=ca.issue("server", "db.example"))
-    client = TLS(certificates=folder, priority="SECURE256:-VERS-TLS1.2").starter("db.example")
+    client = client_starter(TLS(certificates=folder, priority="SECURE256:-VERS-TLS1.2"), "db.example")
     client.keywords["context"].keylog_filename = str(tmp_path / "secrets")
     plain = memory_pair(capacity=4096)
-    with connected(client, ServerTLS(certificates=folder).starter(), lambda: plain) as (near, _):
+    with connected(client, server_starter(ServerTLS(certificates=folder)), lambda: plain) as (near, _):
         assert near.cipher == "TLS_AES_256_GCM_SHA384"
         secrets = dict(line.split()[::2] for line in (tmp_path / "secrets").read_text().splitlines() if line[0] != "#")
         yield near, plain[1], Writer(bytes.fromhex(secrets["SERVER_TRAFFIC_SECRET_0"]))

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import nbdcore
+from nbdcore.streams.tls.starting import client_starter
 
 #: Bytes that are read, from the disk's beginning.
 READ = 512
@@ -18,7 +19,7 @@ ATTEMPT = 5.0
 def prepare() -> None:
     """Load what the first TLS handshake would: in the agent, once for all calls."""
     nbdcore.supports_vsock()
-    nbdcore.TLS().starter()
+    client_starter(nbdcore.TLS())
 
 
 def reads(cid: int, port: int, *, trusted: str, hostname: str | None = None) -> str:

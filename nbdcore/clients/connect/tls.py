@@ -16,6 +16,7 @@ from nbdcore.errors import UsageError, printable
 from nbdcore.protocol.handshake.agreement import TLSPolicy
 from nbdcore.streams.base import Stream
 from nbdcore.streams.tls.credentials import TLS, supports_tls
+from nbdcore.streams.tls.starting import client_starter
 from nbdcore.uri import TLS_PARAMETERS, URI
 
 __all__ = ["Encryption", "Permissions"]
@@ -125,12 +126,12 @@ class Encryption:
     def starter(self, server_name: str | None, *, by_hand: bool) -> StartTLS | None:
         """Return what starts TLS with a server of that name; None where nobody will ask for it.
 
-        `by_hand`: the caller may ask for TLS later, in opt mode. Reads the files. Raises UsageError as `TLS.starter` does.
+        `by_hand`: the caller may ask for TLS later, in opt mode. Reads the files. Raises UsageError as `client_starter` does.
         """
         if self.start_tls is not None or self.forbidden:
             return self.start_tls
         if self.reads_files(by_hand=by_hand):
-            return (self.credentials or TLS()).starter(server_name)
+            return client_starter(self.credentials or TLS(), server_name)
         return _later(server_name) if by_hand else None
 
     def _demanded(self, uri: URI) -> Encryption:
@@ -145,7 +146,7 @@ def _later(server_name: str | None) -> StartTLS:
     """Return what starts TLS with the system's CAs, which costs nothing before it is done: most never ask for it."""
 
     def start(stream: Stream) -> Stream:
-        return TLS().starter(server_name)(stream)
+        return client_starter(TLS(), server_name)(stream)
 
     return start
 

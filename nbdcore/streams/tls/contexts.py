@@ -1,4 +1,4 @@
-"""Credentials turned into what the `ssl` module wants: contexts, and the functions that start TLS with them.
+"""Credentials turned into what the `ssl` module wants: its contexts.
 
 What holds for every connection is decided in `_context`: TLS 1.2 at least, no renegotiation, no anonymous peers. A client of
 pre-shared keys trusts no CA at all: a server that ignores the key and shows a certificate, whoever issued it, fails the
@@ -13,18 +13,16 @@ import getpass
 import ipaddress
 import os
 import ssl
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 from nbdcore.errors import UsageError, printable
-from nbdcore.streams.base import Stream, from_signal_handler
+from nbdcore.streams.base import from_signal_handler
 from nbdcore.streams.tls.credentials import TLS, ServerTLS
 from nbdcore.streams.tls.keys import read_keys
 from nbdcore.streams.tls.priorities import Priority, parse_priority
-from nbdcore.streams.tls.stream import TLSStream
 
-__all__ = ["client_context", "client_starter", "server_context", "server_starter"]
+__all__ = ["checked_name", "client_context", "least_bits", "server_context"]
 
 #: The suites of TLS 1.2 whose sessions stay secret when a key becomes known later, the fastest first.
 _PSK_CIPHERS = "kDHEPSK+AESGCM:kECDHEPSK+CHACHA20:kDHEPSK+CHACHA20:kECDHEPSK:kDHEPSK:!CAMELLIA:!ARIA:!AESCCM:!SHA1"
@@ -32,29 +30,6 @@ _PSK_CIPHERS = "kDHEPSK+AESGCM:kECDHEPSK+CHACHA20:kDHEPSK+CHACHA20:kECDHEPSK:kDH
 _NEVER_CIPHERS = "!aNULL:!eNULL"
 
 AnyPath = str | os.PathLike[str]
-
-
-def client_starter(credentials: TLS, host: str | None) -> Callable[[Stream], TLSStream]:
-    """Return what starts TLS on a stream to `host` (see `TLS.starter`)."""
-    name = checked_name(credentials.hostname if credentials.hostname is not None else host)
-    return partial(
-        TLSStream,
-        context=client_context(credentials, name),
-        server_hostname=name,
-        psk=credentials.psk_file is not None,
-        least_bits=_priority(credentials).bits,
-    )
-
-
-def server_starter(credentials: ServerTLS) -> Callable[[Stream], TLSStream]:
-    """Return what starts TLS on a client's stream (see `ServerTLS.starter`)."""
-    return partial(
-        TLSStream,
-        context=server_context(credentials),
-        server_side=True,
-        psk=credentials.psk_file is not None,
-        least_bits=_priority(credentials).bits,
-    )
 
 
 def client_context(credentials: TLS, name: str | None) -> ssl.SSLContext:
@@ -66,7 +41,7 @@ def client_context(credentials: TLS, name: str | None) -> ssl.SSLContext:
         keys = read_keys(credentials.psk_file)
         if user not in keys:
             raise _wrong(f"there is no pre-shared key of the user {printable(user)!r} in {_shown(credentials.psk_file)}")
-        # A call that Python before 3.13 does not have: `TLS.starter` has looked.
+        # A call that Python before 3.13 does not have: `client_starter` has looked.
         context.set_psk_client_callback(lambda _hint: (user, keys[user]))  # type: ignore[attr-defined]
         return context
     context.check_hostname = credentials.verify and name is not None
@@ -110,6 +85,11 @@ def checked_name(host: str | None) -> str | None:
     if not encoded or encoded.startswith(b".") or b"\0" in encoded:
         raise _wrong(f"{printable(host)!r} is no host name that a certificate could be for")
     return name
+
+
+def least_bits(credentials: TLS | ServerTLS) -> int:
+    """Return how many secret bits the cipher agreed on must have."""
+    return _priority(credentials).bits
 
 
 def _context(protocol: int, credentials: TLS | ServerTLS) -> ssl.SSLContext:

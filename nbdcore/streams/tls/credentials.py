@@ -1,8 +1,7 @@
 """What a program says about TLS: whom it trusts and what it shows, as frozen values.
 
 `TLS` is a client's, `ServerTLS` a server's. A value holds paths and wishes, no key, no open file and no `ssl` object, so it can
-be compared, printed and pickled. Its `starter` reads the files and returns what swaps a plain stream for an encrypted one: all
-that can be wrong on this machine is said then, before anybody is connected to. Whether TLS is asked for is not said here.
+be compared, printed and pickled. Its files are read when TLS is made ready to start (see `starting`), and not before.
 """
 
 from __future__ import annotations
@@ -10,16 +9,9 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from nbdcore.errors import UsageError
-from nbdcore.streams.base import Stream
-
-if TYPE_CHECKING:
-    # Imports ssl, which a program pays for when it starts TLS.
-    from nbdcore.streams.tls.stream import TLSStream
 
 __all__ = ["TLS", "ServerTLS", "supports_tls", "supports_tls_psk"]
 
@@ -79,17 +71,6 @@ class TLS:
     def __post_init__(self) -> None:
         _check(self)
 
-    def starter(self, host: str | None = None) -> Callable[[Stream], TLSStream]:
-        """Read the files, and return what starts TLS on a stream to `host`; None where the host has no name. For many streams.
-
-        Raises UsageError for a file that is missing or wrong, an unknown user, a name that cannot be one, a priority that
-        OpenSSL cannot do; with errno ENOTSUP for what this Python cannot do.
-        """
-        _check_support(self.psk_file)
-        from nbdcore.streams.tls.contexts import client_starter
-
-        return client_starter(self, host)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerTLS:
@@ -127,16 +108,6 @@ class ServerTLS:
         if self.verify_clients and self.certificates is None and self.ca is None:
             raise _wrong("to verify clients takes a CA that issued their certificates: ca=, or a folder with ca-cert.pem")
 
-    def starter(self) -> Callable[[Stream], TLSStream]:
-        """Read the files, and return what starts TLS on a client's stream. For any number of streams.
-
-        Raises UsageError as a client's does.
-        """
-        _check_support(self.psk_file)
-        from nbdcore.streams.tls.contexts import server_starter
-
-        return server_starter(self)
-
 
 def _check(credentials: TLS | ServerTLS) -> None:
     """Refuse what contradicts itself: to take one of two would surprise somebody."""
@@ -146,13 +117,6 @@ def _check(credentials: TLS | ServerTLS) -> None:
         raise _wrong("key= names the key of a certificate: certificate= is missing")
     if credentials.priority is not None and credentials.ciphers is not None:
         raise _wrong("priority= (GnuTLS' words) and ciphers= (OpenSSL's) say the same thing: give one of them")
-
-
-def _check_support(psk_file: Path | None) -> None:
-    if not supports_tls():
-        raise UsageError(errno.ENOTSUP, "this Python was built without the ssl module: it has no TLS")
-    if psk_file is not None and not supports_tls_psk():
-        raise UsageError(errno.ENOTSUP, "TLS with pre-shared keys needs Python 3.13 or later; use certificates")
 
 
 def _wrong(message: str) -> UsageError:
