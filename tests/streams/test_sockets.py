@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-import os
 import signal
 import socket
 import struct
@@ -21,7 +20,6 @@ from nbdcore.streams.base import Want
 from nbdcore.streams.memory import memory_pair
 from nbdcore.streams.sockets import SocketListener, SocketStream, connected_pair, transport_errors
 from nbdcore.streams.waiting import NEVER, Deadline, wait
-from nbdcore.streams.wakeup import Wakeup
 from nbdcore.testing.streams import check_stream
 
 SOON = 30.0
@@ -457,64 +455,3 @@ def test_error_of_ours_passes_unchanged():
     with pytest.raises(UsageError) as caught, transport_errors("reach it"):
         raise error
     assert caught.value is error
-
-
-# --- wake-ups ---
-
-
-@pytest.fixture
-def wakeup():
-    wakeup = Wakeup()
-    yield wakeup
-    wakeup.close()
-
-
-def ready(wakeup):
-    try:
-        return wait(wakeup.fileno(), Want.READ, Deadline.after(0), "not set") == Want.READ
-    except TimeoutError:
-        return False
-
-
-def test_wakeup_is_readable_from_set_to_clear(wakeup):
-    assert not ready(wakeup)
-    wakeup.set()
-    wakeup.set()
-    assert ready(wakeup)
-    wakeup.clear()
-    assert not ready(wakeup)
-    wakeup.clear()
-    wakeup.set()
-    assert ready(wakeup)
-
-
-def test_wakeup_set_many_times_is_cleared_at_once(wakeup):
-    for _ in range(20000):
-        wakeup.set()
-    wakeup.clear()
-    assert not ready(wakeup)
-
-
-def test_wakeup_wakes_a_waiting_thread(wakeup):
-    setter = threading.Timer(0.02, wakeup.set)
-    setter.start()
-    assert wait(wakeup.fileno(), Want.READ, Deadline.after(SOON), "late") == Want.READ
-    setter.join()
-
-
-def test_wakeup_may_be_set_from_a_signal_handler_that_interrupts_it(wakeup):
-    before = signal.signal(signal.SIGUSR1, lambda *_: wakeup.set())
-    try:
-        with wakeup._lock:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        assert ready(wakeup)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-
-
-def test_closed_wakeup_does_nothing(wakeup):
-    wakeup.close()
-    wakeup.close()
-    wakeup.set()
-    wakeup.clear()
-    assert wakeup.fileno() == -1

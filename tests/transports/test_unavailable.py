@@ -54,11 +54,12 @@ import nbdcore_tcp
 from nbdcore.testing.streams import check_stream
 from nbdcore.testing.transports import check_transport
 from nbdcore.streams.memory import memory_pair
-from nbdcore.streams.wakeup import Wakeup
+from nbdcore.streams.sockets import connected_pair
 (tcp,) = nbdcore_tcp.nbdcore_transports()
 check_transport(tcp, tcp.address(port=0))
 check_stream(memory_pair)
-Wakeup().close()
+for end in connected_pair():
+    end.close()
 print("fine")
 """
     assert run(["AF_UNIX", "AF_VSOCK"], program) == ["fine"]
@@ -81,7 +82,7 @@ for call in (lambda: nbdcore.connect_command(["x"]), lambda: nbdcore.connect_ssh
 def test_streams_load_no_plugin_machinery():
     program = """
 import sys
-import nbdcore.streams.waiting, nbdcore.streams.connecting, nbdcore.streams.memory, nbdcore.streams.wakeup
+import nbdcore.streams.waiting, nbdcore.streams.connecting, nbdcore.streams.memory
 print(sorted({"pluggy", "asyncio", "ssl", "importlib_metadata", "concurrent.futures", "logging"} & sys.modules.keys()))
 """
     assert run([], program) == ["[]"]
