@@ -29,6 +29,19 @@ class May:
 
 
 A_TRANSPORT = May(("nbdcore.plugins", "nbdcore.streams", "nbdcore.uri", "nbdcore.errors"), itself=False)
+A_FRONT_END = May(
+    (
+        "nbdcore.clients.connect",
+        "nbdcore.clients.extents",
+        "nbdcore.clients.requests",
+        "nbdcore.clients.session",
+        "nbdcore.protocol",
+        "nbdcore.streams.base",
+        "nbdcore.streams.waiting",
+        "nbdcore.streams.connecting",
+        "nbdcore.errors",
+    ),
+)
 PUBLIC = ("nbdcore", "nbdcore.errors", "nbdcore.uri", "nbdcore.protocol", "nbdcore.streams", "nbdcore.plugins", "nbdcore.clients")
 
 # The row of a module is that of the longest prefix of its name.
@@ -53,24 +66,30 @@ TABLE = {
         ("nbdcore.streams.base", "nbdcore.streams.sockets", "nbdcore.streams.connecting", "nbdcore.errors"), itself=False
     ),
     "nbdcore.plugins": May(("nbdcore.streams", "nbdcore.uri", "nbdcore.errors"), ("pluggy", "importlib_metadata")),
-    # Its stream comes as an argument.
-    "nbdcore.clients.session.session": May(
-        ("nbdcore.protocol", "nbdcore.streams.base", "nbdcore.streams.tls", "nbdcore.errors"), itself=False
+    "nbdcore.clients": May(itself=False),
+    # Arguments made into commands, and replies into extents: no stream, but deadlines.
+    "nbdcore.clients.requests": May(
+        ("nbdcore.clients.extents", "nbdcore.protocol", "nbdcore.streams.waiting", "nbdcore.errors"),
     ),
-    "nbdcore.clients": May(
+    "nbdcore.clients.extents": May(("nbdcore.protocol", "nbdcore.errors")),
+    # Its stream comes as an argument.
+    "nbdcore.clients.session": May(("nbdcore.clients.requests", "nbdcore.protocol", "nbdcore.streams.base", "nbdcore.errors")),
+    # The one part of the clients that knows transports.
+    "nbdcore.clients.connect": May(
         (
-            "nbdcore.streams.base",
-            "nbdcore.streams.waiting",
-            "nbdcore.streams.sockets",
-            "nbdcore.streams.connecting",
-            "nbdcore.streams.tls.credentials",
-            "nbdcore.streams.tls.starting",
+            "nbdcore.clients.requests",
+            "nbdcore.clients.session",
             "nbdcore.plugins",
             "nbdcore.protocol",
+            "nbdcore.streams",
             "nbdcore.uri",
             "nbdcore.errors",
         ),
     ),
+    # The three front ends stand on those four, and never on each other.
+    "nbdcore.clients.blocking": A_FRONT_END,
+    "nbdcore.clients.asyncio": A_FRONT_END,
+    "nbdcore.clients.polled": A_FRONT_END,
     # What callers pass in; the name of its buffers comes from typing_extensions, for type checkers only.
     "nbdcore.clients.requests.arguments": May(("nbdcore.errors", "nbdcore.streams"), ("typing_extensions",), itself=False),
     # Extents in arrays, numpy's where it is installed.

@@ -29,7 +29,7 @@ class LoopPipeline:
     def __init__(self, session: LoopSessions, fresh: Iterator[Command], depth: int) -> None:
         self._session = session
         self._waiter: asyncio.Future[bool] | None = None
-        self.pipeline = Pipeline(fresh, depth, session.own, self._finish)
+        self.pipeline: Pipeline = Pipeline(fresh, depth, session.own, self._finish)
 
     @property
     def waited_for(self) -> bool:

@@ -29,7 +29,7 @@ class Group:
     __slots__ = ("engines",)
 
     def __init__(self, engines: Sequence[Engine]) -> None:
-        self.engines = engines
+        self.engines: Sequence[Engine] = engines
 
     @property
     def live(self) -> list[Engine]:

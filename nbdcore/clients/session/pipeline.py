@@ -51,7 +51,7 @@ class Pipeline:
         finish: Callable[[Command], None] | None = None,
     ) -> None:
         self.finished: deque[Command] = deque()
-        self.under_way = 0
+        self.under_way: int = 0
         self.failed: Exception | None = None
         self.completion: Any = None
         self._fresh = fresh
