@@ -167,6 +167,14 @@ def _encryption(certificates: str | None, psk: str | None, *, verify_clients: bo
 @click.option(
     "--max-clients", type=click.IntRange(min=1), default=128, show_default=True, metavar="N", help="Refuse more at the same time."
 )
+@click.option(
+    "--memory-budget",
+    type=parsed,
+    default="128M",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory for data on their way, all clients together; what does not fit goes in pieces.",
+)
 def serve(  # noqa: PLR0913 (click hands each option over by its name)
     file: str | None,
     *,
@@ -183,6 +191,7 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
     tls_psk: str | None,
     tls: str | None,
     max_clients: int,
+    memory_budget: int,
 ) -> None:
     """Serve FILE, or memory, as a disk over NBD, until Ctrl-C.
 
@@ -205,7 +214,13 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
         if isinstance(disk, FileDisk):
             stack.callback(disk.close)
         settings = ExportSettings(disk, description=description, read_only=read_only)
-        server = Server({export: settings}, tls=encryption.tls, require_tls=encryption.required, max_clients=max_clients)
+        server = Server(
+            {export: settings},
+            tls=encryption.tls,
+            require_tls=encryption.required,
+            max_clients=max_clients,
+            memory_budget=memory_budget,
+        )
         stack.callback(server.stop)
         listeners = [place.listen(server) for place in places]
         server.start()

@@ -1,7 +1,7 @@
 """One client's bytes: received ahead into a scratch buffer, sent in batches, encrypted or not, waited for here and nowhere else.
 
-A channel never holds more than its scratch buffer, one payload and a bounded queue of replies, whatever the client does: nothing
-is received while replies wait for room. Requests that arrive together are taken from the scratch buffer one after the other, and
+A channel never holds more than its scratch buffer and a bounded queue of replies, whatever the client does: nothing is received
+while replies wait for room. Requests that arrive together are taken from the scratch buffer one after the other, and
 their replies leave in one send, right before more would be received. It knows no messages, only how many bytes are wanted.
 """
 
@@ -12,16 +12,14 @@ from nbdcore.server.shutdown import Shutdown
 from nbdcore.streams.base import Stream, Want
 from nbdcore.streams.waiting import NEVER, Deadline, wait, wait_any
 
-__all__ = ["Channel", "ConnectionOver"]
+__all__ = ["QUEUE", "SCRATCH", "Channel", "ConnectionOver"]
 
-# One receive brings dozens of requests, or sixteen writes of 4 KiB with their payloads.
-_SCRATCH = 64 << 10
-# Replies are sent when this much waits: a send this large costs no more per byte than a larger one.
-_QUEUE = 256 << 10
+#: Bytes of a scratch buffer. One receive brings dozens of requests, or sixteen writes of 4 KiB with their payloads.
+SCRATCH = 64 << 10
+#: Replies are sent when so many bytes wait: a send this large costs no more per byte than a larger one.
+QUEUE = 256 << 10
 # Parts smaller than this are copied together: a copy is then cheaper than one more part for the kernel to walk.
 _JOIN = 32 << 10
-# A payload buffer up to this size is kept for the next request; a larger one goes back to the system.
-_KEEP = 4 << 20
 # Seconds for which a client that was told goodbye in TLS may take to say its own. Closing on it earlier would let the kernel
 # reset the connection, and the client would miss ours.
 _FAREWELL = 1.0
@@ -50,13 +48,12 @@ class Channel:
 
     def __init__(self, stream: Stream, shutdown: Shutdown) -> None:
         self.secure: bool = False
-        self.buffer: bytearray = bytearray(_SCRATCH)
+        self.buffer: bytearray = bytearray(SCRATCH)
         self.deadline: Deadline = NEVER
         self._stream = stream
         self._shutdown = shutdown
         self._view = memoryview(self.buffer)
         self._start = self._end = 0
-        self._kept = bytearray()
         self._parts: list[bytes] = []
         self._queued = 0
 
@@ -75,24 +72,27 @@ class Channel:
         return start
 
     def payload(self, count: int) -> memoryview:
-        """Take `count` bytes of any number; the view is valid until the next call."""
-        if count <= _JOIN or count <= self._end - self._start:
-            start = self.need(count)
-            return self._view[start : start + count]
-        if len(self._kept) < count <= _KEEP:
-            self._kept = bytearray(count)
-        room = memoryview(self._kept if count <= _KEEP else bytearray(count))[:count]
-        filled = self._end - self._start
-        room[:filled] = self._view[self._start : self._end]
-        self._start = self._end = 0
-        while filled < count:
+        """Take `count` bytes, at most the scratch buffer's size; the view is valid until the next call."""
+        start = self.need(count)
+        return self._view[start : start + count]
+
+    def fill(self) -> None:
+        """Wait until the scratch buffer is full of what is still to be taken."""
+        if self._end - self._start < SCRATCH:
+            self._fill(SCRATCH, between=False)
+
+    def payload_into(self, room: memoryview) -> None:
+        """Take as many bytes as `room` has, and put them there."""
+        filled = min(self._end - self._start, len(room))
+        room[:filled] = self._view[self._start : self._start + filled]
+        self._start += filled
+        while filled < len(room):
             filled += self._receive(room[filled:])
-        return room
 
     def drain(self, count: int) -> None:
         """Take and forget `count` bytes."""
         while count:
-            piece = min(count, _SCRATCH)
+            piece = min(count, SCRATCH)
             self.need(piece)
             count -= piece
 
@@ -122,7 +122,7 @@ class Channel:
         """Queue bytes to be sent, and send when enough have come together."""
         self._parts.append(part)
         self._queued += len(part)
-        if self._queued >= _QUEUE:
+        if self._queued >= QUEUE:
             self.flush()
 
     def flush(self) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from nbdcore.errors import TLSError, TransportError, UsageError
 from nbdcore.server.backend import Backend
+from nbdcore.server.budget import MemoryBudget
 from nbdcore.server.channel import Channel, ConnectionOver
 from nbdcore.server.exports import ExportSettings, exports_of
 from nbdcore.server.negotiation import negotiate
@@ -34,6 +35,8 @@ __all__ = ["Server"]
 
 _log = logging.getLogger("nbdcore.server")
 
+# Enough for four clients that write 32 MiB each at once; a small machine can spare it.
+_MEMORY = 128 << 20
 # After a failed accept (most often: no descriptors left) trying again at once would only spin.
 _ACCEPT_PAUSE = 0.25
 # What a thread cut off at the deadline may still need to end.
@@ -59,6 +62,7 @@ class Server:
         tls: ServerTLS | None = None,
         require_tls: bool | None = None,
         max_clients: int = 128,
+        memory_budget: int = _MEMORY,
         handshake_timeout: float | None = 30.0,
     ) -> None:
         """Prepare to serve one export, called "", or several by name; nothing is opened yet.
@@ -66,17 +70,23 @@ class Server:
         A single export is also found under the empty name, whatever it is called. `read_only` holds for all exports. A client
         beyond `max_clients` is disconnected at once, one that has not chosen an export after `handshake_timeout` seconds then.
 
+        All clients together get at most `memory_budget` bytes of memory for data on their way, besides half a megabyte for each.
+        A read or write that does not fit is carried out in pieces; nobody waits for another client's memory.
+
         With `tls`, whose files are read now, every client must start TLS before anything else. With `require_tls=False` it may do
         without, for the exports whose own settings do not require it.
 
-        Raises UsageError for exports that cannot be, for files of `tls` that cannot be used (with errno ENOTSUP for what this
-        Python cannot do), and for TLS that is required without `tls`.
+        Raises UsageError for exports and numbers that cannot be, for files of `tls` that cannot be used (with errno ENOTSUP for
+        what this Python cannot do), and for TLS that is required without `tls`.
         """
         if max_clients < 1:
             raise UsageError(errno.EINVAL, f"max_clients is {max_clients}: it must be at least 1")
+        if memory_budget < 0:
+            raise UsageError(errno.EINVAL, f"memory_budget is {memory_budget}: it must be a number of bytes, at least 0")
         Deadline.after(handshake_timeout)  # raises UsageError where it is no number of seconds
         self._offer = offer_of(exports_of(exports, read_only=read_only), tls, require_tls=require_tls)
         self._max_clients = max_clients
+        self._budget = MemoryBudget(memory_budget)
         self._handshake_timeout = handshake_timeout
         self._shutdown = Shutdown()
         # Guards what follows; re-entrant, since a signal handler that stops the server may interrupt a thread that holds it.
@@ -301,5 +311,5 @@ class Server:
         agreement = negotiate(channel, self._offer, self._shutdown)
         if agreement is not None:
             channel.deadline = NEVER
-            transmit(channel, agreement, self._shutdown)
+            transmit(channel, agreement, self._shutdown, self._budget)
         channel.finish()

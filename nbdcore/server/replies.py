@@ -45,6 +45,14 @@ class Replies(ABC):
     def whole(self, cookie: int, offset: int, data: bytes) -> None:
         """Answer a read with all of its data (at least one byte) at once."""
 
+    @abstractmethod
+    def begin(self, cookie: int, offset: int, count: int) -> None:
+        """Begin to answer a read: its `count` bytes follow, which the caller queues, and then `end`."""
+
+    @abstractmethod
+    def end(self, cookie: int, offset: int) -> None:
+        """End the answer that was begun."""
+
 
 class SimpleReplies(Replies):
     """Section "Simple reply message": what every client understands."""
@@ -61,6 +69,13 @@ class SimpleReplies(Replies):
         """Answer with error 0 and the data."""
         self.success(cookie, offset)
         self._queue(data)
+
+    def begin(self, cookie: int, offset: int, count: int) -> None:  # noqa: ARG002  # the client knows the count, and waits for all
+        """Answer with error 0: it cannot be taken back."""
+        self.success(cookie, offset)
+
+    def end(self, cookie: int, offset: int) -> None:
+        """Do nothing: the data end the reply."""
 
 
 class ChunkedReplies(Replies):
@@ -92,6 +107,14 @@ class ChunkedReplies(Replies):
         """Answer with one content chunk."""
         self._queue(self._head(_DATA, cookie, offset, len(data) + 8) + _OFFSET.pack(offset))
         self._queue(data)
+
+    def begin(self, cookie: int, offset: int, count: int) -> None:
+        """Send the head of a content chunk that is not the last, since reading its data may still fail."""
+        self._queue(self._head(_DATA, cookie, offset, count + 8, 0) + _OFFSET.pack(offset))
+
+    def end(self, cookie: int, offset: int) -> None:
+        """Answer that nothing failed."""
+        self.success(cookie, offset)
 
     def data(self, cookie: int, offset: int, at: int, data: bytes, *, last: bool) -> None:
         """Send a piece of a read's data, found at offset `at`."""

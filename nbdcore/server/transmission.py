@@ -7,56 +7,56 @@ more of them than can be borne, is cut off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from nbdcore.protocol import wire
 from nbdcore.protocol.constants import (
     EXTENDED_REQUEST_MAGIC,
     MAX_PAYLOAD,
     REQUEST_MAGIC,
-    AllocationFlag,
     CommandFlag,
     CommandType,
     ErrorNumber,
 )
 from nbdcore.server.agreement import CONTEXT_ID, Agreement
 from nbdcore.server.backend import Refusal
-from nbdcore.server.channel import Channel, ConnectionOver
+from nbdcore.server.budget import PIECE, MemoryBudget, PayloadBuffer
+from nbdcore.server.channel import SCRATCH, Channel, ConnectionOver
 from nbdcore.server.commands import Checks
 from nbdcore.server.exports import Export
+from nbdcore.server.reading import Reader
 from nbdcore.server.replies import ChunkedReplies, ExtendedReplies, Replies, SimpleReplies, StructuredReplies
 from nbdcore.server.shutdown import Shutdown
 
 __all__ = ["transmit"]
 
-# A large read goes out in chunks of this size, so that memory per client stays small, and the first bytes leave early.
-_PIECE = 1 << 20
-# Reads from this size on are looked up for holes first: below, the looking up costs more than sending zeroes.
-_WORTH_HOLES = 64 << 10
-# The shortest hole worth a chunk of its own, since each chunk costs both sides about a small read's work.
-_SHORTEST_HOLE = 4 << 10
 # Payloads of this size and less are drained when their request is refused ("any length less than 2^25 bytes should not be
 # considered a denial of service attack"; twice that costs nothing more); beyond it the client is cut off.
 _MAX_DRAIN = MAX_PAYLOAD
 
 # Plain integers for the hot path.
-_READ, _WRITE, _DISC, _STATUS = (
-    int(command) for command in (CommandType.READ, CommandType.WRITE, CommandType.DISC, CommandType.BLOCK_STATUS)
-)
-_PAYLOAD_LEN, _FUA, _DF = int(CommandFlag.PAYLOAD_LEN), int(CommandFlag.FUA), int(CommandFlag.DF)
+_WRITE, _DISC, _STATUS = (int(command) for command in (CommandType.WRITE, CommandType.DISC, CommandType.BLOCK_STATUS))
+_PAYLOAD_LEN, _FUA = int(CommandFlag.PAYLOAD_LEN), int(CommandFlag.FUA)
 
 
-def transmit(channel: Channel, agreement: Agreement, shutdown: Shutdown) -> None:
+def transmit(channel: Channel, agreement: Agreement, shutdown: Shutdown, budget: MemoryBudget) -> None:
     """Serve a client until it says goodbye. Raises ConnectionOver and OSError."""
-    _Transmission(channel, agreement, shutdown).run()
+    buffer = PayloadBuffer(budget)
+    try:
+        _Transmission(channel, agreement, shutdown, budget, buffer).run()
+    finally:
+        buffer.close()
 
 
 class _Transmission:
-    def __init__(self, channel: Channel, agreement: Agreement, shutdown: Shutdown) -> None:
+    def __init__(
+        self, channel: Channel, agreement: Agreement, shutdown: Shutdown, budget: MemoryBudget, buffer: PayloadBuffer
+    ) -> None:
         assert agreement.export is not None
         self._channel = channel
         self._export: Export = agreement.export
         self._shutdown = shutdown
+        self._buffer = buffer
         self._extended = agreement.extended
         self._checks = Checks(agreement, shutdown)
         self._chunked: ChunkedReplies | None = None
@@ -64,7 +64,7 @@ class _Transmission:
             self._chunked = (ExtendedReplies if agreement.extended else StructuredReplies)(channel.queue)
         self._replies: Replies = self._chunked or SimpleReplies(channel.queue)
         self._handlers: dict[int, Callable[[int, int, int, int], None]] = {
-            CommandType.READ: self._read,
+            CommandType.READ: Reader(channel, agreement.export, self._replies, budget).read,
             CommandType.WRITE: self._write,
             CommandType.FLUSH: self._flush,
             CommandType.TRIM: self._trim,
@@ -115,57 +115,44 @@ class _Transmission:
             raise ConnectionOver(reason, violation=True)
         return length
 
-    # ------------------------------------------------------------------------------------------ reading
-
-    def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
-        chunked = self._chunked
-        if length == 0:  # unspecified, but no reason to disconnect; a content chunk may not be empty
-            self._replies.success(cookie, offset)
-        elif chunked is None or flags & _DF or length < _WORTH_HOLES:
-            self._replies.whole(cookie, offset, self._export.read(length, offset))
-        else:
-            self._read_in_pieces(chunked, cookie, offset, length)
-
-    def _read_in_pieces(self, chunked: ChunkedReplies, cookie: int, offset: int, length: int) -> None:
-        end = offset + length
-        for at, count, hole in self._layout(offset, length):
-            last = at + count == end
-            if hole:
-                chunked.hole(cookie, offset, at, count, last=last)
-                continue
-            try:
-                data = self._export.read(count, at)
-            except Refusal as refusal:
-                refusal.at = at
-                raise
-            chunked.data(cookie, offset, at, data, last=last)
-
-    def _layout(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
-        """Yield (offset, length, whether a hole) of the pieces in which a range is sent, consecutive."""
-        end = offset + length
-        start = offset  # of data not yet yielded
-        if self._export.knows_holes:
-            for count, state in self._holes(offset, length):
-                if state & AllocationFlag.ZERO and count >= _SHORTEST_HOLE:
-                    yield from _pieces(start, offset)
-                    yield offset, count, True
-                    start = offset + count
-                offset += count
-        yield from _pieces(start, end)
-
-    def _holes(self, offset: int, length: int) -> list[tuple[int, int]]:
-        try:
-            return self._export.extents(length, offset)
-        except Refusal:  # not knowing the holes is no reason not to read; the export has logged what there is to log
-            return []
-
     # ------------------------------------------------------------------------------------------ writing
 
     def _write(self, flags: int, cookie: int, offset: int, length: int) -> None:
-        data = self._channel.payload(length)
-        if length:
-            self._export.write(data, offset)
+        if length > SCRATCH:
+            self._write_large(offset, length)
+        else:
+            data = self._channel.payload(length)
+            if length:
+                self._export.write(data, offset)
         self._written(flags, cookie, offset)
+
+    def _write_large(self, offset: int, left: int) -> None:
+        """Write a payload of `left` bytes at once, or in pieces where memory is short."""
+        while left:
+            piece = self._received(left)
+            left -= len(piece)
+            try:
+                self._export.write(piece, offset)
+            except Refusal:
+                self._buffer.done()
+                self._channel.drain(left)
+                raise
+            offset += len(piece)
+            self._buffer.done()
+
+    def _received(self, left: int) -> memoryview:
+        """Receive as much of a payload as there is memory for, at best all that is left of it.
+
+        Memory is taken when there is something to put into it: a client that announces much, and sends nothing, has none of it.
+        """
+        if left <= SCRATCH:
+            return self._channel.payload(left)
+        self._channel.fill()
+        room = self._buffer.take(left) or self._buffer.take(min(PIECE, left))
+        if room is None:
+            return self._channel.payload(SCRATCH)
+        self._channel.payload_into(room)
+        return room
 
     def _trim(self, flags: int, cookie: int, offset: int, length: int) -> None:
         if length:
@@ -221,11 +208,3 @@ class _Transmission:
         if context != CONTEXT_ID:
             raise Refusal(ErrorNumber.EINVAL, f"metadata context {context} was not selected")
         return int(length)
-
-
-def _pieces(start: int, end: int) -> Iterator[tuple[int, int, bool]]:
-    """Yield a range of data in pieces that memory can bear."""
-    while start < end:
-        count = min(_PIECE, end - start)
-        yield start, count, False
-        start += count
