@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 
 import pytest
@@ -15,7 +16,7 @@ from tests.protocol.harness import broken_off, connected, success
 
 MANY = 2000
 COUNT = 16
-GIVEN_UP = DeadlineExceeded("not wanted any more")
+GIVEN_UP = DeadlineExceeded(errno.ETIMEDOUT, "not wanted any more")
 
 
 class Compared(Command):
