@@ -172,6 +172,7 @@ class Engine(Exchanges):
             if not command.done:
                 command.error = command.error or error
                 command.done = True
+                command.free()
         try:
             self._break_off(error)
         finally:
@@ -235,7 +236,7 @@ class Engine(Exchanges):
         if self._replies is not None and not queued:
             self._replies.forget(command)
         self._let_go(command)
-        command.target = command.on_chunk = command.on_extents = None
+        command.target = command.memory = command.on_chunk = command.on_extents = None
         command.error, command.done, command.discard = error, True, True
         if queued:
             self._leave_queue()

@@ -93,8 +93,8 @@ class AsyncCalls(AsyncConnectMethods[Connected]):
             data = command.data
             return command.result() if data is None else data
         memory = requests.memory_for(limits, count, offset)
-        await self.pread_into(memory, offset, timeout=timeout)
-        return bytes(memory)
+        await self.pread_into(memory.view(), offset, timeout=timeout)
+        return memory.take()
 
     async def pread_into(self, buffer: Buffer, offset: int, *, df: bool = False, timeout: float | None = None) -> int:
         """Read into a writable, contiguous buffer, as much as it holds, without a copy. Returns the number of bytes.

@@ -82,9 +82,9 @@ class BlockingCalls(ManyCalls, BlockingConnectMethods[Connected]):
             command = commands.read(limits, count, offset, flags=CommandFlag.DF if df else 0)
             self._run(command, timeout)
             return command.result()
-        data = requests.memory_for(limits, count, offset)
-        self.pread_into(data, offset, timeout=timeout)
-        return bytes(data)
+        memory = requests.memory_for(limits, count, offset)
+        self.pread_into(memory.view(), offset, timeout=timeout)
+        return memory.take()
 
     def pread_into(self, buffer: Buffer, offset: int, *, df: bool = False, timeout: float | None = None) -> int:
         """Read into a writable, contiguous buffer, as much as it holds, without a copy. Returns the number of bytes.

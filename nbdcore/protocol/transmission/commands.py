@@ -26,6 +26,7 @@ from nbdcore.protocol.constants import (
     CommandType,
     TransmissionFlag,
 )
+from nbdcore.protocol.transmission.memory import Memory
 
 Buffer = bytes | bytearray | memoryview
 
@@ -150,6 +151,7 @@ class Command:
         "flags",
         "fragments",
         "mark",
+        "memory",
         "offset",
         "on_chunk",
         "on_extents",
@@ -177,6 +179,8 @@ class Command:
         self.on_extents: Callable[[Command, str, Numbers, Numbers], object] | None = None
         self.tag: Any = None
         self.cookie: int = 0
+        #: what the target is a view of, where the caller brought none
+        self.memory: Memory | None = None
         #: which engine it was submitted to
         self.mark: object = None
         #: bytes of data received for a read, extents for block status
@@ -197,14 +201,25 @@ class Command:
     def allocate(self) -> memoryview:
         """Give a read memory of its own, where the caller brought none, and return where its data go."""
         if self.target is None:
-            self.target = memoryview(bytearray(self.count))
+            self.memory = Memory(self.count)
+            self.target = self.memory.view()
         return self.target
 
     def result(self) -> bytes:
         """Return the data of a finished read that had no target."""
         if self.data is None:
-            self.data = bytes(self.allocate())
+            target = self.allocate()
+            if self.memory is None:  # the caller's, after all
+                return bytes(target)
+            del target
+            memory, self.memory, self.target = self.memory, None, None
+            self.data = memory.take()
         return self.data
+
+    def free(self) -> None:
+        """Let go of memory that `allocate` gave: the read has failed."""
+        if self.memory is not None:
+            self.memory = self.target = None
 
 
 _NAMES: dict[int, str] = {

@@ -257,6 +257,8 @@ class Replies(Receiver):
             self._no_longer_in_flight(command)
             if command.error is None and not command.discard:
                 check_coverage(command)
+            if command.error is not None:
+                command.free()
         command.done = True
         self._completed.append(command)
 
