@@ -42,12 +42,14 @@ class Channel:
 
     Attributes:
         secure: whether TLS was started, and its handshake is finished.
+        heard: whether anything at all has come from the client.
         buffer: the scratch buffer; what `need` returned is where to unpack from.
         deadline: when waiting must end: the handshake's. Once a shutdown is requested, its deadline counts instead.
     """
 
     def __init__(self, stream: Stream, shutdown: Shutdown) -> None:
         self.secure: bool = False
+        self.heard: bool = False
         self.buffer: bytearray = bytearray(SCRATCH)
         self.deadline: Deadline = NEVER
         self._stream = stream
@@ -113,6 +115,7 @@ class Channel:
             self._wait(Want.READ, between=between)
         if got == 0:
             raise ConnectionOver("the client hung up" if between else "the client hung up inside a message")
+        self.heard = True
         self._check_deadline()
         return got
 

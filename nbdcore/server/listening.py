@@ -18,6 +18,7 @@ from nbdcore.errors import TLSError, TransportError, UsageError
 from nbdcore.server.backend import Backend
 from nbdcore.server.budget import MemoryBudget
 from nbdcore.server.channel import Channel, ConnectionOver
+from nbdcore.server.clients import Client, Clients
 from nbdcore.server.exports import ExportSettings, exports_of
 from nbdcore.server.negotiation import negotiate
 from nbdcore.server.offer import offer_of
@@ -37,8 +38,10 @@ _log = logging.getLogger("nbdcore.server")
 
 # Enough for four clients that write 32 MiB each at once; a small machine can spare it.
 _MEMORY = 128 << 20
-# After a failed accept (most often: no descriptors left) trying again at once would only spin.
+# Seconds after a failed accept, since trying again at once would only spin.
 _ACCEPT_PAUSE = 0.25
+# What accept fails with when the process or the system has no descriptors or no memory left.
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 # What a thread cut off at the deadline may still need to end.
 _LAST_MOMENT = 0.5
 
@@ -68,7 +71,8 @@ class Server:
         """Prepare to serve one export, called "", or several by name; nothing is opened yet.
 
         A single export is also found under the empty name, whatever it is called. `read_only` holds for all exports. A client
-        beyond `max_clients` is disconnected at once, one that has not chosen an export after `handshake_timeout` seconds then.
+        beyond `max_clients` takes the place of one that has not chosen an export yet, the oldest silent one first; where there is
+        none it is disconnected. One that has not chosen an export after `handshake_timeout` seconds is disconnected then.
 
         All clients together get at most `memory_budget` bytes of memory for data on their way, besides half a megabyte for each.
         A read or write that does not fit is carried out in pieces; nobody waits for another client's memory.
@@ -85,7 +89,6 @@ class Server:
             raise UsageError(errno.EINVAL, f"memory_budget is {memory_budget}: it must be a number of bytes, at least 0")
         Deadline.after(handshake_timeout)  # raises UsageError where it is no number of seconds
         self._offer = offer_of(exports_of(exports, read_only=read_only), tls, require_tls=require_tls)
-        self._max_clients = max_clients
         self._budget = MemoryBudget(memory_budget)
         self._handshake_timeout = handshake_timeout
         self._shutdown = Shutdown()
@@ -94,7 +97,7 @@ class Server:
         self._started = self._abandoned = self._finished = False
         self._listeners: list[Listener] = []
         self._acceptors: set[threading.Thread] = set()
-        self._clients: set[threading.Thread] = set()
+        self._clients = Clients(self._lock, max_clients)
 
     # ------------------------------------------------------------------------------------------ life
 
@@ -197,7 +200,8 @@ class Server:
         """
         with self._lock:
             self._shutdown.request(Deadline.after(timeout))
-            acceptors, clients, listeners = [*self._acceptors], [*self._clients], [*self._listeners]
+            acceptors, listeners = [*self._acceptors], [*self._listeners]
+            clients = [client.thread for client in self._clients]
         self._join(acceptors)
         for listener in listeners:
             listener.close()
@@ -247,49 +251,66 @@ class Server:
         self._acceptors.add(thread)
 
     def _accept(self, listener: Listener) -> None:
+        """Accept clients until the server stops; nothing else ends it, whatever the system lacks for a while."""
         waiting = [(listener.fileno(), Want.READ), (self._shutdown.fileno(), Want.READ)]
+        failing = False  # said once, not with every attempt
         while not self._shutdown.requested:
-            wait_any(waiting, NEVER)
             try:
+                wait_any(waiting, NEVER)
                 stream = listener.accept()
                 if stream is not None:
+                    failing = False
                     self._start_client(stream, limited=True)
-            except OSError as problem:
-                _log.warning("accepting on %s failed: %s", listener.address, problem)
-                wait_any([(self._shutdown.fileno(), Want.READ)], Deadline.after(_ACCEPT_PAUSE))
+            except (OSError, MemoryError) as problem:
+                if not failing:
+                    _log.warning("accepting on %s failed, and is tried again: %s", listener.address, problem)
+                failing = True
+                self._make_room(problem)
+
+    def _make_room(self, problem: OSError | MemoryError) -> None:
+        """Wait before the next attempt to accept, at best for a client to be gone that gives its descriptor up."""
+        exhausted = isinstance(problem, MemoryError) or problem.errno in _EXHAUSTED
+        leaving = self._clients.send_one_away(f"the system has nothing left for another: {problem}") if exhausted else None
+        if leaving is None:
+            wait_any([(self._shutdown.fileno(), Want.READ)], Deadline.after(_ACCEPT_PAUSE))
+        else:
+            leaving.thread.join(_ACCEPT_PAUSE)
 
     # ------------------------------------------------------------------------------------------ clients
 
     def _start_client(self, stream: Stream, *, limited: bool) -> bool:
         """Start a thread for a client; close its stream and return False where that cannot be."""
-        thread = threading.Thread(target=self._serve, args=(stream,), name="nbdcore-client", daemon=True)
-        with self._lock:
-            if self._shutdown.requested:
-                problem = "the server was stopped"
-            elif limited and len(self._clients) >= self._max_clients:
-                problem = f"there are {self._max_clients} clients already"
-            else:
-                problem = self._started_client(thread)
+        client = Client(stream, may_give_way=limited)
+        problem = self._admit(client)
+        if problem and not self._shutdown.requested:
+            leaving = self._clients.send_one_away(problem)
+            if leaving is not None:
+                leaving.thread.join(_ACCEPT_PAUSE)
+                problem = self._admit(client)
         if problem:
             _log.warning("%s was disconnected: %s", stream, problem)
             stream.close()
         return not problem
 
-    def _started_client(self, thread: threading.Thread) -> str:
+    def _admit(self, client: Client) -> str:
         """Start a client's thread, and return why it could not be; the lock is held, so that stop() joins no half-started one."""
-        try:
-            thread.start()
-        except RuntimeError as failure:  # the system gives no more threads
-            return str(failure)
-        self._clients.add(thread)
+        with self._lock:
+            if self._shutdown.requested:
+                return "the server was stopped"
+            if client.may_give_way and not self._clients.has_place():
+                return "every place is taken by a client that has chosen its export (max_clients)"
+            try:
+                self._clients.start(client, self._serve)
+            except (RuntimeError, MemoryError) as failure:  # the system gives no more threads
+                return str(failure) or "there is no memory left"
         return ""
 
-    def _serve(self, stream: Stream) -> None:
+    def _serve(self, client: Client) -> None:
         """Serve one client to its end, whatever that is: it must harm no other."""
-        client: Stream | Channel = stream
+        stream = client.stream
         try:
-            client = channel = Channel(stream, self._shutdown)
-            self._converse(channel)
+            client.channel = Channel(stream, self._shutdown)
+            self._converse(client, client.channel)
         except ConnectionOver as end:
             _log.log(logging.WARNING if end.violation else logging.DEBUG, "%s was disconnected: %s", stream, end)
         except TLSError as problem:
@@ -299,17 +320,18 @@ class Server:
         except Exception:  # noqa: BLE001  # a fault of ours costs this client, and must be seen, but not the others
             _log.exception("%s was disconnected by a fault of the server", stream)
         finally:
-            client.close()
+            (client.channel or stream).close()
             with self._lock:
-                self._clients.discard(threading.current_thread())
+                self._clients.ended(client)
                 last = self._abandoned and not self._clients
             if last:
                 self._finish()
 
-    def _converse(self, channel: Channel) -> None:
+    def _converse(self, client: Client, channel: Channel) -> None:
         channel.deadline = Deadline.after(self._handshake_timeout)
         agreement = negotiate(channel, self._offer, self._shutdown)
         if agreement is not None:
+            client.chosen = True
             channel.deadline = NEVER
             transmit(channel, agreement, self._shutdown, self._budget)
         channel.finish()

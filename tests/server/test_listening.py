@@ -7,6 +7,7 @@ import errno
 import gc
 import logging
 import socket
+import sys
 import threading
 import time
 
@@ -165,7 +166,7 @@ class Exhausted(Listener):
         self.signal.close()
 
 
-def test_a_failed_accept_is_logged_and_tried_again(caplog):
+def test_a_failed_accept_is_logged_once_and_tried_again(caplog):
     listener = Exhausted()
     with Server(MemoryDisk(MEBIBYTE)) as server:
         server._listeners.append(listener)
@@ -175,19 +176,20 @@ def test_a_failed_accept_is_logged_and_tried_again(caplog):
         client.go()
         client.close()
     assert [record.getMessage() for record in caplog.records] == [
-        "accepting on nowhere failed: [Errno 24] too many open files"
-    ] * 2
+        "accepting on nowhere failed, and is tried again: [Errno 24] too many open files"
+    ]
 
 
 def test_a_client_too_many_is_disconnected_and_room_is_made_again(caplog):
     with Server(MemoryDisk(MEBIBYTE), max_clients=2) as server:
         first, second = RawClient(by_tcp(server)), RawClient(by_tcp(server))
-        first.greet()
-        second.greet()
+        for client in (first, second):
+            client.greet()
+            client.go()
         third = RawClient(by_tcp(server))
         assert third.hung_up()
         assert "127.0.0.1" in caplog.text
-        assert "there are 2 clients already" in caplog.text
+        assert "every place is taken" in caplog.text
         first.close()
         until(lambda: len(server._clients) == 1)
         fourth = RawClient(by_tcp(server))
@@ -195,6 +197,75 @@ def test_a_client_too_many_is_disconnected_and_room_is_made_again(caplog):
         fourth.go()
         for client in (second, third, fourth):
             client.close()
+
+
+def chosen(server: Server) -> RawClient:
+    """Return a client that came through a listener, and has chosen its export."""
+    client = RawClient(by_tcp(server))
+    client.greet()
+    client.go()
+    return client
+
+
+def silent(server: Server) -> RawClient:
+    """Return a client that came through a listener, and listens."""
+    client = RawClient(by_tcp(server))
+    client.unpack(wire.GREETING)
+    client.unpack(wire.HANDSHAKE_FLAGS)
+    return client
+
+
+def test_silent_clients_keep_nobody_out(caplog):
+    with Server(MemoryDisk(MEBIBYTE), max_clients=4) as server:
+        clients = [chosen(server)]
+        keepers = [silent(server) for _ in range(3)]
+        for keeper in keepers:
+            clients.append(chosen(server))
+            assert keeper.hung_up()
+        clients.append(RawClient(by_tcp(server)))
+        assert clients[-1].hung_up()
+        assert [client.read(0, 1).error for client in clients[:4]] == [0] * 4
+        for client in clients + keepers:
+            client.close()
+    assert caplog.text.count("it had said nothing, and all 4 places are taken") == 3
+
+
+def test_clients_that_have_spoken_give_way_after_those_that_have_not():
+    with Server(MemoryDisk(MEBIBYTE), max_clients=2) as server:
+        spoken = RawClient(by_tcp(server))
+        spoken.greet()
+        spoken.option(Option.LIST)
+        keeper = silent(server)
+        third = chosen(server)
+        assert keeper.hung_up()
+        spoken.option(Option.LIST)
+        fourth = chosen(server)
+        assert spoken.hung_up()
+        for client in (spoken, keeper, third, fourth):
+            client.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of descriptors that holds for this process")
+def test_without_descriptors_the_silent_give_way_and_the_listener_lives(caplog):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Server(MemoryDisk(MEBIBYTE)) as server, contextlib.ExitStack() as stack:
+        where = server.listen("tcp", host="127.0.0.1", port=0).address
+        ours = [stack.enter_context(socket.socket()) for _ in range(12)]
+        used = leaks.open_descriptors()
+        free = [number for number in range(3, 4096) if number not in used]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[4], hard))
+        try:
+            for sock in ours:
+                sock.connect((where.host, where.port))
+            last = RawClient(ours[-1])
+            last.greet()
+            last.go()
+            assert last.read(0, 1).error == 0
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "the system has nothing left for another" in caplog.text
 
 
 def test_arguments_that_cannot_be_are_refused():
