@@ -10,7 +10,7 @@ in flight are waited for, then the goodbye is said. Whoever moves the bytes need
 Nothing here raises because of the peer. A broken protocol, like a broken transport, ends in `fail`: the phase becomes DEAD (or
 CLOSED, where the server hung up between two messages), the reason is kept in `error`, and every pending command and conversation
 completes exactly once with it. Completions run after the bytes at hand have been dealt with; they may submit, never receive.
-How a conversation is run is in `exchanges`, what a reply means in `replies`; here is what they have in common.
+How a conversation is run is in `handshake.exchange`, what a reply means in `transmission.decoder`: the engine has one of each.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nbdcore.protocol.constants import (
 )
 from nbdcore.protocol.handshake import negotiation, options
 from nbdcore.protocol.handshake.agreement import Agreement, Settings, Traffic
-from nbdcore.protocol.handshake.exchange import Exchange, Exchanges
+from nbdcore.protocol.handshake.exchange import Exchange, Runner
 from nbdcore.protocol.handshake.negotiation import Conversation
 from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission.commands import ALL_STRICT, Command, Limits, disconnect
@@ -51,7 +51,7 @@ _SHUTTING_DOWN = "the server is shutting down"
 _BURST = 256
 
 
-class Engine(Exchanges):
+class Engine:
     """The state of one connection.
 
     Raises UsageError for an export name or metadata context that the protocol cannot carry.
@@ -67,12 +67,12 @@ class Engine(Exchanges):
         queue: commands of which nothing has been packed, let alone sent. Those given up meanwhile (`done`) stay until their turn,
             except at the end: so there is something to send unless it is empty. `pending` leaves them out.
         in_flight: cookie -> command, for those that have been.
+        wants_tls: the stream is to be swapped for an encrypted one; then call `tls_started`.
         ending: no more commands are taken: a disconnect was queued, or will be.
         shutting_down: the server said that it shuts down, before this program took leave.
     """
 
     def __init__(self, settings: Settings, *, strict: int = ALL_STRICT) -> None:
-        super().__init__()
         self.settings: Settings = settings
         self.phase: Phase = Phase.CREATED
         self.agreement: Agreement = Agreement()
@@ -85,6 +85,8 @@ class Engine(Exchanges):
         options.info_request(settings.export, block_size=True, full=True)  # raises UsageError for what cannot be sent
         options.meta_context_request(settings.export, settings.contexts)
         self._strict = strict
+        self._exchanges = Runner()
+        self.wants_tls: bool = False
         self._replies: Replies | None = None
         self._parts: list[memoryview] = []
         self._begun: memoryview | None = None  # the part of which some bytes are sent, as it was
@@ -173,8 +175,12 @@ class Engine(Exchanges):
                 command.error = command.error or error
                 command.done = True
                 command.free()
+        exchange = self._exchanges.stop()
+        self.wants_tls = False
         try:
-            self._break_off(error)
+            if exchange is not None:
+                exchange.error = error
+                exchange.complete()
         finally:
             self._complete(pending)
 
@@ -373,7 +379,7 @@ class Engine(Exchanges):
         """Return where the next bytes must go. Empty when none may be received now: between options, and before TLS."""
         if self._replies is not None:
             return self._replies.room()
-        return self._room_for_exchange()
+        return self._exchanges.room()
 
     def received(self, count: int) -> int:
         """Take in `count` bytes that were put into `room()`, and run the completions that follow from them.
@@ -382,7 +388,7 @@ class Engine(Exchanges):
         """
         self.traffic.bytes_received += count
         if self._replies is None:
-            self._received_for_exchange(count)
+            self._conclude(self._exchanges.received(count))
             return 0
         replies, violation = self._replies, None
         try:
@@ -443,7 +449,7 @@ class Engine(Exchanges):
 
     def _eof_hint(self) -> str:
         if not self.agreement.protocol:
-            return ", before its greeting" if not self._filled else ", within its greeting"
+            return ", before its greeting" if self._exchanges.waits_in_vain else ", within its greeting"
         if not self.agreement.fixed:
             return f" (a server of this age does so when it has no export {self.settings.export!r})"
         return ""
@@ -458,12 +464,39 @@ class Engine(Exchanges):
         else:
             self.traffic.chunks_sent += 1
 
-    def _settle(self, exchange: Exchange) -> None:
-        """A conversation came to its end: the phase follows from what was agreed on."""
-        if exchange.error is None and exchange.enters and exchange.result is not False:
+    def tls_started(self) -> None:
+        """The stream is encrypted now, as `wants_tls` asked."""
+        self._conclude(self._exchanges.tls_started())
+
+    def _begin(self, exchange: Exchange) -> Exchange:
+        self._conclude(self._exchanges.begin(exchange))
+        return exchange
+
+    def _conclude(self, ended: Exchange | None) -> None:
+        """A conversation took a step, or came to its end: say what it said; the phase follows from its outcome."""
+        for message in self._exchanges.take_said():
+            self._say(message)
+        self.wants_tls = self._exchanges.wants_tls
+        if ended is None:
+            return
+        if ended.ends_connection:
+            self._end_with(ended)
+            return
+        if ended.error is None and ended.enters and ended.result is not False:
             self._enter_transmission()
         elif self.phase is Phase.CONNECTING:
             self.phase = Phase.NEGOTIATING
+        ended.complete()
+
+    def _end_with(self, ended: Exchange) -> None:
+        """A conversation's error is the end of the connection. A server that refused something is told goodbye."""
+        assert ended.error is not None
+        if isinstance(ended.error, NegotiationError):
+            self._say_abort()
+        try:
+            self.fail(ended.error)
+        finally:
+            ended.complete()
 
     def _enter_transmission(self) -> None:
         agreement, export = self.agreement, self.agreement.export
