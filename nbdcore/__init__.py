@@ -52,11 +52,11 @@ if TYPE_CHECKING:
         UsageError,
     )
     from nbdcore.plugins.registry import supports, supports_tcp, supports_unix, supports_vsock
-    from nbdcore.protocol.constants import BASE_ALLOCATION, DEFAULT_PORT, AllocationFlag, TransmissionFlag
+    from nbdcore.protocol.constants import BASE_ALLOCATION, AllocationFlag, TransmissionFlag
     from nbdcore.protocol.handshake.agreement import BlockSize, Export, ExportInfo, TLSPolicy
     from nbdcore.protocol.state import Phase
     from nbdcore.streams.tls.credentials import TLS, supports_tls, supports_tls_psk
-    from nbdcore.uri import URI, is_uri, parse_uri
+    from nbdcore.uri import DEFAULT_PORT, URI, is_uri, parse_uri
 
 __all__ = [
     "BASE_ALLOCATION",
@@ -128,10 +128,10 @@ _HOMES = {
     ),
     "nbdcore.plugins.registry": "supports supports_tcp supports_unix supports_vsock",
     "nbdcore.protocol.handshake.agreement": "BlockSize Export ExportInfo TLSPolicy",
-    "nbdcore.protocol.constants": "BASE_ALLOCATION DEFAULT_PORT AllocationFlag TransmissionFlag",
+    "nbdcore.protocol.constants": "BASE_ALLOCATION AllocationFlag TransmissionFlag",
     "nbdcore.protocol.state": "Phase",
     "nbdcore.streams.tls.credentials": "TLS supports_tls supports_tls_psk",
-    "nbdcore.uri": "URI is_uri parse_uri",
+    "nbdcore.uri": "DEFAULT_PORT URI is_uri parse_uri",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

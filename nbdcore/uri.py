@@ -19,7 +19,10 @@ from dataclasses import dataclass
 
 from nbdcore.errors import UsageError, printable
 
-__all__ = ["TLS_PARAMETERS", "URI", "format_uri", "is_uri", "parse_uri"]
+__all__ = ["DEFAULT_PORT", "TLS_PARAMETERS", "URI", "format_uri", "is_uri", "parse_uri"]
+
+#: The port of NBD that IANA assigned (doc/uri.md), for TCP; every NBD server on vsock uses it too.
+DEFAULT_PORT = 10809
 
 #: Query parameters about TLS. Every transport accepts them: what they mean is not the transport's business. The first three are
 #: doc/uri.md's, the others libnbd's.

@@ -20,10 +20,7 @@ from typing import Any, ClassVar
 from nbdcore.errors import Error, UsageError, printable
 from nbdcore.plugins.spec import Connecting, Transport, hookimpl
 from nbdcore.streams.process import run_command
-from nbdcore.uri import URI
-
-#: Assigned to NBD by IANA (doc/uri.md).
-DEFAULT_PORT = 10809
+from nbdcore.uri import DEFAULT_PORT, URI
 
 _LAST_PORT = 65535
 #: Names, IPv4 and IPv6 addresses (with a zone), and aliases of ssh's configuration. Nothing that a shell or getopt reads.

@@ -22,11 +22,9 @@ from nbdcore.plugins.spec import Connecting, Listener, Transport, Waiting, hooki
 from nbdcore.streams.base import Stream
 from nbdcore.streams.connecting import Steps, connect_socket, first_of, in_thread
 from nbdcore.streams.sockets import SocketListener, SocketStream, transport_errors
-from nbdcore.uri import URI, format_uri
+from nbdcore.uri import DEFAULT_PORT, URI, format_uri
 
 DEFAULT_HOST = "localhost"
-#: Assigned to NBD by IANA (doc/uri.md).
-DEFAULT_PORT = 10809
 
 _LAST_PORT = 65535
 _HINTS = {errno.ECONNREFUSED: "nothing listens there, or a firewall refuses"}

@@ -19,7 +19,7 @@ from nbdcore.errors import TransportUnavailable, UsageError, printable
 from nbdcore.plugins.spec import Connecting, Listener, Transport, hookimpl
 from nbdcore.streams.connecting import connect_socket
 from nbdcore.streams.sockets import SocketListener, SocketStream, transport_errors
-from nbdcore.uri import URI, format_uri
+from nbdcore.uri import DEFAULT_PORT, URI, format_uri
 
 if not hasattr(socket, "AF_VSOCK"):
     raise TransportUnavailable("this Python has no vsock sockets (socket.AF_VSOCK): they are Linux's")
@@ -30,8 +30,6 @@ VMADDR_CID_LOCAL = 1
 VMADDR_CID_HOST = 2
 #: Listening on this port lets the kernel choose one.
 VMADDR_PORT_ANY = 2**32 - 1
-#: Assigned to NBD by IANA for TCP, and used by every NBD server on vsock.
-DEFAULT_PORT = 10809
 
 #: Seconds that the kernel may take to connect when the caller names no timeout. Its own default, 2, is less than a busy guest may
 #: need.

@@ -180,8 +180,6 @@ class ErrorNumber(enum.IntEnum):
 
 # ---------------------------------------------------------------------------------------------- limits
 
-#: IANA's port for NBD; used on vsock too.
-DEFAULT_PORT = 10809
 #: Longest string in bytes (section "Conventions").
 MAX_STRING = 4096
 #: Largest option reply we accept. No legal reply comes near it: more is an attack on memory (CVE-2017-15119 is its mirror).

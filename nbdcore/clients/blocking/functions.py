@@ -7,10 +7,9 @@ from typing import Any, Unpack
 
 from nbdcore.clients.blocking.client import Client
 from nbdcore.clients.blocking.pool import Pool
-from nbdcore.clients.connect.methods import VSOCK_HOST
+from nbdcore.clients.connect.methods import DEFAULT_PORT, VSOCK_HOST
 from nbdcore.clients.connect.options import CONNECTIONS, ClientOptions
 from nbdcore.clients.requests.arguments import deadline_after
-from nbdcore.protocol.constants import DEFAULT_PORT
 from nbdcore.protocol.handshake.agreement import Export
 from nbdcore.streams.base import Stream
 

@@ -21,11 +21,13 @@ from nbdcore.clients.requests.arguments import deadline_after
 from nbdcore.clients.session.info import Info
 from nbdcore.clients.session.session import Session
 from nbdcore.errors import UsageError
-from nbdcore.protocol.constants import DEFAULT_PORT
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import Stream
-from nbdcore.uri import parse_uri
+from nbdcore.uri import DEFAULT_PORT, parse_uri
+
+# The defaults of the connect calls, for those who write them out again.
+__all__ = ["DEFAULT_PORT", "VSOCK_HOST", "ConnectMethods", "Connected"]
 
 VSOCK_HOST = 2  # VMADDR_CID_HOST: seen from a virtual machine, the machine that runs it
 
