@@ -61,7 +61,9 @@ class CommandTransport(Transport):
             return CommandAddress(**parts)
         except TypeError as exc:
             raise UsageError(
-                errno.EINVAL, f"a command's address is argv and activation, not {', '.join(parts) or 'nothing'}"
+                errno.EINVAL,
+                "a command needs argv (the program and its arguments), and may have activation; "
+                f"given: {', '.join(parts) or 'nothing'}",
             ) from exc
 
     def parse(self, uri: URI) -> CommandAddress:

@@ -112,7 +112,9 @@ class SSHTransport(Transport):
             return SSHAddress(**parts)
         except TypeError as exc:
             raise UsageError(
-                errno.EINVAL, f"an ssh address is host, socket or port, user and ssh_port, not {', '.join(parts) or 'nothing'}"
+                errno.EINVAL,
+                "an ssh address needs host, and may have socket or port, user, ssh_port and compress; "
+                f"given: {', '.join(parts) or 'nothing'}",
             ) from exc
 
     def parse(self, uri: URI) -> SSHAddress:

@@ -81,7 +81,7 @@ class TCPTransport(Transport):
             return TCPAddress(**parts)
         except TypeError as exc:
             raise UsageError(
-                errno.EINVAL, f"a TCP address is host, port and keepalive, not {', '.join(parts) or 'nothing'}"
+                errno.EINVAL, f"a TCP address may have host, port and keepalive, and nothing else; given: {', '.join(parts)}"
             ) from exc
 
     def parse(self, uri: URI) -> TCPAddress:

@@ -88,8 +88,8 @@ class UnixTransport(Transport):
     def address(self, **parts: Any) -> UnixAddress:
         """Return the address of either `path` (str, bytes or path-like) or `abstract` (str or bytes, without the NUL)."""
         if parts.keys() not in ({"path"}, {"abstract"}):
-            given = ", ".join(parts) or "neither"
-            raise UsageError(errno.EINVAL, f"a unix socket is named by a path or by an abstract name, not by {given}")
+            given = ", ".join(parts) or "nothing"
+            raise UsageError(errno.EINVAL, f"a unix socket is named by a path or by an abstract name; given: {given}")
         (part, value), *_ = parts.items()
         try:
             path = os.fsdecode(value)

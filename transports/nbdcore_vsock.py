@@ -91,7 +91,9 @@ class VsockTransport(Transport):
         try:
             return VsockAddress(**parts)
         except TypeError as exc:
-            raise UsageError(errno.EINVAL, f"a vsock address is cid and port, not {', '.join(parts) or 'nothing'}") from exc
+            raise UsageError(
+                errno.EINVAL, f"a vsock address may have cid and port, and nothing else; given: {', '.join(parts)}"
+            ) from exc
 
     def listening_address(self, **parts: Any) -> VsockAddress:
         """Return the address of `cid` and `port`, each optional: any CID, and 10809."""

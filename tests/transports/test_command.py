@@ -62,3 +62,9 @@ def test_no_uri_leads_to_a_command():
 def test_a_command_cannot_be_listened_for():
     with pytest.raises(UsageError, match="cannot listen"):
         transport.listen(transport.address(argv=["nbdkit"]))
+
+
+def test_address_without_a_program_says_what_it_needs():
+    (transport,) = nbdcore_command.nbdcore_transports()
+    with pytest.raises(UsageError, match=r"needs argv \(the program and its arguments\).*; given: nothing"):
+        transport.address()

@@ -303,3 +303,9 @@ def test_without_the_program_ssh_it_is_a_transport_error(monkeypatch, tmp_path):
     with pytest.raises(TransportError, match="cannot run ssh") as caught:
         nbdcore.connect_ssh("db.example", timeout=PATIENCE, wait=PATIENCE)
     assert caught.value.errno == errno.ENOENT
+
+
+def test_address_with_parts_that_ssh_does_not_have_says_which_it_has():
+    (transport,) = nbdcore_ssh.nbdcore_transports()
+    with pytest.raises(UsageError, match=r"needs host, and may have .* and compress; given: host, export"):
+        transport.address(host="somewhere", export="disk")
