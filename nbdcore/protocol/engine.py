@@ -302,14 +302,14 @@ class Engine:
         """Whether `outgoing` would return something."""
         return bool(self._parts or self.queue)
 
-    def sent(self, count: int) -> None:
-        """The first `count` bytes of `outgoing()` have been sent."""
+    def sent(self, count: int) -> bool:
+        """The first `count` bytes of `outgoing()` have been sent. Returns whether there is more to send."""
         self.traffic.bytes_sent += count
         parts = self._parts
         if len(parts) == 1 and count == len(parts[0]):
             parts.clear()
             self._begun = None
-            return
+            return bool(self.queue)
         done = 0
         for part in parts:
             if count < len(part):
@@ -323,6 +323,7 @@ class Engine:
             if self._begun is None:
                 self._begun = parts[0]
             parts[0] = parts[0][count:]
+        return bool(parts or self.queue)
 
     def _pack(self) -> None:
         """Turn queued commands into bytes: headers and small payloads into one buffer, large payloads as they are."""

@@ -20,13 +20,14 @@ from nbdcore.clients.extents.columns import CombinedExtentColumns, ExtentColumns
 from nbdcore.clients.extents.walking import CombinedExtent, Extent, ExtentWalk, extents_by_context
 from nbdcore.clients.requests import single as requests
 from nbdcore.clients.requests.arguments import Buffer, deadline_after, texts, whole_numbers
-from nbdcore.clients.requests.single import Pieces, Request
+from nbdcore.clients.requests.single import Request
 from nbdcore.errors import DeadlineExceeded, Error, UsageError
 from nbdcore.protocol.constants import BASE_ALLOCATION, CommandFlag
 from nbdcore.protocol.engine import Engine, Exchange
 from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission import commands
-from nbdcore.streams.waiting import Deadline
+from nbdcore.protocol.transmission.commands import Command
+from nbdcore.streams.waiting import NEVER, Deadline
 
 # Seconds that leaving a `with` block waits for the server to hang up after the goodbye; what was written is not at stake.
 _GOODBYE = 5.0
@@ -74,7 +75,8 @@ class BlockingCalls(ManyCalls, BlockingConnectMethods[Connected]):
         A count larger than the server's maximum is split, unless `df` asks for an answer in one piece.
         """
         limits = self._connected("pread")
-        count, offset = whole_numbers("pread", count, offset)
+        if count.__class__ is not int or offset.__class__ is not int:  # as a rule they are, which saves a call
+            count, offset = whole_numbers("pread", count, offset)
         if not count:
             self._run(requests.read_nothing(limits, offset, df=df), timeout)
             return b""
@@ -233,11 +235,15 @@ class BlockingCalls(ManyCalls, BlockingConnectMethods[Connected]):
 
     def _run(self, request: Request, timeout: float | None) -> None:
         """Run a request, in as many pieces as it takes."""
-        deadline = deadline_after(self._command_timeout if timeout is None else timeout)
-        if isinstance(request, Pieces):
-            run_pieces(self._session(), request, deadline)
-        elif not request.done:  # one for no bytes is done already
-            self._session().run_command(request, deadline)
+        if timeout is None:
+            timeout = self._command_timeout
+        deadline = NEVER if timeout is None else deadline_after(timeout)
+        shared = self._shared or self._session()
+        if isinstance(request, Command):
+            if not request.done:  # one for no bytes is done already
+                shared.run_command(request, deadline)
+        else:
+            run_pieces(shared, request, deadline)
 
     def _session(self) -> SharedSession:
         if self._shared is None:

@@ -177,7 +177,11 @@ class SharedSession:
             with self._lock:
                 if session.waited_for or waiters.parked or waiters.woken:
                     return (command,)
-                self._submit((command,))
+                try:
+                    session.engine.submit(command)
+                except UsageError:  # not connected any more
+                    self._refuse_if_over()
+                    raise
                 self._move(session, session.send)
                 if session.wanted() != _READ or session.buffered:
                     return ()
@@ -187,7 +191,7 @@ class SharedSession:
             with self._lock:
                 session.waited_for &= ~_READ
                 watched = False
-                self._move(session, session.advance)
+                self._move(session, session.receive)  # which also sends what others have queued meanwhile
                 self._hand_over()
         except BaseException:
             if watched:

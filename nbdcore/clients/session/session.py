@@ -44,13 +44,19 @@ class Session:
 
     def __init__(self, engine: Engine, stream: Stream, *, start_tls: StartTLS | None = None) -> None:
         self.engine = engine
-        self._stream = stream
+        self._use(stream)
         self._start_tls = start_tls
         self._shake_hands: Callable[[], bool] | None = None  # TLS's handshake, while it lasts
         self._half_closed = self._finishing = False
         #: what somebody waits for on the descriptor, as the bits of a Want: until nobody does, its number goes to no other
         self.waited_for = 0
         self._process = os.getpid()
+
+    def _use(self, stream: Stream) -> None:
+        self._stream = stream
+        # A plain socket owes nothing and holds nothing back, so it need not be asked with every request.
+        self._owes = type(stream).wants is not Stream.wants
+        self._holds = type(stream).buffered is not Stream.buffered
 
     def fileno(self) -> int:
         """Return the descriptor to wait on; -1 when the connection is over."""
@@ -77,17 +83,16 @@ class Session:
         bits = _READ if engine.phase is _CONNECTED or len(engine.room()) else 0
         if self._finishing or engine.has_outgoing:
             bits |= _WRITE
-        owed = self._stream.wants()
-        return bits if owed is _NOTHING else bits | int(owed)
+        return bits | int(self._stream.wants()) if self._owes else bits
 
     @property
     def buffered(self) -> bool:
         """Whether `advance()` would find bytes that the stream holds already, though its descriptor may be quiet."""
-        return self._stream.buffered() and self.engine.phase not in _OVER and len(self.engine.room()) > 0
+        return self._holds and self._stream.buffered() and self.engine.phase not in _OVER and len(self.engine.room()) > 0
 
     def advance(self, *, eager: bool = False) -> None:
         """Send and receive what can be sent and received now; `eager`: as `receive` has it."""
-        if self._has_to_send or self._stream.wants() is not _NOTHING:
+        if self._has_to_send or (self._owes and self._stream.wants() is not _NOTHING):
             self.send()
         self.receive(eager=eager)
 
@@ -109,12 +114,11 @@ class Session:
                 count = stream.send(parts)
                 if count is None:
                     return
-                engine.sent(count)
-                if not engine.has_outgoing:
+                if not engine.sent(count):
                     break
             if engine.ending and engine.finished_sending and not self._half_closed:
                 self._finish_sending()
-            elif (owed := stream.wants()) is not _NOTHING and owed & Want.WRITE:
+            elif self._owes and stream.wants() & Want.WRITE:
                 stream.send([])
         except (Error, OSError) as exc:
             if exc.errno in _HUNG_UP and not from_signal_handler(exc):
@@ -183,7 +187,7 @@ class Session:
                 self._secure()
             if engine.has_outgoing:
                 self.send()
-            if (eager and completed) or (count < len(room) and not stream.buffered()):
+            if (eager and completed) or (count < len(room) and not (self._holds and stream.buffered())):
                 break
         if engine.phase in _OVER:
             self.close()
@@ -251,7 +255,7 @@ class Session:
             self.fail(TLSError(errno.ENOTSUP, "the server agreed to start TLS, and this client was given no way to do it"))
             return
         try:
-            self._stream = self._start_tls(self._stream)
+            self._use(self._start_tls(self._stream))
         except (Error, OSError) as exc:
             self._broken(exc)
             return
