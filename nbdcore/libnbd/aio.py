@@ -208,7 +208,7 @@ class AioCalls(CommandBuilders):
         if client is None or not (client.engine.phase is _CONNECTED or client.direction()):
             raise UsageError(errno.EINVAL, f"nothing to poll for in state {self._state_name}")
         try:
-            return int(client.poll(None if milliseconds < 0 else milliseconds / 1000, also=fd))
+            return int(self._poll_once(None if milliseconds < 0 else milliseconds / 1000, also=fd))
         finally:
             self._back_to_created()
 

@@ -95,7 +95,9 @@ class Handle(Protocol):
     """What the decorator needs of a handle."""
 
     _closed: bool
+    _closing: bool
     _lock: threading.RLock
+    _in_a_call: Callable[[], bool]
     _ledger: Ledger
     _debug: bool
     _unusual: bool
@@ -108,6 +110,10 @@ class Handle(Protocol):
     def _state_name(self) -> str: ...
 
     def _say(self, call: str, message: str) -> None: ...
+
+    def _hang_up(self) -> None: ...
+
+    def _end_call(self) -> None: ...
 
 
 class CommandHandle(Handle, Protocol):
@@ -150,23 +156,43 @@ def call(
 def _locked(row: Call, function: Callable[Concatenate[H, P], R]) -> Callable[Concatenate[H, P], R]:
     name, permitted = f"nbd_{row.name}", row.in_order
     limited = row.permitted != ANY
+    moves_bytes, ends = row.permitted <= TALKING, row.name == "shutdown"
 
     # The commonest calls take a microsecond or two altogether: nothing is asked here that one attribute does not answer.
     @functools.wraps(function)
     def wrapper(self: H, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self._lock:
-            client = self._client
-            if self._unusual or (limited and (_CREATED if client is None else client.engine.phase) not in permitted):
-                return _unusually(row, function, self, *args, **kwargs)
-            try:
-                return function(self, *args, **kwargs)
-            except CoreError as exc:
-                raise translated(name, exc) from exc
-            finally:
-                if self._ledger.interruption is not None:
-                    self._ledger.interrupt()
+        if moves_bytes and self._in_a_call() and (ends or not self._ledger.calling):
+            nothing: R = _in_the_middle(row, self)
+            return nothing
+        try:
+            with self._lock:
+                client = self._client
+                if self._unusual or (limited and (_CREATED if client is None else client.engine.phase) not in permitted):
+                    return _unusually(row, function, self, *args, **kwargs)
+                try:
+                    return function(self, *args, **kwargs)
+                except CoreError as exc:
+                    raise translated(name, exc) from exc
+                finally:
+                    if self._ledger.interruption is not None:
+                        self._ledger.interrupt()
+        finally:
+            if self._closing:
+                self._end_call()
 
     return wrapper
+
+
+def _in_the_middle(row: Call, self: Handle) -> Any:
+    """Make a call that moves bytes in the middle of another call of this handle: a signal handler may only end it."""
+    if self._closed:
+        raise ClosedHandle
+    if row.name != "shutdown":
+        raise failure(
+            f"nbd_{row.name}", "a signal handler interrupted another call of this handle, and may only end it", errno.EDEADLK
+        )
+    self._hang_up()
+    return None
 
 
 def shared(
@@ -194,11 +220,16 @@ def shared(
             client = self._client
             if self._unusual or client is None or client.engine.phase is not _CONNECTED:
                 return run_alone(self, *args, **kwargs)
+            if self._in_a_call() and not self._ledger.calling:
+                _in_the_middle(row, self)
             try:
                 command, result = build(self, *args, **kwargs)
                 self._run_with_others(client, command)
             except CoreError as exc:
                 raise translated(name, exc) from exc
+            finally:
+                if self._closing:
+                    self._end_call()
             if command.error is not None and not command.cookie:  # it was not sent: the state has changed meanwhile
                 return run_alone(self, *args, **kwargs)
             if command.error is not None:
@@ -244,21 +275,27 @@ def transfer(first_version: str) -> Callable[[Callable[[C, Limits, Any, int, int
             return self._queue(build(self, self._connection.engine.limits, buf, offset, flags), completion)
 
         def wrapper(self: C, buf: Any, offset: int, completion: Any = None, flags: int = 0) -> int:
-            with self._lock:
-                client = self._client
-                if self._unusual or client is None or client.engine.phase is not _CONNECTED:
-                    return _unusually(row, start, self, buf, offset, completion, flags)
-                try:  # what `start` does
-                    command = build(self, client.engine.limits, buf, offset, flags)
-                    if completion is not None:
-                        command.tag = completion if callable(completion) else arguments.callback(completion, "completion")
-                    command.completion = self._complete_command
-                    return client.submit(command)
-                except CoreError as exc:
-                    raise translated(name, exc) from exc
-                finally:
-                    if self._ledger.interruption is not None:
-                        self._ledger.interrupt()
+            if self._in_a_call() and not self._ledger.calling:
+                _in_the_middle(row, self)
+            try:
+                with self._lock:
+                    client = self._client
+                    if self._unusual or client is None or client.engine.phase is not _CONNECTED:
+                        return _unusually(row, start, self, buf, offset, completion, flags)
+                    try:  # what `start` does
+                        command = build(self, client.engine.limits, buf, offset, flags)
+                        if completion is not None:
+                            command.tag = completion if callable(completion) else arguments.callback(completion, "completion")
+                        command.completion = self._complete_command
+                        return client.submit(command)
+                    except CoreError as exc:
+                        raise translated(name, exc) from exc
+                    finally:
+                        if self._ledger.interruption is not None:
+                            self._ledger.interrupt()
+            finally:
+                if self._closing:
+                    self._end_call()
 
         # Not `functools.wraps`: the arguments are the wrapper's own.
         wrapper.__name__, wrapper.__qualname__, wrapper.__doc__ = build.__name__, build.__qualname__, build.__doc__

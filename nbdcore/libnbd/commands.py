@@ -220,7 +220,10 @@ class CommandCalls(CommandBuilders):
 
     @call("1.0", TALKING)
     def shutdown(self, flags: int = 0) -> None:
-        """Take leave of the server, and wait until it has hung up. Commands under way are not waited for."""
+        """Take leave of the server, and wait until it has hung up. Commands under way are not waited for.
+
+        In the middle of another call, be it in a callback or in a signal handler, it only hangs up, and that call fails.
+        """
         wanted = arguments.flags(flags, SHUTDOWN_MASK)
         client = self._connection
         client.check_may_wait()
@@ -233,4 +236,4 @@ class CommandCalls(CommandBuilders):
             self._disconnecting = True
             client.disconnect()
         while client.phase is Phase.CONNECTED:
-            client.poll()
+            self._poll_once()

@@ -20,7 +20,7 @@ from nbdcore.errors import TransportError, UsageError
 from nbdcore.libnbd import arguments, uris
 from nbdcore.libnbd.calls import ADDRESSED, CREATED, call
 from nbdcore.libnbd.constants import TLS_REQUIRE
-from nbdcore.libnbd.core import Core
+from nbdcore.libnbd.core import Core, Reached
 from nbdcore.libnbd.security import start_tls
 from nbdcore.libnbd.wishes import Wishes
 from nbdcore.protocol.state import Phase
@@ -131,8 +131,7 @@ class ConnectCalls(Core):
         self._reach_command(argv)
 
     def _reach_command(self, argv: list[str]) -> None:
-        command = _command(argv)
-        self._begin(self._watched(_run(command)), self._wishes)
+        self._begin(_run(_command(argv)), self._wishes)
 
     @call("1.2", CREATED)
     def connect_systemd_socket_activation(self, argv: list[str]) -> None:
@@ -148,16 +147,7 @@ class ConnectCalls(Core):
     def _reach_activated(self, argv: list[str]) -> None:
         command = _command(argv)
         name = self._wishes.socket_activation_name or "unknown"
-        self._begin(self._watched(_activate(command, name)), self._wishes)
-
-    def _watched(self, steps: Connecting) -> Connecting:
-        """Remember the process behind a stream, for `kill_subprocess` and for closing."""
-        stream = yield from steps
-        if isinstance(stream, ProcessStream):
-            self._child = stream.child
-            if stream.path is not None:
-                self._route = endpoint_by_name("unix", {"path": stream.path})
-        return stream
+        self._begin(_activate(command, name), self._wishes)
 
     # ------------------------------------------------------------------------------------------ what they share
 
@@ -166,19 +156,22 @@ class ConnectCalls(Core):
         address = route.address
         host = getattr(address, "host", None) if route.transport.name == "tcp" else None
         steps = _tuned(route.transport.connect(address), _socket_options(wishes)) if host else route.transport.connect(address)
-        self._begin(steps, wishes, host=host, route=route)
+        self._begin(steps, wishes, Reached(host, route))
 
-    def _begin(self, steps: Connecting, wishes: Wishes, *, host: str | None = None, route: Endpoint | None = None) -> None:
-        client = PolledClient(wishes.settings(), strict=wishes.strict_mode, start_tls=start_tls(wishes, host))
-        self._wishes, self._client, self._host, self._route = wishes, client, host, route
-        client.connect_steps(steps)
+    def _begin(self, steps: Connecting, wishes: Wishes, reached: Reached | None = None) -> None:
+        reached = reached or Reached()
+        client = PolledClient(wishes.settings(), strict=wishes.strict_mode, start_tls=start_tls(wishes, reached.host))
+        self._wishes, self._client, self._reached = wishes, client, reached
+        self._process = os.getpid()
+        client.connect_steps(_noted(steps, reached))
         self._see_failure()
 
     def _wait_until_open(self) -> None:
         client = self._connection
         while client.phase is Phase.CONNECTING:
+            self._refuse_if_closing()
             with contextlib.suppress(CoreError):
-                client.poll()
+                self._poll_once()
         self._see_failure()
 
     def _see_failure(self) -> None:
@@ -191,10 +184,11 @@ class ConnectCalls(Core):
     @call("1.8", ADDRESSED)
     def get_uri(self) -> str:
         """Return a URI that leads to this server and export. Raises Error where there is none, as for a command."""
-        if self._route is None:
+        route = self._reached.route
+        if route is None:
             raise UsageError(errno.EINVAL, "cannot construct a URI for this connection type")
         wishes = self._wishes
-        uri = parse_uri(self._route.address.uri(wishes.export_name))
+        uri = parse_uri(route.address.uri(wishes.export_name))
         encrypted = wishes.tls == TLS_REQUIRE or self._connection.engine.agreement.tls
         more = [
             ("tls-certificates", wishes.tls_certificates),
@@ -240,6 +234,16 @@ def _adopted(fd: int) -> Stream:
     except BaseException:
         sock.close()
         raise
+
+
+def _noted(steps: Connecting, reached: Reached) -> Connecting:
+    """Connect, and note what was reached."""
+    reached.stream = stream = yield from steps
+    if isinstance(stream, ProcessStream):
+        reached.child = stream.child
+        if stream.path is not None:
+            reached.route = endpoint_by_name("unix", {"path": stream.path})
+    return stream
 
 
 def _opened(stream: Stream) -> Connecting:

@@ -2,6 +2,13 @@
 
 A handle is wishes until a connect call makes a PolledClient of them; from then on that client is the connection. Each other
 module of this package adds one area of calls to the class.
+
+Every call holds the handle's lock, which its own thread can take again, for the callbacks of a call make calls of their own. So a
+signal handler can, too, that interrupts a call; but the connection may be in the middle of something then. Closing and shutting
+down only hang up there, which ends every wait, and the interrupted call does the rest when it is over. Commands are refused.
+
+A fork copies a handle, and its lock may be held by a thread that the child does not have. Closing a copy frees its descriptor and
+does nothing else: the connection, and the process at its other end, are the parent's.
 """
 
 from __future__ import annotations
@@ -13,6 +20,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from nbdcore.clients.connect.target import Endpoint
@@ -23,11 +31,17 @@ from nbdcore.libnbd.wishes import Wishes
 from nbdcore.protocol.engine import Exchange
 from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission.commands import Command
+from nbdcore.streams.base import Stream
 from nbdcore.streams.process import Child
+from nbdcore.streams.waiting import Deadline
 
 # libnbd's module makes two handles for itself when it is imported, so a program's first handle is the third.
 _FIRST_HANDLE = 3
 _numbers = itertools.count(_FIRST_HANDLE)
+
+# Seconds after which a call that waits for the way to the server looks whether a signal handler has closed the handle: there is
+# nothing yet that hanging up would end.
+_LOOK_AGAIN = 0.1
 
 #: Stable names of libnbd's, which programs look for in `connection_state`.
 _STABLE_STATES = {
@@ -38,21 +52,40 @@ _STABLE_STATES = {
 }
 
 
+@dataclass(slots=True)
+class Reached:
+    """The other end of a connection, as far as a connect call has got. It knows no handle, so that it keeps none alive.
+
+    Attributes:
+        host: of this very connection, for TLS: never one of an attempt before.
+        route: where the server is; None where a URI cannot say it.
+        stream: open; without TLS, which may lie over it.
+        child: the process at the other end, where this program started it.
+    """
+
+    host: str | None = None
+    route: Endpoint | None = None
+    stream: Stream | None = None
+    child: Child | None = None
+
+
 class Core:
     """The insides of a handle."""
 
     def __init__(self) -> None:
         self._closed = False
+        self._closing = False  # it was closed in the middle of a call, which has to do the rest
+        self._process = os.getpid()
         self._lock = threading.RLock()
+        # Whether this thread is in the middle of a call. It is how threading.Condition asks, too, and there is no other way.
+        self._in_a_call: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]  # noqa: SLF001
         self._inbox: deque[Command] = deque()  # what waits, with its callers, for the lock: whoever has it submits them all
         self._ledger = Ledger()
         # One for all commands, rather than a new bound method for each.
         self._complete_command: Callable[[Command], None] = self._ledger.complete
         self._wishes = Wishes()
         self._client: PolledClient | None = None
-        self._host: str | None = None  # of this very connection, for TLS: never one of an attempt before
-        self._route: Endpoint | None = None
-        self._child: Child | None = None
+        self._reached = Reached()
         self._disconnecting = False
         self._name = f"nbd{next(_numbers)}"
         self._debug = os.environ.get("LIBNBD_DEBUG") == "1"
@@ -90,10 +123,35 @@ class Core:
     def _back_to_created(self) -> None:
         """Where no address of a TCP server answered, the handle is newly created again, as libnbd has it."""
         client = self._client
-        if self._host is not None and client is not None and isinstance(client.error, TransportError):
-            self._client = self._host = self._route = None
+        if self._reached.host is not None and client is not None and isinstance(client.error, TransportError):
+            self._client, self._reached = None, Reached()
+
+    def _hang_up(self) -> None:
+        """End every wait on the connection, in the middle of whatever another call does."""
+        if self._reached.stream is not None:
+            self._reached.stream.hang_up()
+
+    def _end_call(self) -> None:
+        """The handle was closed in the middle of a call; where the outermost is over, do what closing does."""
+        raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------ waiting
+
+    def _poll_once(self, seconds: float | None = None, *, also: int = -1) -> bool:
+        """Wait until something can be done, and do it, as `PolledClient.poll` does; a handler that closes ends the wait."""
+        client, until = self._connection, Deadline.after(seconds)
+        while client.opening and not self._closing:
+            left = until.remaining()
+            if client.poll(_LOOK_AGAIN if left is None else min(left, _LOOK_AGAIN), also=also):
+                return True
+            if until.expired:
+                return False
+        self._refuse_if_closing()
+        return client.poll(seconds, also=also)
+
+    def _refuse_if_closing(self) -> None:
+        if self._closing:
+            raise Disconnected(errno.ENOTCONN, "the handle was closed in the middle of the call")
 
     def _wait(self, pending: Command | Exchange) -> None:
         """Wait for a command or an exchange."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -167,21 +168,22 @@ class ProcessCalls(Core):
         number = arguments.c_int(signum, "signum")
         if number < 0:
             raise UsageError(errno.EINVAL, "signal number must be positive")
-        if self._child is None:
+        child = self._reached.child
+        if child is None:
             raise UsageError(errno.ESRCH, "no subprocess exists")
         if self._client is not None:
             self._client.send()  # what was submitted before goes before
         try:
-            self._child.signal(number or signal.SIGTERM)
+            child.signal(number or signal.SIGTERM)
         except OSError as exc:
             raise UsageError(exc.errno or 0, "kill") from exc
 
     @call("1.22")
     def get_subprocess_pid(self) -> int:
         """Return the number of the process. Raises Error (ESRCH) where there is none."""
-        if self._child is None:
+        if self._reached.child is None:
             raise UsageError(errno.ESRCH, "no subprocess exists")
-        return self._child.process.pid
+        return self._reached.child.process.pid
 
 
 class NBD(
@@ -213,18 +215,39 @@ class NBD(
         """Have `close()` called when the handle is closed, before the completions of what is still under way."""
         self._close_callbacks.append(arguments.callback(close, "close"))
 
-    @call("1.16")
+    @call("1.16", lock_free=True)
     def close(self) -> None:
         """Close the connection at once, without taking leave; what is under way completes with ENOTCONN.
 
-        Raises ClosedHandle on a handle that is closed already.
+        In a signal handler or a callback, the call in whose middle that is ends first: until then nothing is completed. Raises
+        ClosedHandle on a handle that is closed already.
         """
-        self._finish()
+        if self._process != os.getpid():
+            self._leave_to_parent()
+            return
+        if self._in_a_call():
+            self._closed = self._unusual = self._closing = True
+            self._hang_up()
+            return
+        with self._lock:
+            if self._closed:
+                raise ClosedHandle
+            self._finish()
+        self._ledger.interrupt()
+
+    def _end_call(self) -> None:
+        if not self._in_a_call():
+            self._finish()
+            self._ledger.interrupt()
+
+    def _leave_to_parent(self) -> None:
+        self._closed = self._unusual = True
+        if self._reached.stream is not None:
+            self._reached.stream.close()
 
     def _finish(self) -> None:
-        if self._closed:
-            return
         self._closed = self._unusual = True
+        self._closing = False
         if self._debug:
             self._say("nbd_close", "closing handle")
         for callback in self._close_callbacks:
@@ -232,11 +255,15 @@ class NBD(
         if self._client is not None:
             self._client.close()
         self._ledger.finished.clear()
-        if self._child is not None:
-            self._child.join()
+        if self._reached.child is not None:
+            self._reached.child.join()
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
+        if getattr(self, "_closed", True):
+            return
+        if self._process != os.getpid():
+            self._leave_to_parent()
+        else:
             self._finish()
 
 

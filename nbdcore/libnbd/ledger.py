@@ -44,20 +44,25 @@ class Ledger:
     Attributes:
         finished: commands that are done and not retired, by cookie, in the order in which they were done.
         interruption: what a callback was interrupted by (KeyboardInterrupt and its kind), else None.
+        calling: a callback is at work.
     """
 
     def __init__(self) -> None:
         self.finished: dict[int, Command] = {}
         self.interruption: BaseException | None = None
+        self.calling: bool = False
 
     # ------------------------------------------------------------------------------------------ calling
 
     def call(self, callback: Callable[..., Any], *arguments: Any) -> int:
         """Call a program's callback. What it returns counts if it is an int, else 0; what it raises counts as -1."""
+        before, self.calling = self.calling, True
         try:
             result = callback(*arguments)
         except BaseException as exc:  # noqa: BLE001 (the program's own: see `_raised`)
             return self._raised(exc)
+        finally:
+            self.calling = before
         return result if isinstance(result, int) else 0
 
     def _raised(self, exc: BaseException) -> int:
@@ -83,10 +88,12 @@ class Ledger:
         if callback is not None:
             command.tag = None
             error = ErrorNumber(0 if command.error is None else command_number(command))
+            self.calling = True
             try:  # as `call` does: this is once a command
                 result = callback(error)
             except BaseException as exc:  # noqa: BLE001 (the program's own: see `_raised`)
                 result = self._raised(exc)
+            self.calling = False
             if isinstance(result, int):
                 if result == 1:
                     return

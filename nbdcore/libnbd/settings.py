@@ -224,7 +224,7 @@ class TLSSettings(Core):
         """Return the name that the certificate must be for: the one set, else the TCP host connected to, else ""."""
         if self._wishes.tls_hostname is not None:
             return self._wishes.tls_hostname
-        return self._host or ""
+        return self._reached.host or ""
 
     @call("1.0", CREATED)
     def set_tls_psk_file(self, filename: Any) -> None:
@@ -293,7 +293,7 @@ class ConnectionSettings(Core):
 
     def _of_socket(self, level: int, option: int) -> int | None:
         """Return an option of the TCP connection's socket, None while there is none."""
-        fd = -1 if self._client is None or self._host is None else self._client.fileno()
+        fd = -1 if self._client is None or self._reached.host is None else self._client.fileno()
         if fd < 0:
             return None
         with socket.socket(fileno=os.dup(fd)) as sock:

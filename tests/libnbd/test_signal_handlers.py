@@ -1,0 +1,168 @@
+"""A signal handler comes in the middle of a call: it may close the handle, whose call then ends, and what it raises comes out."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import faulthandler
+import signal
+import socket
+import time
+
+import pytest
+
+import nbdcore.libnbd as nbd
+from nbdcore.testing.scripted import Negotiation, ScriptedServer, drain, greeting
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timers")
+
+PATIENCE = 20
+ROUNDS = 60
+
+
+@pytest.fixture(autouse=True)
+def _a_deadlock_ends_the_test_run():
+    """No handler of Python's would break a deadlock of the main thread."""
+    faulthandler.dump_traceback_later(3 * PATIENCE, exit=True)
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    yield
+    signal.signal(signal.SIGALRM, before)
+    faulthandler.cancel_dump_traceback_later()
+
+
+@contextlib.contextmanager
+def alarm_after(seconds, handler):
+    armed = True
+    signal.signal(signal.SIGALRM, lambda *_: armed and handler())
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def read_one_by_one(handle):
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        handle.pread(4096, 0)
+
+
+def start_many(handle):
+    until = time.monotonic() + PATIENCE
+    buffer = nbd.Buffer(4096)
+    while time.monotonic() < until:
+        for _ in range(16):
+            handle.aio_pread(buffer, 0, lambda _: 1)
+        while handle.aio_in_flight():
+            handle.poll(-1)
+
+
+@pytest.mark.parametrize("work", [read_one_by_one, start_many])
+def test_close_in_a_handler_ends_the_interrupted_call(work, handles, server):
+    for number in range(ROUNDS):
+        handle = handles()
+        handle.connect_tcp("127.0.0.1", server)
+        with alarm_after(0.001 + number / 20_000, handle.close), pytest.raises((nbd.Error, nbd.ClosedHandle)):
+            work(handle)
+        with pytest.raises(nbd.ClosedHandle):
+            handle.pread(512, 0)
+        with pytest.raises(nbd.ClosedHandle):
+            handle.close()
+
+
+@pytest.mark.parametrize("work", [read_one_by_one, start_many])
+def test_shutdown_in_a_handler_ends_the_interrupted_call(work, handles, server):
+    for number in range(ROUNDS):
+        handle = handles()
+        handle.connect_tcp("127.0.0.1", server)
+        with alarm_after(0.001 + number / 20_000, handle.shutdown), pytest.raises(nbd.Error):
+            work(handle)
+        assert handle.aio_is_dead() or handle.aio_is_closed()
+        handle.close()
+
+
+@pytest.mark.parametrize("end", ["close", "shutdown"])
+def test_end_in_a_handler_wakes_a_call_whose_server_never_answers(end, handles):
+    with ScriptedServer([greeting(), Negotiation(size=1 << 20), drain]) as silent:
+        handle = handles()
+        handle.connect_socket(silent.socket().detach())
+        done = []
+        handle.aio_pread(nbd.Buffer(512), 0, lambda error: done.append(error.value))
+        with alarm_after(0.1, getattr(handle, end)), pytest.raises(nbd.Error, match="nbd_pread: read: command failed") as caught:
+            handle.pread(512, 512)
+        assert caught.value.errnum == errno.ENOTCONN
+        assert done == [errno.ENOTCONN]
+
+
+def test_close_in_a_handler_ends_a_handshake_that_the_server_never_begins(handles):
+    near, far = socket.socketpair()
+    with far:
+        handle = handles()
+        with alarm_after(0.1, handle.close), pytest.raises(nbd.Error, match="nbd_connect_socket"):
+            handle.connect_socket(near.detach())
+        with pytest.raises(nbd.ClosedHandle):
+            handle.close()
+        assert far.recv(1) == b"", "the descriptor is closed"
+
+
+def connect_blocking(handle, uri):
+    handle.connect_uri(uri)
+
+
+def connect_in_a_loop(handle, uri):
+    handle.aio_connect_uri(uri)
+    handle.poll(-1)
+
+
+@pytest.mark.parametrize("connect", [connect_blocking, connect_in_a_loop])
+def test_close_in_a_handler_ends_a_connect_that_gets_no_answer(connect, handles):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        address = listener.getsockname()
+        with contextlib.ExitStack() as others:
+            for _ in range(2):  # what the kernel queues; it leaves the next without an answer
+                others.enter_context(sock := socket.socket()).setblocking(False)
+                sock.connect_ex(address)
+            handle = handles()
+            with alarm_after(0.2, handle.close), pytest.raises(nbd.Error):
+                connect(handle, f"nbd://127.0.0.1:{address[1]}")
+            with pytest.raises(nbd.ClosedHandle):
+                handle.close()
+
+
+def test_other_commands_in_a_handler_are_refused_and_the_interrupted_call_goes_on(connected):
+    outcomes = []
+
+    def handler():
+        try:
+            outcomes.append(len(connected.pread(512, 0)))
+        except nbd.Error as exc:
+            outcomes.append(exc.errnum)
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+
+    with alarm_after(0.001, handler):
+        for _ in range(5000):
+            assert connected.pread(4096, 0) == bytes(4096)
+    assert set(outcomes) <= {512, errno.EDEADLK}
+    assert errno.EDEADLK in outcomes
+
+
+def test_close_in_a_completion_takes_effect_when_the_call_ends(handles, server):
+    handle = handles()
+    handle.connect_tcp("127.0.0.1", server)
+    told = []
+
+    def completion(error):
+        told.append(error.value)
+        if len(told) == 1:
+            handle.close()
+
+    for _ in range(3):
+        handle.aio_pread(nbd.Buffer(512), 0, completion)
+    with contextlib.suppress(nbd.Error):
+        handle.poll(-1)
+    assert len(told) == 3
+    with pytest.raises(nbd.ClosedHandle):
+        handle.poll(-1)
