@@ -18,7 +18,7 @@ from math import inf
 from nbdcore.clients.connect.steps import AnyOf, Steps, Waits
 from nbdcore.clients.connect.target import Endpoint, OpenStream, Target
 from nbdcore.clients.requests.arguments import deadline_after
-from nbdcore.clients.session.session import Session
+from nbdcore.clients.session.session import Session, log
 from nbdcore.errors import DeadlineExceeded, Disconnected, Error, TransportError, printable
 from nbdcore.protocol.constants import TransmissionFlag
 from nbdcore.protocol.engine import Engine
@@ -82,6 +82,7 @@ def _wait_for_server(
             last = last if last is not None and until.expired and isinstance(exc, DeadlineExceeded) else exc
         if until.expired:
             raise _never_up(target, wait, last) from last
+        log.debug("no server at %s yet (%s): the next attempt is in %g s", target.endpoint, last, pause)
         remaining = until.remaining()
         yield AnyOf((), pause if remaining is None else min(pause, remaining))
         pause = min(pause * 2, _LONGEST_PAUSE)
@@ -104,7 +105,7 @@ def open_session(engine: Engine, target: Target, deadline: Deadline) -> Waits[Se
         engine.fail(given_up(str(target.endpoint), exc))
         raise
     try:
-        yield from _shake_hands(session, deadline)
+        yield from _shake_hands(session, target, deadline)
     except BaseException as exc:
         session.fail(given_up(str(target.endpoint), exc))
         raise
@@ -128,7 +129,7 @@ def _open_stream(endpoint: Endpoint | OpenStream, deadline: Deadline) -> Waits[S
             connecting.close()
 
 
-def _shake_hands(session: Session, deadline: Deadline) -> Waits[None]:
+def _shake_hands(session: Session, target: Target, deadline: Deadline) -> Waits[None]:
     exchange = session.engine.handshake()
     session.advance()
     while not exchange.done:
@@ -141,6 +142,25 @@ def _shake_hands(session: Session, deadline: Deadline) -> Waits[None]:
     session.engine.rest()
     if exchange.error is not None:
         raise exchange.error
+    _log_agreement(session.engine, target)
+
+
+def _log_agreement(engine: Engine, target: Target) -> None:
+    agreement, export = engine.agreement, engine.agreement.export
+    if export is None:
+        log.info("connected to %s (%s): negotiating", target.endpoint, agreement.protocol)
+    else:
+        log.info("connected to %s: export %r, %d bytes", target.endpoint, export.name, export.size)
+    log.debug(
+        "agreed with %s: %s, TLS %s, structured replies %s, extended headers %s, contexts %s, block sizes %s",
+        target.endpoint,
+        agreement.protocol,
+        agreement.tls,
+        agreement.structured,
+        agreement.extended,
+        [*agreement.contexts.values()],
+        export and export.block_size,
+    )
 
 
 def _until(need: AnyOf, deadline: Deadline, message: str) -> Waits[Collection[int]]:

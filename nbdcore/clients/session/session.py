@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Callable
 
@@ -19,6 +20,10 @@ from nbdcore.errors import Disconnected, Error, TLSError
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import WANTS, Stream, Want, from_signal_handler
+
+#: The one logger of the clients: silent, unless the program says otherwise. How connections begin and end is INFO.
+log: logging.Logger = logging.getLogger("nbdcore")
+log.addHandler(logging.NullHandler())
 
 #: Swaps a plain stream for an encrypted one over it: a TLSStream, or any that shakes hands by itself before it moves bytes.
 StartTLS = Callable[[Stream], Stream]
@@ -51,6 +56,7 @@ class Session:
         #: what somebody waits for on the descriptor, as the bits of a Want: until nobody does, its number goes to no other
         self.waited_for = 0
         self._process = os.getpid()
+        self._ended = False  # which was logged
 
     def _use(self, stream: Stream) -> None:
         self._stream = stream
@@ -231,6 +237,9 @@ class Session:
             with contextlib.suppress(OSError):
                 self._stream.send(parts)
             parts.clear()
+        if not self._ended:
+            self._ended = True
+            log.info("the connection to %s ended: %s", self._stream, self.engine.error or "this program left while negotiating")
         if self.waited_for:
             self._stream.hang_up()
         else:
