@@ -7,7 +7,6 @@ that when it connects, in errno numbers that mean something else here than elsew
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import socket
 import struct
@@ -17,6 +16,7 @@ from typing import Any, ClassVar
 
 from nbdcore.errors import TransportUnavailable, UsageError, printable
 from nbdcore.plugins.spec import Connecting, Listener, Transport, hookimpl
+from nbdcore.streams.base import from_signal_handler
 from nbdcore.streams.connecting import connect_socket
 from nbdcore.streams.sockets import SocketListener, SocketStream, transport_errors
 from nbdcore.uri import DEFAULT_PORT, URI, format_uri
@@ -163,9 +163,11 @@ def _limit_connecting(sock: socket.socket, seconds: float) -> None:
     # family, lets the bytes through.
     other = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=sock.fileno())
     try:
+        other.setsockopt(socket.AF_VSOCK, _SO_VM_SOCKETS_CONNECT_TIMEOUT, timeval)
+    except OSError as exc:
         # A kernel that does not know the option keeps its own limit: no reason not to connect.
-        with contextlib.suppress(OSError):
-            other.setsockopt(socket.AF_VSOCK, _SO_VM_SOCKETS_CONNECT_TIMEOUT, timeval)
+        if from_signal_handler(exc):
+            raise
     finally:
         other.detach()
 

@@ -83,6 +83,8 @@ class SocketStream(Stream):
             kind = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
             self._peer = _peer_name(sock.getpeername()) if peer is None else peer
         except OSError as exc:
+            if from_signal_handler(exc):
+                raise
             raise UsageError(exc.errno or 0, f"an open and connected socket is needed, not {sock}: {exc.strerror}") from exc
         if kind != socket.SOCK_STREAM:
             raise UsageError(errno.EPROTOTYPE, f"a stream socket is needed (SOCK_STREAM), not {sock}")
@@ -237,13 +239,12 @@ class SocketListener(Listener):
             raise TransportError(exc.errno or 0, f"cannot accept clients on {self._address}: {exc.strerror or exc}") from exc
         try:
             return self.stream(sock, name)
-        except OSError:
+        except BaseException as exc:
+            sock.close()
+            if not isinstance(exc, OSError) or from_signal_handler(exc):
+                raise
             # Gone again already: some systems then refuse to set options. It is that client's trouble only.
-            sock.close()
             return None
-        except BaseException:
-            sock.close()
-            raise
 
     def stream(self, sock: socket.socket, name: Any) -> Stream:
         """Return the stream of an accepted socket, whose far end the operating system calls `name`."""

@@ -21,6 +21,7 @@ from nbdcore.streams.memory import memory_pair
 from nbdcore.streams.sockets import SocketListener, SocketStream, connected_pair, transport_errors
 from nbdcore.streams.waiting import NEVER, Deadline, wait
 from nbdcore.testing.streams import check_stream
+from tests import leaks
 
 SOON = 30.0
 
@@ -401,6 +402,22 @@ def test_lack_of_resources_is_told_to_who_accepts(number):
         listener.accept()
     assert caught.value.errno == number
     assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_what_a_signal_handler_raises_while_a_client_is_set_up_comes_out_as_it_is(listener, monkeypatch):
+    class Alarm(TimeoutError):
+        pass
+
+    def handler(_number, _frame):
+        raise Alarm
+
+    monkeypatch.setattr(listener, "stream", lambda _sock, _name: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with leaks.none_left_open(), connect_to(listener), pytest.raises(Alarm):
+            accept(listener)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(("error", "raised"), [(OSError(errno.EINVAL, "gone"), None), (KeyboardInterrupt(), KeyboardInterrupt)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import random
+import signal
 import ssl
 import threading
 from collections.abc import Iterator
@@ -606,3 +607,72 @@ def test_end_underneath_stays_the_end(starters):
         send(near, b"answer")
         wait_any([(far.fileno(), Want.READ)], deadline)
         assert receive_exactly(far, 6) == b"answer"
+
+
+# --- signal handlers ---
+
+
+class Alarm(ConnectionResetError):
+    """What a signal handler raises: an error like those of streams."""
+
+
+class Alarming(ChoppyStream):
+    """Has a signal arrive in the middle of a call, once `armed` names it."""
+
+    armed: str | None = None
+
+    def _alarm(self, call: str) -> None:
+        if call == self.armed:
+            self.armed = None
+            signal.raise_signal(signal.SIGINT)
+
+    def send(self, parts):
+        self._alarm("send")
+        return super().send(parts)
+
+    def recv_into(self, room):
+        self._alarm("recv_into")
+        return super().recv_into(room)
+
+
+@pytest.fixture
+def alarming():
+    def handler(_number, _frame):
+        raise Alarm
+
+    before = signal.signal(signal.SIGINT, handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("alarming")
+def test_signal_handler_while_a_refusal_is_sent_comes_out_as_it_is(folder, modern):
+    with memory_pair_closed() as (near, far):
+        below = Alarming(near, most=1 << 20, quiet=0)
+        client, server = client_starter(TLS(certificates=folder), "other.example")(below), modern[1](far)
+        for end in (client, server):
+            assert not end.handshake()
+        below.armed = "send"  # of the alert: the certificate is for another name
+        with pytest.raises(Alarm):
+            client.handshake()
+
+
+@pytest.mark.usefixtures("alarming")
+def test_signal_handler_while_the_last_words_of_a_peer_are_read_comes_out_as_it_is(modern):
+    made = []
+
+    def make_pair():
+        near, far = memory_pair()
+        made.append(Alarming(near, most=1 << 20, quiet=0))
+        return made[0], far
+
+    with connected(*modern, make_pair) as (near, _):
+        below = made[0]
+
+        def broken(_parts):
+            below.armed = "recv_into"
+            raise Disconnected(errno.EPIPE, "gone")
+
+        below.send = broken
+        with pytest.raises(Alarm):
+            near.send([memoryview(b"x")])

@@ -26,7 +26,7 @@ import errno
 import os
 import ssl
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from nbdcore.errors import Disconnected, TLSError
 from nbdcore.streams.base import Stream, Want, from_signal_handler
@@ -241,7 +241,7 @@ class TLSStream(Stream):
             return False
         except ssl.SSLError as exc:
             # The peer is told why, if that goes through at once.
-            with contextlib.suppress(OSError):
+            with _if_possible():
                 self._flush()
             raise self._failure(exc) from exc
         self._check_agreement()
@@ -452,7 +452,7 @@ class TLSStream(Stream):
     def _look_for_alert(self) -> None:
         """Read what the peer had to say before it hung up, and raise it if it is a reason."""
         try:
-            with contextlib.suppress(OSError):
+            with _if_possible():
                 while self._pull():
                     pass
             while self._tls.read(RECORD):
@@ -466,3 +466,13 @@ class TLSStream(Stream):
         reason = explain(exc, self._peer, self._tls.server_hostname, psk=self._psk)
         doing = "TLS" if self._established else "the TLS handshake"
         return TLSError(errno.EPROTO, f"{doing} with {self} failed: {reason}")
+
+
+@contextlib.contextmanager
+def _if_possible() -> Iterator[None]:
+    """Do something that may fail, where a better error is about to be raised."""
+    try:
+        yield
+    except OSError as exc:
+        if from_signal_handler(exc):
+            raise
