@@ -17,7 +17,7 @@ from nbdcore.clients.asyncio.client import AsyncClient
 from nbdcore.clients.asyncio.pool import AsyncPool
 from nbdcore.clients.connect.methods import DEFAULT_PORT, VSOCK_HOST
 from nbdcore.clients.connect.options import CONNECTIONS, ClientOptions
-from nbdcore.clients.requests.arguments import deadline_after
+from nbdcore.clients.requests.arguments import Socket, StrPath, deadline_after
 from nbdcore.protocol.handshake.agreement import Export
 from nbdcore.streams.base import Stream
 
@@ -102,7 +102,7 @@ def connect_tcp(
 
 
 def connect_unix(
-    path: Any,
+    path: StrPath | bytes,
     *,
     timeout: float | None = None,
     wait: float | None = None,
@@ -166,7 +166,9 @@ def connect_socket_activation(
     )
 
 
-def connect_socket(socket: Any, *, timeout: float | None = None, **options: Unpack[ClientOptions]) -> Connecting[AsyncClient]:
+def connect_socket(
+    socket: Socket | int, *, timeout: float | None = None, **options: Unpack[ClientOptions]
+) -> Connecting[AsyncClient]:
     """Connect over a connected stream socket, or its descriptor. See `nbdcore.Client` for options."""
     return Connecting(AsyncClient(**options), lambda client: client.connect_socket(socket, timeout=timeout))
 

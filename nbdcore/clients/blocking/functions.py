@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Unpack
+from typing import Unpack
 
 from nbdcore.clients.blocking.client import Client
 from nbdcore.clients.blocking.pool import Pool
 from nbdcore.clients.connect.methods import DEFAULT_PORT, VSOCK_HOST
 from nbdcore.clients.connect.options import CONNECTIONS, ClientOptions
-from nbdcore.clients.requests.arguments import deadline_after
+from nbdcore.clients.requests.arguments import Socket, StrPath, deadline_after
 from nbdcore.protocol.handshake.agreement import Export
 from nbdcore.streams.base import Stream
 
@@ -54,7 +54,7 @@ def connect_tcp(
 
 
 def connect_unix(
-    path: Any,
+    path: StrPath | bytes,
     *,
     timeout: float | None = None,
     wait: float | None = None,
@@ -112,7 +112,7 @@ def connect_socket_activation(
     return client.connect_socket_activation(argv, name=name, timeout=timeout, wait=wait)
 
 
-def connect_socket(socket: Any, *, timeout: float | None = None, **options: Unpack[ClientOptions]) -> Client:
+def connect_socket(socket: Socket | int, *, timeout: float | None = None, **options: Unpack[ClientOptions]) -> Client:
     """Connect over a connected stream socket, or its descriptor. See `Client.connect_socket`, and `Client` for options."""
     return Client(**options).connect_socket(socket, timeout=timeout)
 

@@ -17,7 +17,7 @@ from nbdcore.clients.connect.establish import closed_meanwhile, establish, given
 from nbdcore.clients.connect.steps import Steps
 from nbdcore.clients.connect.target import ConnectCall, Find, OpenStream, Target
 from nbdcore.clients.connect.tls import Encryption, Permissions
-from nbdcore.clients.requests.arguments import deadline_after
+from nbdcore.clients.requests.arguments import Socket, StrPath, deadline_after
 from nbdcore.clients.session.info import Info
 from nbdcore.clients.session.session import Session
 from nbdcore.errors import UsageError
@@ -83,7 +83,7 @@ class ConnectMethods(Info, Generic[Connected]):
         parts = {"host": host, "port": port, "keepalive": keepalive}
         return self._connect("connect_tcp", partial(targets.by_name, "tcp", parts), timeout, wait)
 
-    def connect_unix(self, path: Any, *, timeout: float | None = None, wait: float | None = None) -> Connected:
+    def connect_unix(self, path: StrPath | bytes, *, timeout: float | None = None, wait: float | None = None) -> Connected:
         """Connect to a unix socket: its path (str, bytes or path-like), or NUL and a Linux abstract name."""
         return self._connect("connect_unix", partial(targets.by_name, "unix", {"path": path}), timeout, wait)
 
@@ -139,7 +139,7 @@ class ConnectMethods(Info, Generic[Connected]):
 
     # ------------------------------------------------------------------------------------------ over what is open
 
-    def connect_socket(self, socket: Any, *, timeout: float | None = None) -> Connected:
+    def connect_socket(self, socket: Socket | int, *, timeout: float | None = None) -> Connected:
         """Connect over a connected stream socket, or its descriptor; it belongs to the client from here on.
 
         After a UsageError it is still the caller's. No host is known by which a server's certificate could be checked.

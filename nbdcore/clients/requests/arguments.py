@@ -8,10 +8,12 @@ packed; `True` as an offset it would take.
 from __future__ import annotations
 
 import errno
+import socket
 import sys
 from collections.abc import Iterable
 from operator import index
-from typing import TYPE_CHECKING, Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nbdcore.errors import ArgumentTypeError, UsageError
 from nbdcore.streams.waiting import NEVER, Deadline
@@ -23,6 +25,11 @@ elif sys.version_info >= (3, 12):
     from collections.abc import Buffer as Buffer  # noqa: PLC0414  # said twice, so that others may import it from here
 else:
     from typing_extensions import Buffer as Buffer  # noqa: PLC0414  # said twice, so that others may import it from here
+
+#: A path of the file system, as Python's own functions take it; its bytes are taken as well where it says so.
+StrPath: TypeAlias = str | PathLike[str]
+#: A socket, by a name of its own where a parameter is called `socket`.
+Socket: TypeAlias = socket.socket
 
 
 def deadline_after(timeout: float | None) -> Deadline:
