@@ -17,9 +17,6 @@ __all__ = ["Backend", "Bytes", "Refusal", "error_number"]
 #: What carries bytes in and out of a back end.
 Bytes = bytes | bytearray | memoryview
 
-# Longest text in an error reply. The specification allows 4096 bytes; a sentence is shorter, and a back end's may be anything.
-_MAX_TEXT = 500
-
 # By name, since not every platform has every one.
 _NAMES = {
     "EPERM": ErrorNumber.EPERM,
@@ -31,7 +28,7 @@ _NAMES = {
     "ENOSPC": ErrorNumber.ENOSPC,
     "EFBIG": ErrorNumber.ENOSPC,
     "EDQUOT": ErrorNumber.ENOSPC,
-    "EOVERFLOW": ErrorNumber.EOVERFLOW,
+    "EOVERFLOW": ErrorNumber.EINVAL,  # the wire's is for unfragmented reads, and means "ask with fragments"
     "ENOTSUP": ErrorNumber.ENOTSUP,
     "EOPNOTSUPP": ErrorNumber.ENOTSUP,
     "ESHUTDOWN": ErrorNumber.ESHUTDOWN,
@@ -57,8 +54,9 @@ class Backend(Protocol):
       early, or go past the range. A length must be positive. Without it everything is data.
     - `close()`: called once, when the server that owns the back end has stopped.
 
-    An OSError becomes the wire's error number for it (EDQUOT and EFBIG: NBD_ENOSPC; one the wire has no number for: NBD_EIO),
-    with its `strerror` as the text. Any other exception is a fault of the back end: NBD_EIO, and a line in the log.
+    An OSError becomes the wire's error number for it, with its `strerror` as the text. EDQUOT and EFBIG are NBD_ENOSPC.
+    EOVERFLOW, and ENOTSUP of anything but `zero`, are NBD_EINVAL, since they mean something else on the wire. One that the wire
+    has no number for is NBD_EIO. Any other exception is a fault of the back end: NBD_EIO, and a line in the log.
     """
 
     @property
@@ -74,14 +72,14 @@ class Refusal(Exception):  # an answer to one request, on its way from where it 
 
     Attributes:
         number: what goes out as the error.
-        text: a sentence for a human, at most 500 characters.
+        text: a sentence for a human; 500 characters of it are sent.
         at: absolute offset in bytes of the failure inside the request, or None.
     """
 
     def __init__(self, number: ErrorNumber, text: str, *, at: int | None = None) -> None:
         super().__init__(number, text)
         self.number = number
-        self.text: str = text[:_MAX_TEXT]
+        self.text: str = text
         self.at = at
 
 

@@ -33,6 +33,10 @@ _STORAGE_TROUBLE = frozenset({ErrorNumber.EPERM, ErrorNumber.EIO, ErrorNumber.EN
 _MAX_EXTENTS = 8192
 
 
+# Extents have multiples of this where they can (section "NBD_CMD_BLOCK_STATUS").
+_SECTOR = 512
+
+
 class BlockSizes(NamedTuple):
     """Block size constraints in bytes (section "Block size constraints"); the default accepts every request up to 32 MiB."""
 
@@ -196,7 +200,11 @@ class Export:
     def _look_up(self, count: int, offset: int, limit: int) -> list[tuple[int, int]]:
         assert self._extents is not None
         told = islice(self._extents(count, offset), _MAX_EXTENTS)
-        return list(islice(merged(aligned(clipped(told, count), self.block_sizes.minimum)), limit))
+        return list(islice(merged(self._aligned(clipped(told, count), offset)), limit))
+
+    def _aligned(self, extents: Iterable[tuple[int, int]], offset: int) -> Iterator[tuple[int, int]]:
+        minimum = self.block_sizes.minimum
+        return aligned(extents, max(minimum, _SECTOR), minimum=minimum, start=offset)
 
     def _guarded(self, what: str, function: Callable[..., Any] | None, *arguments: Any, **options: Any) -> Any:
         """Call the back end; whatever it raises becomes a refusal."""
@@ -206,6 +214,8 @@ class Export:
         except OSError as problem:
             text = problem.strerror or type(problem).__name__
             number = error_number(problem)
+            if number == ErrorNumber.ENOTSUP and function is not self._zero:
+                number = ErrorNumber.EINVAL  # on the wire, ENOTSUP says that zeroing is not fast, and nothing else
             if number in _STORAGE_TROUBLE:
                 self._report(what, number, f"failed: {text}")
             else:

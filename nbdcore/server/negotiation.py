@@ -29,6 +29,7 @@ from nbdcore.server.agreement import CONTEXT_ID, Agreement
 from nbdcore.server.channel import Channel, ConnectionOver
 from nbdcore.server.exports import Export
 from nbdcore.server.offer import Offer
+from nbdcore.server.replies import encoded_text
 from nbdcore.server.shutdown import Shutdown
 
 __all__ = ["negotiate"]
@@ -128,6 +129,8 @@ class _Negotiation:
 
     def _refusal(self, option: int, length: int) -> tuple[OptionReply, str] | None:
         """Return why an option is refused whatever its data are, or None."""
+        if self._shutdown.requested:
+            return OptionReply.ERR_SHUTDOWN, "the server is being shut down"
         if self._offer.forced and not self._channel.secure and option != Option.STARTTLS:
             return OptionReply.ERR_TLS_REQD, "this server does nothing without TLS"
         if option not in self._answers:
@@ -141,7 +144,7 @@ class _Negotiation:
             raise _Declined(OptionReply.ERR_SHUTDOWN, "the server is being shut down")
 
     def _decline(self, reply: OptionReply, text: str) -> None:
-        self._reply(reply, text.encode("utf-8", "replace"))
+        self._reply(reply, encoded_text(text))
 
     def _reply(self, reply: int, data: bytes = b"") -> None:
         self._channel.queue(wire.pack_option_reply(self._option, reply, data))

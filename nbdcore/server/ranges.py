@@ -1,4 +1,4 @@
-"""Extents as a back end tells them, made into what may go out: inside the range, on block boundaries, neighbours different.
+"""Extents as a back end tells them, made into what may go out: inside the range, cut at blocks, neighbours different.
 
 Pure functions over (length, flags), lazy, so that a back end is not asked for more than one reply holds.
 """
@@ -23,30 +23,28 @@ def clipped(extents: Iterable[Extent], count: int) -> Iterator[Extent]:
             return
 
 
-def aligned(extents: Iterable[Extent], block: int) -> Iterator[Extent]:
-    """Yield extents that begin and end on multiples of `block`; a block in several extents has what they have in common.
+def aligned(extents: Iterable[Extent], block: int, *, minimum: int, start: int = 0) -> Iterator[Extent]:
+    """Yield extents, the first of which begins at offset `start`, cut where blocks end.
 
-    What is left of the last block is dropped, since nobody knows its rest.
+    A block in several extents has what they have in common. Of the last block there may be less: so much of it as is known, in
+    multiples of `minimum`.
     """
-    if block == 1:
-        yield from extents
-        return
-    partial = 0  # bytes of an unfinished block, and the flags that all of them have
-    common = 0
+    partial, common = 0, ~0  # bytes of an unfinished block, and the flags that all of them have
+    room = block - start % block
     for length, flags in extents:
         rest = length
-        if partial:
-            used = min(rest, block - partial)
-            partial += used
-            rest -= used
-            common &= flags
-            if partial < block:
+        while rest:
+            if not partial and room == block <= rest:
+                yield rest - rest % block, flags
+                rest %= block
                 continue
-            yield block, common
-        whole = rest - rest % block
-        if whole:
-            yield whole, flags
-        partial, common = rest % block, flags
+            used = min(rest, room)
+            partial, room, rest, common = partial + used, room - used, rest - used, common & flags
+            if not room:
+                yield partial, common
+                partial, room, common = 0, block, ~0
+    if partial >= minimum:
+        yield partial - partial % minimum, common
 
 
 def merged(extents: Iterable[Extent]) -> Iterator[Extent]:

@@ -24,6 +24,8 @@ _WORTH_HOLES = 64 << 10
 _SHORTEST_HOLE = 4 << 10
 # Data up to this size need nothing of the budget: they are in the channel's queue, or leave as soon as they would be.
 _FREE = QUEUE
+# Chunks begin and end at multiples of this, where the request itself does not say otherwise.
+_SECTOR = 512
 # What completes a reply whose data cannot be read any more.
 _PADDING = bytes(64 << 10)
 
@@ -105,7 +107,8 @@ class Reader:
 
     def _chunk(self, chunked: ChunkedReplies, cookie: int, offset: int, at: int, stop: int, end: int) -> int:
         """Send one chunk of the data from `at` on, at most to `stop`. Returns its size."""
-        with self._budget.share(min(PIECE, stop - at), _FREE) as count:
+        over = at % _SECTOR
+        with self._budget.share(min(PIECE - over, stop - at), _FREE - over) as count:
             try:
                 data = self._export.read(count, at)
             except Refusal as refusal:

@@ -14,7 +14,7 @@ from nbdcore.protocol import constants, wire
 from nbdcore.protocol.constants import REPLY_FLAG_DONE, Chunk
 from nbdcore.server.backend import Refusal
 
-__all__ = ["ChunkedReplies", "ExtendedReplies", "Replies", "SimpleReplies", "StructuredReplies"]
+__all__ = ["ChunkedReplies", "ExtendedReplies", "Replies", "SimpleReplies", "StructuredReplies", "encoded_text"]
 
 #: 64 bits offset, after the header of a content chunk
 _OFFSET = wire.UINT64
@@ -25,6 +25,16 @@ _EXTENDED_EXTENT = Struct(">QQ")
 
 # Plain integers for the hot path: an enum's attribute costs as much as packing the header.
 _NONE, _DATA, _HOLE = int(Chunk.NONE), int(Chunk.OFFSET_DATA), int(Chunk.OFFSET_HOLE)
+
+
+# Longest text of a refusal, in characters. A string has at most 4096 bytes. A sentence of ours is shorter, but a back end's may
+# be anything, and so may the name in it that a client sent.
+_MAX_TEXT = 500
+
+
+def encoded_text(text: str) -> bytes:
+    """Return a sentence for a human as it is sent: UTF-8 without NUL, cut to what a string may have."""
+    return text[:_MAX_TEXT].replace("\0", "\\0").encode("utf-8", "replace")
 
 
 class Replies(ABC):
@@ -95,7 +105,7 @@ class ChunkedReplies(Replies):
 
     def error(self, cookie: int, offset: int, refusal: Refusal) -> None:
         """Answer with an error chunk, which says where inside the request it happened when that is known."""
-        text = refusal.text.encode("utf-8", "replace")
+        text = encoded_text(refusal.text)
         payload = wire.CHUNK_ERROR_HEAD.pack(refusal.number, len(text)) + text
         kind = Chunk.ERROR
         if refusal.at is not None:

@@ -162,8 +162,8 @@ def test_zeroes_that_must_not_be_holes_are_allocated(ready):
         (errno.ENOSPC, ErrorNumber.ENOSPC),
         (errno.EDQUOT, ErrorNumber.ENOSPC),
         (errno.EFBIG, ErrorNumber.ENOSPC),
-        (errno.EOVERFLOW, ErrorNumber.EOVERFLOW),
-        (errno.ENOTSUP, ErrorNumber.ENOTSUP),
+        (errno.EOVERFLOW, ErrorNumber.EINVAL),
+        (errno.ENOTSUP, ErrorNumber.EINVAL),
         (errno.ESHUTDOWN, ErrorNumber.ESHUTDOWN),
         (errno.ECONNRESET, ErrorNumber.EIO),
         (None, ErrorNumber.EIO),
@@ -247,14 +247,14 @@ def test_extents_that_make_no_sense_are_eio(ready, told):
 def test_extents_without_end_are_cut(ready):
     def forever(count, offset):
         while True:
-            yield 1, 3
-            yield 1, 0
+            yield 512, 3
+            yield 512, 0
 
     disk = Zeroes()
     disk.extents = forever
     client = ready(disk)
     (extents,) = client.ask(CommandType.BLOCK_STATUS, 0, 1 << 20).extents.values()
-    assert extents[:2] == [(1, 3), (1, 0)]
+    assert extents[:2] == [(512, 3), (512, 0)]
     assert len(extents) <= 8192
 
 

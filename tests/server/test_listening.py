@@ -374,6 +374,19 @@ def test_stopping_disconnects_idle_clients_at_once(timeout):
     assert server_threads() == []
 
 
+def test_an_option_that_is_unknown_or_not_allowed_is_refused_for_the_stop_alone():
+    server = Server(MemoryDisk(MEBIBYTE))
+    client = connect(server)
+    client.greet()
+    client.send(wire.pack_option(Option.LIST) + wire.pack_option(99)[:10])
+    client.option_replies(Option.LIST)  # what came with it has been received, too
+    with stopping(server, PATIENCE):
+        client.send(wire.pack_option(99)[10:])
+        ((kind, _),) = client.option_replies(99)
+        assert kind == OptionReply.ERR_SHUTDOWN
+    client.close()
+
+
 def test_an_option_under_way_is_refused_when_stopping():
     server = Server(MemoryDisk(MEBIBYTE))
     client = connect(server)

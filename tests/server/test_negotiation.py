@@ -375,3 +375,11 @@ def test_requests_that_come_with_the_last_option_are_answered(serve, client_of):
     client.unpack(wire.HANDSHAKE_FLAGS)
     assert client.option_replies(Option.GO)[-1] == ACK
     assert client.reply(100).contents() == bytes(100)
+
+
+def test_the_text_of_a_refusal_is_a_string_however_long_the_name_was(several):
+    """Escaped, each of these bytes takes several."""
+    request = wire.UINT32.pack(4096) + b"\1" * 4096 + wire.UINT16.pack(0)
+    ((kind, text),) = several.option(Option.INFO, request)
+    assert kind == OptionReply.ERR_UNKNOWN
+    assert 0 < len(text) <= 4096

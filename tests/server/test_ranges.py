@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
 from itertools import pairwise
 
 import pytest
@@ -30,18 +33,22 @@ def test_merging_keeps_every_byte_and_leaves_no_equal_neighbours(told):
 
 
 @settings(deadline=None)
-@given(extents, st.sampled_from([1, 2, 512]))
-def test_an_aligned_block_has_only_the_flags_of_all_its_bytes(told, block):
+@given(extents, st.sampled_from([(1, 1), (1, 512), (2, 512), (512, 512), (4096, 4096)]), st.integers(0, 10000))
+def test_an_aligned_block_has_only_the_flags_of_all_its_bytes(told, sizes, start):
+    minimum, block = sizes
+    start -= start % minimum
     flat = per_byte(told)
-    result = list(aligned(told, block))
-    assert all(length > 0 and length % block == 0 for length, _ in result)
+    result = list(aligned(told, block, minimum=minimum, start=start))
+    assert all(length > 0 and length % minimum == 0 for length, _ in result)
     expected = []
-    for start in range(0, len(flat) - len(flat) % block, block):
-        common = 3
-        for flags in flat[start : start + block]:
-            common &= flags
-        expected += [common] * block
-    assert per_byte(result) == expected
+    at = 0
+    while at < len(flat):
+        end = min(at + block - (start + at) % block, len(flat))
+        expected += [functools.reduce(operator.and_, flat[at:end])] * (end - at)
+        at = end
+    assert per_byte(result) == expected[: len(expected) - len(expected) % minimum]
+    ends = itertools.accumulate(length for length, _ in result[:-1])
+    assert all((start + end) % block == 0 for end in ends)
 
 
 @pytest.mark.parametrize("length", [0, -1])

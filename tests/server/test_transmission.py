@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from nbdcore.protocol import constants, wire
-from nbdcore.protocol.constants import Chunk, CommandFlag, CommandType, ErrorNumber
+from nbdcore.protocol.constants import AllocationFlag, Chunk, CommandFlag, CommandType, ErrorNumber
 from nbdcore.server import BlockSizes, ExportSettings, MemoryDisk
 
 MEBIBYTE = 1 << 20
@@ -163,8 +163,8 @@ def test_a_large_read_is_sent_in_pieces_with_its_holes(ready, disk):
 
 def test_data_larger_than_a_piece_comes_in_several_chunks(ready):
     disk = MemoryDisk(4 * MEBIBYTE)
-    disk.pwrite(b"x" * 3 * MEBIBYTE, 100)
-    reply = ready(disk, extended=True).read(100, 3 * MEBIBYTE)
+    disk.pwrite(b"x" * 3 * MEBIBYTE, 512)
+    reply = ready(disk, extended=True).read(512, 3 * MEBIBYTE)
     assert reply.chunks == [Chunk.OFFSET_DATA] * 3
     assert reply.contents() == b"x" * 3 * MEBIBYTE
 
@@ -360,6 +360,36 @@ def test_block_status_keeps_to_the_minimum_block_size(ready):
 
     client = ready(ExportSettings(Odd(MEBIBYTE), block_sizes=BlockSizes(4096)))
     assert client.ask(CommandType.BLOCK_STATUS, 0, MEBIBYTE).extents == {1: [(4096, 3), (4096, 0), (MEBIBYTE - 8192, 3)]}
+
+
+def test_block_status_is_cut_at_sectors_but_for_the_ends_of_the_request(ready):
+    class Ragged(MemoryDisk):
+        def extents(self, count, offset):
+            yield 700, AllocationFlag.HOLE | AllocationFlag.ZERO
+            yield 900, AllocationFlag.ZERO
+            yield count, 0
+
+    client = ready(Ragged(MEBIBYTE))
+    assert client.ask(CommandType.BLOCK_STATUS, 10, 3000).extents == {1: [(502, 3), (1024, 2), (1474, 0)]}
+
+
+@pytest.mark.parametrize("budget", [0, 4 * MEBIBYTE])
+def test_chunks_of_a_read_begin_at_sectors_but_for_the_first(ready, budget):
+    disk = MemoryDisk(4 * MEBIBYTE)
+    disk.pwrite(b"x" * (4 * MEBIBYTE), 0)
+    reply = ready(disk, memory_budget=budget).read(100, 3 * MEBIBYTE)
+    assert reply.contents() == b"x" * (3 * MEBIBYTE)
+    assert [at % 512 for at in sorted(reply.data)[1:]] == [0] * (len(reply.data) - 1)
+
+
+def test_the_text_of_a_back_ends_error_is_a_string(ready):
+    class Wordy(MemoryDisk):
+        def pread(self, count, offset):
+            raise OSError(errno.EIO, "\0" + "\N{SNOWMAN}" * 5000)
+
+    text = ready(Wordy(MEBIBYTE)).read(0, 1).text
+    assert "\0" not in text
+    assert 0 < len(text.encode()) <= 4096
 
 
 @pytest.mark.parametrize("structured", [False, True])
