@@ -35,8 +35,9 @@ from nbdcore.protocol.handshake.agreement import Agreement, Settings, Traffic
 from nbdcore.protocol.handshake.exchange import Exchange, Runner
 from nbdcore.protocol.handshake.negotiation import Conversation
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission.buffer import ReceiveBuffer
 from nbdcore.protocol.transmission.commands import ALL_STRICT, Command, Limits, disconnect
-from nbdcore.protocol.transmission.decoder import LARGE, Replies
+from nbdcore.protocol.transmission.decoder import LARGE, Decoder
 
 __all__ = ["INLINE_PAYLOAD", "Engine", "Exchange"]
 
@@ -87,7 +88,8 @@ class Engine:
         self._strict = strict
         self._exchanges = Runner()
         self.wants_tls: bool = False
-        self._replies: Replies | None = None
+        self._decoder: Decoder | None = None
+        self._incoming: ReceiveBuffer | None = None  # the decoder's
         self._parts: list[memoryview] = []
         self._begun: memoryview | None = None  # the part of which some bytes are sent, as it was
         self._last_cookie = 0
@@ -162,14 +164,14 @@ class Engine:
             self._parts.clear()
         self._begun = None
         answered: list[Command] = []  # and not yet told so, where an exception broke off the decoding
-        if self._replies is not None:
-            answered = self._replies.take_completed()
-            self._replies.close()
+        if self._decoder is not None:
+            answered = self._decoder.take_completed()
+            self._decoder.incoming.close()
         pending = [*answered, *self.in_flight.values(), *self.queue]
         self.in_flight.clear()
         self.queue.clear()
         self._given_up = 0
-        self._replies = None
+        self._decoder = self._incoming = None
         for command in pending:
             if not command.done:
                 command.error = command.error or error
@@ -239,8 +241,8 @@ class Engine:
         if command.done:
             return
         queued = command.mark is self._mark and command.cookie not in self.in_flight
-        if self._replies is not None and not queued:
-            self._replies.forget(command)
+        if self._incoming is not None and not queued:
+            self._incoming.forget(command)
         self._let_go(command)
         command.target = command.memory = command.on_chunk = command.on_extents = None
         command.error, command.done, command.discard = error, True, True
@@ -282,7 +284,7 @@ class Engine:
     @property
     def between_replies(self) -> bool:
         """Whether no reply has been received in part only."""
-        return self._replies is None or self._replies.between_messages
+        return self._incoming is None or self._incoming.between_messages
 
     @property
     def finished_sending(self) -> bool:
@@ -349,8 +351,8 @@ class Engine:
                     command.done = True  # it has no reply
                     goodbye.append(command)
                     continue
-                if length >= LARGE and kind == _READ and self._replies is not None:
-                    self._replies.large += 1
+                if length >= LARGE and kind == _READ and self._incoming is not None:
+                    self._incoming.large += 1
             elif len(payload) <= INLINE_PAYLOAD:
                 gathered.append(payload)
             else:
@@ -378,8 +380,8 @@ class Engine:
 
     def room(self) -> memoryview:
         """Return where the next bytes must go. Empty when none may be received now: between options, and before TLS."""
-        if self._replies is not None:
-            return self._replies.room()
+        if self._incoming is not None:
+            return self._incoming.room()
         return self._exchanges.room()
 
     def received(self, count: int) -> int:
@@ -388,15 +390,15 @@ class Engine:
         Returns how many commands that finished.
         """
         self.traffic.bytes_received += count
-        if self._replies is None:
+        if self._decoder is None:
             self._conclude(self._exchanges.received(count))
             return 0
-        replies, violation = self._replies, None
+        decoder, violation = self._decoder, None
         try:
-            completed = replies.received(count)
+            completed = decoder.received(count)
         except ProtocolViolation as exc:
-            completed, violation = replies.take_completed(), exc
-        if replies.shutdown_heard and not self.ending:
+            completed, violation = decoder.take_completed(), exc
+        if decoder.shutdown_heard and not self.ending:
             completed += self._take_no_more()
         try:
             if completed:
@@ -406,8 +408,8 @@ class Engine:
                 self.fail(violation)
             elif self.shutting_down:
                 self._say_goodbye()
-        if replies.raised is not None:
-            raised, replies.raised = replies.raised, None
+        if decoder.raised is not None:
+            raised, decoder.raised = decoder.raised, None
             raise raised
         return len(completed)
 
@@ -428,22 +430,22 @@ class Engine:
             self._goodbye_queued = True
             self.queue.append(disconnect())
 
-    def rest(self) -> None:
+    def release_buffer(self) -> None:
         """Nothing more is to be received just now: hold no memory for it. What `room` returned is not to be used any more."""
-        if self._replies is not None:
-            self._replies.rest()
+        if self._incoming is not None:
+            self._incoming.release()
 
     def received_eof(self) -> None:
         """The server has finished sending."""
         waiting = len(self.queue) - self._given_up + sum(not command.done for command in self.in_flight.values())
-        between = self._replies is not None and self._replies.between_messages
+        between = self._incoming is not None and self._incoming.between_messages
         if between and self.finished_sending and not waiting and not self.shutting_down:
             self.end("this program took leave of the server")
         elif between:
             why = _SHUTTING_DOWN if self.shutting_down else "the server closed the connection"
             unanswered = f" ({waiting} commands were not answered)" if waiting else ""
             self.fail(Disconnected(errno.ENOTCONN, f"{why}{unanswered}"), phase=Phase.CLOSED)
-        elif self._replies is not None:
+        elif self._decoder is not None:
             self.fail(Disconnected(errno.ENOTCONN, "the server closed the connection in the middle of a reply"))
         else:
             self.fail(Disconnected(errno.ENOTCONN, f"the server closed the connection during the handshake{self._eof_hint()}"))
@@ -514,7 +516,7 @@ class Engine:
             contexts=bool(agreement.contexts),
             strict=self._strict,
         )
-        self._replies = Replies(
+        self._decoder = Decoder(
             self.in_flight,
             structured=agreement.structured,
             extended=agreement.extended,
@@ -522,6 +524,7 @@ class Engine:
             size=export.size,
             traffic=self.traffic,
         )
+        self._incoming = self._decoder.incoming
         self.phase = Phase.CONNECTED
 
     # ------------------------------------------------------------------------------------------ completions

@@ -218,7 +218,7 @@ class Conversation:
             "told": self.told,
             "in flight": sorted(engine.in_flight),
             "queued": [command.cookie for command in engine.queue],
-            "large": engine._replies and engine._replies.large,
+            "large": engine._incoming and engine._incoming.large,
             "between": engine.between_replies,
             "commands": [
                 (command.cookie, command.done, described(command.error), seen(command), command.chunks)

@@ -183,7 +183,7 @@ class LoopSession:
         waiter: asyncio.Future[bool] = self.loop.create_future()
         exchange.completion = lambda _: settle(waiter)
         self._move(self._session.advance)
-        self.engine.rest()
+        self.engine.release_buffer()
         alarm = None
         if not exchange.done:
             remaining = deadline.remaining()
@@ -257,7 +257,7 @@ class LoopSession:
                 self._move(session.receive if engine.phase is Phase.CONNECTED else session.advance)
                 if not self._tells_once or session.over or engine.traffic.bytes_received == before:
                     break
-            engine.rest()
+            engine.release_buffer()
         finally:
             self._turn_to_callers()
 

@@ -139,7 +139,7 @@ def _shake_hands(session: Session, target: Target, deadline: Deadline) -> Waits[
         session.advance()
         if deadline.expired and not exchange.done:  # also where the server always has a little more to say
             raise DeadlineExceeded(errno.ETIMEDOUT, _LATE)
-    session.engine.rest()
+    session.engine.release_buffer()
     if exchange.error is not None:
         raise exchange.error
     _log_agreement(session.engine, target)

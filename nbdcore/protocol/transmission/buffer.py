@@ -1,13 +1,12 @@
 """Memory for what is received: a scratch buffer between messages, a payload's own place within one.
 
-The half of the decoder that knows bytes and no NBD: where the next ones must go, how far a payload has come, and what to call
-when it is complete. So that one receive brings dozens of small replies, and large data are never copied.
+This part of the decoder knows bytes and no NBD. It says where the next bytes must go and how far a payload has come, and it calls
+whoever waits for the payload's end. So one receive brings dozens of small replies, and large data are never copied.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 
 from nbdcore.protocol.transmission.commands import Command
 
@@ -28,79 +27,80 @@ _NONE = bytearray()
 _KEPT = 1 << 19
 
 
-class Receiver(ABC):
-    """Takes bytes in, and lets `_decode` make sense of them.
+class ReceiveBuffer:
+    """Takes bytes in, and tells payloads from what is to be decoded.
 
     Args:
         head: bytes of a reply's header, with the offset of its data, and not a byte of the data.
+        awaited: what replies are waited for. Only how many there are is looked at.
+
+    Attributes:
+        scratch: received bytes, those from `start` to `end` not decoded yet. There are a few more behind `view`.
+        view: of the scratch; what is put into `room` never goes further.
+        finish: what is called at the end of the payload that is expected; None between payloads.
+        large: how many of those awaited are replies with large payloads.
     """
 
-    def __init__(self, head: int) -> None:
+    def __init__(self, head: int, awaited: Sized) -> None:
         self._head = head
-        self._buffer = _NONE
-        self._view = memoryview(_NONE)
-        self._start = self._end = 0
-        # The payload being received: its command, bytes still to come, where they go (None: nowhere), what to do at its end.
+        self._awaited = awaited
+        self.large: int = 0
+        self.scratch: bytearray = _NONE
+        self.view = memoryview(_NONE)
+        self.start: int = 0
+        self.end: int = 0
+        self.finish: Callable[[], None] | None = None
+        # The payload being received: its command, bytes still to come, where they go (None: nowhere).
         self._command: Command | None = None
         self._left = 0
         self._sink: memoryview | None = None
-        self._finish: Callable[[], None] | None = None
-
-    @abstractmethod
-    def _decode(self) -> None:
-        """Decode what is there, from `_start` to `_end` of the scratch buffer, and payloads through `_advance_payload`."""
-
-    @abstractmethod
-    def _only_large(self) -> bool:
-        """Whether all that can come are large payloads, of which nothing should land in the scratch buffer."""
 
     def room(self) -> memoryview:
         """Return where the next bytes must go; never empty."""
-        if self._start == self._end:
+        if self.start == self.end:
             if self._sink is not None:
                 return self._sink
-            self._start = self._end = 0
-            if not self._view:
+            self.start = self.end = 0
+            if not self.view:
                 self._take_scratch()
-        elif self._start:
-            rest = self._end - self._start
-            self._view[:rest] = self._view[self._start : self._end]
-            self._start, self._end = 0, rest
-        if self._finish is None and self._end < self._head and self._only_large():
-            return self._view[self._end : self._head]
-        return self._view[self._end :]
+        elif self.start:
+            left = self.end - self.start
+            self.view[:left] = self.view[self.start : self.end]
+            self.start, self.end = 0, left
+        # Where all that can come are large payloads, nothing of them should land in the scratch buffer.
+        if self.finish is None and self.end < self._head and self.large > 0 and self.large == len(self._awaited):
+            return self.view[self.end : self._head]
+        return self.view[self.end :]
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Nothing more is to be received just now: do without a scratch buffer, unless there is part of a message in it."""
-        if self._start == self._end and self._view:
+        if self.start == self.end and self.view:
             if len(_spare) < _MOST_SPARE:
-                _spare.append(self._buffer)
-            self._buffer, self._view = _NONE, memoryview(_NONE)
+                _spare.append(self.scratch)
+            self.scratch, self.view = _NONE, memoryview(_NONE)
 
     def _take_scratch(self) -> None:
         try:
-            self._buffer = _spare.pop()
+            self.scratch = _spare.pop()
         except IndexError:
             bytearray(_KEPT)
-            self._buffer = bytearray(SCRATCH + _BEHIND)
-        self._view = memoryview(self._buffer)[:SCRATCH]
+            self.scratch = bytearray(SCRATCH + _BEHIND)
+        self.view = memoryview(self.scratch)[:SCRATCH]
 
-    def _take_in(self, count: int) -> None:
-        """Take in `count` bytes that were put into `room()`."""
-        if self._start == self._end and self._sink is not None:
+    def take_in(self, count: int) -> bool:
+        """Take in `count` bytes that were put into `room()`. Returns whether there is something to decode, or a payload's end."""
+        if self.start == self.end and self._sink is not None:
             self._left -= count
             self._sink = self._sink[count:]
             self._close_sink()
-            if not self._left:
-                self._decode()
-        else:
-            self._end += count
-            self._decode()
+            return not self._left
+        self.end += count
+        return True
 
     @property
     def between_messages(self) -> bool:
         """Whether everything received so far has been decoded: the server may hang up here without breaking a reply."""
-        return self._finish is None and self._start == self._end
+        return self.finish is None and self.start == self.end
 
     def forget(self, command: Command) -> None:
         """Stop writing into the memory of a command that the caller has given up."""
@@ -109,29 +109,29 @@ class Receiver(ABC):
 
     def close(self) -> None:
         """The connection has ended: let go of whatever memory a payload was being received into."""
-        self._command = self._sink = self._finish = None
+        self._command = self._sink = self.finish = None
 
     # ------------------------------------------------------------------------------------------ payloads
 
-    def _expect(self, command: Command | None, length: int, sink: memoryview | None, finish: Callable[[], None]) -> None:
+    def expect(self, command: Command | None, length: int, sink: memoryview | None, finish: Callable[[], None]) -> None:
         """A payload of `length` bytes follows. As much of it as `sink` holds is kept; then `finish` is called."""
-        self._command, self._left, self._finish = command, length, finish
+        self._command, self._left, self.finish = command, length, finish
         self._sink = sink if sink is not None and len(sink) and length else None
 
-    def _advance_payload(self) -> bool:
+    def advance_payload(self) -> bool:
         """Move what the scratch buffer has of the payload to its place. Returns False when more must be received."""
-        take = min(self._left, self._end - self._start)
+        take = min(self._left, self.end - self.start)
         if take:
             if self._sink is not None:
                 kept = min(take, len(self._sink))
-                self._sink[:kept] = self._view[self._start : self._start + kept]
+                self._sink[:kept] = self.view[self.start : self.start + kept]
                 self._sink = self._sink[kept:]
-            self._start += take
+            self.start += take
             self._left -= take
             self._close_sink()
         if self._left:
             return False
-        finish, self._finish, self._command, self._sink = self._finish, None, None, None
+        finish, self.finish, self._command, self._sink = self.finish, None, None, None
         if finish is not None:
             finish()
         return True

@@ -1,6 +1,6 @@
 """The decoder of the transmission phase: from received bytes to finished commands.
 
-`receiving` says where the bytes go, `outcomes` what a payload does to its command; here is which message they belong to.
+`buffer` says where the bytes go, `results` what a payload does to its command; here is which message they belong to.
 `received` returns the commands that became final. A broken chunk whose end is known fails its command and the connection goes on;
 a ProtocolViolation is raised where the two sides no longer agree on where a message begins.
 
@@ -31,7 +31,7 @@ from nbdcore.protocol.constants import (
     ErrorNumber,
 )
 from nbdcore.protocol.handshake.agreement import Traffic
-from nbdcore.protocol.transmission.buffer import Receiver
+from nbdcore.protocol.transmission.buffer import ReceiveBuffer
 from nbdcore.protocol.transmission.bursts import (
     DATA_DONE,
     DONE,
@@ -76,7 +76,7 @@ _OFFSET = wire.UINT64
 _SHUTDOWN = wire.UINT32.pack(ErrorNumber.ESHUTDOWN)
 
 
-class Replies(Receiver):
+class Decoder:
     """Decodes replies to the commands in flight.
 
     Args:
@@ -86,6 +86,9 @@ class Replies(Receiver):
         contexts: id -> name of the selected metadata contexts.
         size: of the export, in bytes.
         traffic: where headers are counted.
+
+    Attributes:
+        incoming: where bytes are received.
     """
 
     def __init__(
@@ -98,7 +101,8 @@ class Replies(Receiver):
         size: int,
         traffic: Traffic,
     ) -> None:
-        super().__init__(head=16 if not structured else 40 if extended else 28)
+        self._head = 16 if not structured else 40 if extended else 28
+        self.incoming: ReceiveBuffer = ReceiveBuffer(self._head, in_flight)
         self._in_flight = in_flight
         self._structured = structured
         self._extended = extended
@@ -109,14 +113,15 @@ class Replies(Receiver):
         self._chunk_done = False
         self.shutdown_heard: bool = False  #: a command was answered with ESHUTDOWN
         self.raised: BaseException | None = None  #: what a callback raised in the middle of decoding
-        self.large: int = 0  #: commands in flight that are large reads, counted by the engine
 
     # ------------------------------------------------------------------------------------------ for the engine
 
     def received(self, count: int) -> list[Command]:
-        """Take in `count` bytes that were put into `room()`. Returns the commands that are final now."""
-        self._take_in(count)
-        return self.take_completed()
+        """Take in `count` bytes that were put into the room of `incoming`. Returns the commands that are final now."""
+        if self.incoming.take_in(count):
+            self._decode()
+        completed, self._completed = self._completed, []
+        return completed
 
     def take_completed(self) -> list[Command]:
         """Return the commands that became final since the last time: after a ProtocolViolation, those before the broken reply."""
@@ -126,26 +131,26 @@ class Replies(Receiver):
     # ------------------------------------------------------------------------------------------ the hot loop
 
     def _decode(self) -> None:  # noqa: C901, PLR0912, PLR0915 (flat on purpose, see the top of this module)
-        headers, head, end = 0, self._head, self._end
+        headers, head, incoming = 0, self._head, self.incoming
         without_offset = head - 8  # a chunk's header: all that an acknowledgement has
-        buffer, view = self._buffer, self._view
+        scratch, view, end = incoming.scratch, incoming.view, incoming.end
         in_flight, structured, extended = self._in_flight, self._structured, self._extended
         unpack_header, unpack_data, unpack_extended = _HEADER.unpack_from, _DATA_HEADER.unpack_from, _EXTENDED_DATA.unpack_from
         chunk_magic = EXTENDED_REPLY_MAGIC if extended else STRUCTURED_REPLY_MAGIC
         complete = self._completed.append
         alike = 0  # bytes of the last reply, data and all, if it was a plain one
-        if self._finish is not None and not self._advance_payload():
+        if incoming.finish is not None and not incoming.advance_payload():
             return
-        start = self._start
+        start = incoming.start
         while True:
             available = end - start
             command, begin, after = None, start, start
             if structured and available >= without_offset:
-                # An acknowledgement has no offset: it is read from the bytes behind (the buffer has them), and not looked at.
+                # An acknowledgement has no offset: it is read from the bytes behind (the scratch has them), and not looked at.
                 if extended:
-                    magic, word, cookie, asked, length, offset = unpack_extended(buffer, start)
+                    magic, word, cookie, asked, length, offset = unpack_extended(scratch, start)
                 else:
-                    magic, word, cookie, length, offset = unpack_data(buffer, start)
+                    magic, word, cookie, length, offset = unpack_data(scratch, start)
                     asked = offset
                 begin = start + head
                 after = begin - 8 + length
@@ -167,10 +172,10 @@ class Replies(Receiver):
                         if command is not None and (command.type == _READ or (extended and asked != command.offset)):
                             command = None
             elif available < 16:
-                self._start = start
+                incoming.start = start
                 break
             else:
-                magic, word, cookie = unpack_header(buffer, start)
+                magic, word, cookie = unpack_header(scratch, start)
             if magic == SIMPLE_REPLY_MAGIC and not (word or extended):
                 command = in_flight.get(cookie)
                 begin = after = start + 16
@@ -179,15 +184,15 @@ class Replies(Receiver):
                     if structured or after > end or command.error is not None or command.on_chunk is not None:
                         command = None
             if command is None:
-                self._start = start
+                incoming.start = start
                 self._traffic.chunks_received += headers  # now: what follows may end the connection
                 headers = 0
                 if not self._other(magic, word, cookie, available):
                     break
                 headers += 1
-                if self._finish is not None and not self._advance_payload():
+                if incoming.finish is not None and not incoming.advance_payload():
                     break
-                start = self._start
+                start = incoming.start
                 continue
             headers += 1
             if command.type == _READ:
@@ -196,7 +201,7 @@ class Replies(Receiver):
                 else:
                     command.target[:] = view[begin:after]
                 if command.count >= LARGE:
-                    self.large -= 1
+                    incoming.large -= 1
             del in_flight[cookie]
             command.done = True
             complete(command)
@@ -235,7 +240,7 @@ class Replies(Receiver):
         command = self._in_flight.get(cookie)
         if command is not None and not word and available - 16 < command.count < LARGE:
             return False
-        self._start += 16
+        self.incoming.start += 16
         if command is None:
             self._unknown_simple(cookie, word)
         else:
@@ -244,10 +249,7 @@ class Replies(Receiver):
 
     def _no_longer_in_flight(self, command: Command) -> None:
         if command.count >= LARGE:
-            self.large -= 1
-
-    def _only_large(self) -> bool:
-        return self.large > 0 and self.large == len(self._in_flight)
+            self.incoming.large -= 1
 
     def _final(self, command: Command) -> None:
         """The command's last chunk has been dealt with."""
@@ -285,16 +287,18 @@ class Replies(Receiver):
             return
         if self._structured:
             spoil(command, "the server answered a read with a simple reply though structured replies were agreed on")
-            self._expect(command, command.count, None, lambda: self._final(command))
+            self.incoming.expect(command, command.count, None, lambda: self._final(command))
             return
         sink = None if command.discard else command.allocate()
-        self._expect(command, command.count, sink, lambda: self._data_arrived(command, command.offset, command.count, done=True))
+        self.incoming.expect(
+            command, command.count, sink, lambda: self._data_arrived(command, command.offset, command.count, done=True)
+        )
 
     # ------------------------------------------------------------------------------------------ chunks
 
     def _chunk(self, magic: int, word: int, cookie: int, available: int) -> bool:
         """Begin a chunk of a structured or extended reply. Returns False when more of its header must be received."""
-        start = self._start
+        start = self.incoming.start
         if magic != (EXTENDED_REPLY_MAGIC if self._extended else STRUCTURED_REPLY_MAGIC):
             raise ProtocolViolation(0, f"the server sends {magic:#010x} where a reply must begin")
         if not self._structured:
@@ -304,13 +308,13 @@ class Replies(Receiver):
             header = 32
             if available < header:
                 return False
-            offset, length = _EXTENDED_TAIL.unpack_from(self._buffer, start + 16)
+            offset, length = _EXTENDED_TAIL.unpack_from(self.incoming.scratch, start + 16)
         else:
             header = 20
             if available < header:
                 return False
             offset = None
-            (length,) = unpack_from(">I", self._buffer, start + 16)
+            (length,) = unpack_from(">I", self.incoming.scratch, start + 16)
         if length > MAX_CHUNK:
             raise ProtocolViolation(
                 errno.EPROTO, f"the server announces a chunk of {length} bytes; nothing that was asked for is so long"
@@ -320,10 +324,10 @@ class Replies(Receiver):
         # waited for whole, so that the next receive brings the replies behind them as well.
         if kind == Chunk.OFFSET_DATA and length >= 8 and available < header + (length if length < LARGE else 8):
             return False
-        self._start = start + header
+        self.incoming.start = start + header
         self._chunk_done = bool(word >> 16 & REPLY_FLAG_DONE)
         if command is None:
-            self._expect(None, length, None, _nothing)
+            self.incoming.expect(None, length, None, _nothing)
         elif offset is not None and offset != command.offset:
             self._spoil_chunk(command, length, f"the server answers for offset {offset}")
         else:
@@ -355,23 +359,23 @@ class Replies(Receiver):
             if done:
                 self._final(command)
 
-        self._expect(command, length, payload, finish)
+        self.incoming.expect(command, length, payload, finish)
 
     def _spoil_chunk(self, command: Command, length: int, why: str) -> None:
         """Skip a chunk that does not fit its command, and fail the command."""
         spoil(command, why)
         done = self._chunk_done
-        self._expect(command, length, None, lambda: self._final(command) if done else None)
+        self.incoming.expect(command, length, None, lambda: self._final(command) if done else None)
 
     # ------------------------------------------------------------------------------------------ data
 
     def _begin_data(self, command: Command, length: int) -> None:
-        (offset,) = _OFFSET.unpack_from(self._buffer, self._start)
-        self._start += 8
+        (offset,) = _OFFSET.unpack_from(self.incoming.scratch, self.incoming.start)
+        self.incoming.start += 8
         begin = place(command, offset, length)
         sink = None if command.discard else command.allocate()[begin : begin + length]
         done = self._chunk_done
-        self._expect(command, length, sink, lambda: self._data_arrived(command, offset, length, done=done))
+        self.incoming.expect(command, length, sink, lambda: self._data_arrived(command, offset, length, done=done))
 
     def _data_arrived(self, command: Command, offset: int, length: int, *, done: bool) -> None:
         note_range(command, offset, length)

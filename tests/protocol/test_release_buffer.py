@@ -36,7 +36,7 @@ def test_a_rest_at_any_byte_loses_nothing(mode, count):
     for at in range(len(script) + 1):
         client, _ = two_reads(mode, count)
         feed(client.engine, script[:at])
-        client.engine.rest()
+        client.engine.release_buffer()
         feed(client.engine, script[at:])
         assert [command.result() for command in client.commands] == [b"a" * count, b"b" * count], at
 
@@ -49,7 +49,7 @@ def test_a_rest_after_each_byte_of_a_large_payload_loses_nothing(mode):
     script = success(mode, command, contents) + success(mode, small, b"12345678")
     for at in range(len(script)):
         feed(client.engine, script[at : at + 1])
-        client.engine.rest()
+        client.engine.release_buffer()
     assert (command.result(), small.result()) == (contents, b"12345678")
 
 
@@ -60,9 +60,9 @@ def test_connections_that_take_turns_share_no_bytes():
         first, second = read(one, 32), read(other, 32)
         script = data_chunk("structured", first, 0, b"1" * 32, done=True)
         feed(one.engine, script[:cut])
-        one.engine.rest()
+        one.engine.release_buffer()
         feed(other.engine, success("structured", second, b"2" * 32))
-        other.engine.rest()
+        other.engine.release_buffer()
         feed(one.engine, script[cut:])
         assert (first.result(), second.result()) == (b"1" * 32, b"2" * 32), cut
 
@@ -70,7 +70,7 @@ def test_connections_that_take_turns_share_no_bytes():
 def test_two_rooms_at_a_time_are_two_places():
     one, other = connected(), connected()
     for client in (one, other):
-        client.engine.rest()
+        client.engine.release_buffer()
     room, another = one.engine.room(), other.engine.room()
     room[:4] = b"mine"
     another[:4] = b"not!"
@@ -85,7 +85,7 @@ def test_a_hundred_connections_at_rest_hold_less_than_one_scratch_buffer_each():
         for client in clients:
             command = read(client, 8)
             client.hear(success("structured", command, b"12345678"))
-            client.engine.rest()
+            client.engine.release_buffer()
         gc.collect()
         held, _ = tracemalloc.get_traced_memory()
     finally:
@@ -96,7 +96,7 @@ def test_a_hundred_connections_at_rest_hold_less_than_one_scratch_buffer_each():
 def test_a_rest_is_allowed_in_any_phase():
     client = newborn()
     for engine in (Engine(client.engine.settings), client.engine):
-        engine.rest()
+        engine.release_buffer()
     client.engine.end()
-    client.engine.rest()
+    client.engine.release_buffer()
     assert client.engine.phase is Phase.CLOSED
