@@ -1,11 +1,11 @@
-"""Runs of replies: plain ones of one shape, one right behind the other, each taken apart by one step of one unpacker.
+"""Bursts: plain replies of one shape, one right behind the other. One unpacker takes all of them apart, a step for each.
 
 A busy server sends dozens of replies at once that differ in nothing but cookie, offset and data. Where two in a row were alike,
-`replies` hands over here what follows. It is a guess that it is more of the same: the first that is not a plain answer of that
-shape ends the run, and nothing of it has been used; `replies` knows all kinds.
+the decoder guesses that more of the same follow, and hands the bytes over to a function here. The first reply that is not a plain
+one of that shape ends the burst. Nothing of it has been used: the decoder knows all kinds, and goes on there.
 
-Each function is given as many bytes as whole replies fill. It finishes the commands of the plain ones, in their order, and raises
-KeyError at one that nobody waits for.
+Each function is given as many bytes as whole replies fill. It finishes the commands of the plain replies, in their order, and
+raises KeyError at a reply that nobody waits for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nbdcore.protocol.constants import (
 )
 from nbdcore.protocol.transmission.commands import Command
 
-#: Where fewer could follow, each is taken by itself: to begin a run costs as much as it saves for two.
+#: Where fewer could follow, each is taken by itself: to begin a burst costs as much as it saves for two.
 SHORTEST = 4
 #: Flags and type of a chunk that is the whole answer to a read, and of one that is the answer to a command that gets no data.
 DATA_DONE = REPLY_FLAG_DONE << 16 | Chunk.OFFSET_DATA

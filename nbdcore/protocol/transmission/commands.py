@@ -77,7 +77,8 @@ class Limits:
         structured: structured replies are on.
         contexts: metadata contexts are selected.
         strict: which checks are made.
-        plain_reads: a read without flags that ends at or before this offset, in bytes, needs no further check. 0: every one does.
+        plain_reads: an offset in bytes. A read without flags that ends there or before is right as it is, and is not checked any
+            further. 0: all reads are checked.
         plain_writes: the same for writes.
         data: most bytes of data to read or write in one request: the maximum in whole blocks.
     """

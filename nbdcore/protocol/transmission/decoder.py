@@ -4,9 +4,9 @@
 `received` returns the commands that became final. A broken chunk whose end is known fails its command and the connection goes on;
 a ProtocolViolation is raised where the two sides no longer agree on where a message begins.
 
-`_decode` is longer than our functions usually are, and flat on purpose: it runs once a reply, and calls, attribute chains and
-allocations are what a reply costs. Everything but a whole small answer to a read, or a plain acknowledgement, is handled by small
-methods outside it.
+`_decode` is longer than our functions usually are, and flat on purpose. Its loop runs once a reply, where calls, attribute chains
+and allocations are most of the cost. It takes what is plain: the whole answer to a small read, and an acknowledgement without an
+error. Everything else takes the slow path, in small methods of its own.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class Decoder:
                 incoming.start = start
                 self._traffic.chunks_received += headers  # now: what follows may end the connection
                 headers = 0
-                if not self._other(magic, word, cookie, available):
+                if not self._slow_path(magic, word, cookie, available):
                     break
                 headers += 1
                 if incoming.finish is not None and not incoming.advance_payload():
@@ -209,15 +209,15 @@ class Decoder:
             if size != alike:
                 alike = size
             elif (end - start) // size >= SHORTEST:
-                run = self._run(magic, command, view[start : end - (end - start) % size])
-                headers += run
-                start += run * size
+                taken = self._burst(magic, command, view[start : end - (end - start) % size])
+                headers += taken
+                start += taken * size
         self._traffic.chunks_received += headers
 
-    def _run(self, magic: int, command: Command, replies: memoryview) -> int:
-        """Take what follows for more replies like the one to `command`, which began with `magic`. Returns how many were.
+    def _burst(self, magic: int, command: Command, replies: memoryview) -> int:
+        """Take the bytes that follow the reply to `command`, which began with `magic`, for more like it. Returns how many were.
 
-        No large reads are among them, which would have to be counted: the scratch buffer does not hold `SHORTEST` of these.
+        Large reads would have to be counted. None are among them, since the scratch buffer does not hold `SHORTEST` of these.
         """
         in_flight, completed = self._in_flight, self._completed
         before = len(completed)
@@ -233,8 +233,8 @@ class Decoder:
                 data_chunks(in_flight, completed, replies, command.count, extended=self._extended)
         return len(completed) - before
 
-    def _other(self, magic: int, word: int, cookie: int, available: int) -> bool:
-        """Begin whatever is no plain reply. Returns False when more of it must be received first."""
+    def _slow_path(self, magic: int, word: int, cookie: int, available: int) -> bool:
+        """Begin a reply that is not plain, or not there in whole. Returns False when more of it must be received first."""
         if magic != SIMPLE_REPLY_MAGIC or self._extended:
             return self._chunk(magic, word, cookie, available)
         command = self._in_flight.get(cookie)

@@ -1,6 +1,6 @@
-"""Runs of replies: what ends one, and that whatever comes in the middle of one is dealt with as it is by itself.
+"""Bursts of replies: what ends one, and that whatever comes in the middle of one is dealt with as it is by itself.
 
-Bytes that come one at a time never make a run, so `everywhere` compares with and without.
+Bytes that come one at a time never make a burst, so `everywhere` compares with and without.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.protocol.harness import MODES, broken_off, chunk, connected, data_chu
 
 COUNT = 40
 MANY = 3 * SHORTEST
-#: Where in the answers the odd one is: before there is a run, first in one, in its middle, last.
+#: Where in the answers the odd one is: before there is a burst, first in one, in its middle, last.
 PLACES = (0, 1, 2, 3, MANY // 2, MANY - 1)
 
 all_modes = pytest.mark.parametrize("mode", MODES)
@@ -63,7 +63,7 @@ def reads(mode, place, *, odd=None, answer=good, change=None):
     return everywhere(build, most=60)
 
 
-# ---------------------------------------------------------------------------------------------- in the middle of a run
+# ---------------------------------------------------------------------------------------------- in the middle of a burst
 
 
 @all_modes
@@ -91,7 +91,7 @@ def test_read_of_another_size_among_reads_alike_gets_its_own_data(mode, place, c
 
 @all_modes
 @places
-def test_memory_that_a_caller_brought_is_filled_in_the_middle_of_a_run(mode, place):
+def test_memory_that_a_caller_brought_is_filled_in_the_middle_of_a_burst(mode, place):
     def odd(client):
         return commands.read(client.engine.limits, COUNT, 77, target=memoryview(bytearray(COUNT)))
 
@@ -102,7 +102,7 @@ def test_memory_that_a_caller_brought_is_filled_in_the_middle_of_a_run(mode, pla
 
 @all_modes
 @places
-def test_callback_is_called_in_the_middle_of_a_run(mode, place):
+def test_callback_is_called_in_the_middle_of_a_burst(mode, place):
     told = []
 
     def odd(client):
@@ -116,7 +116,7 @@ def test_callback_is_called_in_the_middle_of_a_run(mode, place):
 
 @all_modes
 @places
-def test_answer_to_a_read_given_up_is_thrown_away_in_the_middle_of_a_run(mode, place):
+def test_answer_to_a_read_given_up_is_thrown_away_in_the_middle_of_a_burst(mode, place):
     error = DeadlineExceeded(errno.ETIMEDOUT, "too late")
     client = reads(mode, place, change=lambda client, command: client.engine.abandon(command, error))
     check_others(client, place)
@@ -144,7 +144,7 @@ def test_write_among_reads_and_read_among_writes_are_not_mistaken(mode, place):
 
 @chunked
 @places
-def test_answer_in_pieces_in_the_middle_of_a_run_is_put_together(mode, place):
+def test_answer_in_pieces_in_the_middle_of_a_burst_is_put_together(mode, place):
     def answer(mode, command):
         data = content(command)
         first = data_chunk(mode, command, command.offset, data[:10])
@@ -155,7 +155,7 @@ def test_answer_in_pieces_in_the_middle_of_a_run_is_put_together(mode, place):
 
 @chunked
 @places
-def test_whole_read_without_its_end_in_the_middle_of_a_run_waits_for_it(mode, place):
+def test_whole_read_without_its_end_in_the_middle_of_a_burst_waits_for_it(mode, place):
     def answer(mode, command):
         return data_chunk(mode, command, command.offset, content(command)) + none(mode, command)
 
@@ -190,7 +190,7 @@ def test_data_for_a_write_among_reads_alike_fail_it(mode, place):
 
 @chunked
 @places
-def test_data_that_came_before_already_fail_that_read_in_the_middle_of_a_run(mode, place):
+def test_data_that_came_before_already_fail_that_read_in_the_middle_of_a_burst(mode, place):
     def build():
         client = connected(mode)
         for number in range(MANY):
@@ -207,7 +207,7 @@ def test_data_that_came_before_already_fail_that_read_in_the_middle_of_a_run(mod
 
 @chunked
 @places
-def test_data_elsewhere_in_the_middle_of_a_run_end_the_connection_after_those_before(mode, place):
+def test_data_elsewhere_in_the_middle_of_a_burst_end_the_connection_after_those_before(mode, place):
     client = reads(mode, place, answer=lambda mode, one: data_chunk(mode, one, one.offset + 1, content(one), done=True))
     assert isinstance(client.engine.error, ProtocolViolation)
     for number, command in enumerate(client.commands):
@@ -216,7 +216,7 @@ def test_data_elsewhere_in_the_middle_of_a_run_end_the_connection_after_those_be
 
 
 @places
-def test_extended_answer_for_another_offset_in_the_middle_of_a_run_fails_that_read(place):
+def test_extended_answer_for_another_offset_in_the_middle_of_a_burst_fails_that_read(place):
     def answer(_, command):
         data = struct.pack(">Q", command.offset) + content(command)
         return (
@@ -233,7 +233,7 @@ def test_extended_answer_for_another_offset_in_the_middle_of_a_run_fails_that_re
 
 @chunked
 @places
-def test_chunk_for_nobody_in_the_middle_of_a_run_is_skipped(mode, place):
+def test_chunk_for_nobody_in_the_middle_of_a_burst_is_skipped(mode, place):
     def answer(mode, command):
         return data_chunk(mode, 4711, 0, content(command), done=True) + good(mode, command)
 
@@ -241,7 +241,7 @@ def test_chunk_for_nobody_in_the_middle_of_a_run_is_skipped(mode, place):
 
 
 @places
-def test_simple_answer_for_nobody_in_the_middle_of_a_run_ends_the_connection_after_those_before(place):
+def test_simple_answer_for_nobody_in_the_middle_of_a_burst_ends_the_connection_after_those_before(place):
     client = reads("simple", place, answer=lambda _, command: simple(4711, data=content(command)))
     assert isinstance(client.engine.error, ProtocolViolation)
     assert [command.error is None for command in client.commands] == [number < place for number in range(MANY)]
@@ -306,7 +306,7 @@ def test_odd_answer_among_acknowledgements_in_chunks_is_that_writes_own(mode, pl
 
 
 @chunked
-def test_empty_chunk_that_is_no_end_is_left_by_a_run_of_acknowledgements(mode):
+def test_empty_chunk_that_is_no_end_is_left_by_a_burst_of_acknowledgements(mode):
     for kind, done in ((Chunk.NONE, False), (Chunk.ERROR, True)):
         waiting, completed = in_flight(1, 2, kind=CommandType.WRITE), []
         answers = none(mode, waiting[1]) + chunk(mode, waiting[2], kind, done=done)
@@ -332,7 +332,7 @@ def test_end_without_data_among_acknowledgements_fails_the_read(mode, place):
     assert client.commands[place].error.errno == errno.EPROTO
 
 
-# ---------------------------------------------------------------------------------------------- a run by itself
+# ---------------------------------------------------------------------------------------------- a burst by itself
 
 
 def in_flight(*numbers, kind=CommandType.READ):
@@ -353,7 +353,7 @@ def take(mode, waiting, replies):
 
 
 @all_modes
-def test_run_takes_plain_answers_in_any_order_and_leaves_the_first_that_is_not(mode):
+def test_burst_takes_plain_answers_in_any_order_and_leaves_the_first_that_is_not(mode):
     waiting = in_flight(1, 2, 3, 4)
     waiting[3].on_chunk = print
     replies = b"".join(good(mode, waiting[number]) for number in (4, 1, 3, 2))

@@ -1,4 +1,4 @@
-"""Runs of replies change nothing but the speed: random answers, good and broken, end alike with runs and without, however cut.
+"""Bursts of replies change nothing but the speed: random answers, good and broken, end alike with and without, however cut.
 
 The examples are the same in every run; `NBDCORE_EXAMPLES` searches further.
 """
@@ -50,7 +50,7 @@ class Raised(Exception):
 
 @st.composite
 def plans(draw):
-    """What is asked and how each is answered: alike in groups, so that runs come about, and now and then something odd."""
+    """What is asked and how each is answered: alike in groups, so that bursts come about, and now and then something odd."""
     mode = draw(st.sampled_from(MODES))
     plan = []
     for _ in range(draw(st.integers(1, 4))):
@@ -243,9 +243,9 @@ def ways(script, chance):
     yield [script[at : at + size] for at in range(0, len(script), size)]
 
 
-def outcomes(mode, plan, pieces, *, runs):
+def outcomes(mode, plan, pieces, *, bursts):
     with pytest.MonkeyPatch.context() as patch:
-        if not runs:
+        if not bursts:
             patch.setattr(replies, "SHORTEST", 1 << 60)
         conversation = Conversation(mode, plan)
         for piece in pieces:
@@ -264,14 +264,14 @@ def answers(mode, plan, chance, mixed):
 
 @searching
 @given(plans())
-def test_answers_end_alike_with_runs_and_without_however_they_are_cut(case):
+def test_answers_end_alike_with_bursts_and_without_however_they_are_cut(case):
     mode, plan, seed, mixed = case
     chance = random.Random(seed)
     script = answers(mode, plan, chance, mixed)
     first = None
     for pieces in ways(script, chance):
-        *fast, raised_fast, conversation = outcomes(mode, plan, pieces, runs=True)
-        *slow, raised_slow, _ = outcomes(mode, plan, pieces, runs=False)
+        *fast, raised_fast, conversation = outcomes(mode, plan, pieces, bursts=True)
+        *slow, raised_slow, _ = outcomes(mode, plan, pieces, bursts=False)
         assert fast == slow
         assert raised_fast == raised_slow
         first = first or fast
