@@ -17,6 +17,7 @@ from nbdcore.testing.scripted import (
     answer,
     data,
     error,
+    goodbye,
     greeting,
     hang_up,
     hole,
@@ -78,7 +79,7 @@ def test_completion_that_returns_minus_1_without_an_error_changes_nothing(connec
     assert connected.aio_command_completed(cookie) is True
 
 
-@pytest.mark.parametrize("exception", [RuntimeError, AssertionError])
+@pytest.mark.parametrize("exception", [RuntimeError, AssertionError, FileNotFoundError, ConnectionResetError, TimeoutError])
 def test_callback_that_raises_is_reported_and_breaks_nothing(exception, connected, capsys):
     def completion(_error) -> int:
         raise exception("in the callback")
@@ -384,4 +385,41 @@ def test_server_without_structured_replies_answers_a_structured_read_in_one_piec
         handle, seen = connect(handles, server), []
         handle.pread_structured(512, 0, lambda *report: seen.append((bytes(report[0]), *report[1:3])))
         assert seen == [(b"a" * 512, 0, nbd.READ_DATA)]
+        handle.close()
+
+
+@pytest.mark.parametrize("exception", [RuntimeError, FileNotFoundError, ConnectionResetError, TimeoutError])
+def test_callback_in_the_middle_that_raises_fails_its_command_alone(exception, connected, capsys):
+    def callback(*_arguments):
+        raise exception("in the callback")
+
+    calls = {
+        "pread_structured": lambda: connected.pread_structured(512, 0, callback),
+        "block_status": lambda: connected.block_status(512, 0, callback),
+        "block_status_64": lambda: connected.block_status_64(512, 0, callback),
+    }
+    for name, call in calls.items():
+        with pytest.raises(nbd.Error, match=f"nbd_{name}: .*: command failed") as caught:
+            call()
+        assert caught.value.errnum == errno.EPROTO
+        assert "in the callback" in capsys.readouterr().err
+    assert connected.pread(1, 0) == bytearray(1)
+
+
+def test_server_that_shuts_down_answers_what_is_under_way_and_is_told_goodbye(handles):
+    def both(connection):
+        first, second = connection.receive_request(), connection.receive_request()
+        connection.send(error(errno.ESHUTDOWN)(first))
+        connection.send(data(b"a" * 512)(second))
+
+    with ScriptedServer(script(both, goodbye)) as server:
+        handle, completed = connect(handles, server), []
+        for offset in (0, 512):
+            handle.aio_pread(bytearray(512), offset, lambda error: completed.append(error.value) or 1)
+        while len(completed) < 2:
+            handle.poll(10_000)
+        assert completed == [errno.ESHUTDOWN, 0]
+        for call in (lambda: handle.aio_pread(bytearray(512), 0), lambda: handle.pread(512, 0)):
+            with pytest.raises(nbd.Error, match="invalid state"):
+                call()
         handle.close()

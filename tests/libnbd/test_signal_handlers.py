@@ -43,19 +43,22 @@ def alarm_after(seconds, handler):
 
 
 def read_one_by_one(handle):
-    until = time.monotonic() + PATIENCE
-    while time.monotonic() < until:
+    for _ in range(16):
         handle.pread(4096, 0)
 
 
 def start_many(handle):
-    until = time.monotonic() + PATIENCE
     buffer = nbd.Buffer(4096)
-    while time.monotonic() < until:
-        for _ in range(16):
-            handle.aio_pread(buffer, 0, lambda _: 1)
-        while handle.aio_in_flight():
-            handle.poll(-1)
+    for _ in range(16):
+        handle.aio_pread(buffer, 0, lambda _: 1)
+    while handle.aio_in_flight():
+        handle.poll(-1)
+
+
+def keep_on(work, handle, until=lambda: False):
+    end = time.monotonic() + PATIENCE
+    while not until() and time.monotonic() < end:
+        work(handle)
 
 
 @pytest.mark.parametrize("work", [read_one_by_one, start_many])
@@ -64,7 +67,7 @@ def test_close_in_a_handler_ends_the_interrupted_call(work, handles, server):
         handle = handles()
         handle.connect_tcp("127.0.0.1", server)
         with alarm_after(0.001 + number / 20_000, handle.close), pytest.raises((nbd.Error, nbd.ClosedHandle)):
-            work(handle)
+            keep_on(work, handle)
         with pytest.raises(nbd.ClosedHandle):
             handle.pread(512, 0)
         with pytest.raises(nbd.ClosedHandle):
@@ -77,7 +80,7 @@ def test_shutdown_in_a_handler_ends_the_interrupted_call(work, handles, server):
         handle = handles()
         handle.connect_tcp("127.0.0.1", server)
         with alarm_after(0.001 + number / 20_000, handle.shutdown), pytest.raises(nbd.Error):
-            work(handle)
+            keep_on(work, handle)
         assert handle.aio_is_dead() or handle.aio_is_closed()
         handle.close()
 
@@ -166,3 +169,27 @@ def test_close_in_a_completion_takes_effect_when_the_call_ends(handles, server):
     assert len(told) == 3
     with pytest.raises(nbd.ClosedHandle):
         handle.poll(-1)
+
+
+class AlarmError(TimeoutError):
+    """What many programs raise in a handler of SIGALRM: an OSError, like those of a socket."""
+
+
+def alarmed():
+    raise AlarmError("the program's own")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("work", [read_one_by_one, start_many])
+def test_what_a_handler_raises_comes_out_as_it_is(work, handles, server, monkeypatch):
+    in_callbacks = []
+    monkeypatch.setattr("sys.excepthook", lambda *raised: in_callbacks.append(raised[1]))
+    for number in range(ROUNDS):
+        handle = handles()
+        handle.connect_tcp("127.0.0.1", server)
+        try:
+            with alarm_after(0.001 + number / 20_000, alarmed):
+                keep_on(work, handle, lambda: in_callbacks)
+        except AlarmError:
+            continue
+        assert isinstance(in_callbacks.pop(), AlarmError), "what is raised in the middle of a callback is the callback's"

@@ -1,0 +1,160 @@
+"""A fork copies a handle into a child: whatever the child does with its copy, it ends, and the parent's connection goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+import nbdcore.libnbd as nbd
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+PATIENCE = 20
+CHILDREN = 10
+SERVER = """
+import os, select, socket
+from nbdcore.server import MemoryDisk, Server
+from nbdcore.streams.sockets import SocketStream
+with Server(MemoryDisk(1 << 20)) as server:
+    server.serve_stream(SocketStream(socket.socket(fileno=os.dup(0)), peer="parent"))
+    hung_up = select.poll()
+    hung_up.register(0, getattr(select, "POLLRDHUP", select.POLLHUP))
+    hung_up.poll()
+"""
+
+
+def status_of_child(work):
+    """Fork, let the child work, and return its exit status: 0, 1 where it raised, 14 where it hung."""
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(5)
+        status = 1
+        with contextlib.suppress(BaseException):
+            work()
+            status = 0
+        os._exit(status)
+    return os.waitpid(pid, 0)[1]
+
+
+def drop(handle):
+    handle.__del__()
+
+
+def close(handle):
+    handle.close()
+    with pytest.raises(nbd.ClosedHandle):
+        handle.close()
+
+
+@contextlib.contextmanager
+def busy(handle):
+    """Keep another thread in calls on the handle; ends when the block does."""
+    stop = threading.Event()
+    rounds = []
+
+    def work():
+        while not stop.is_set():
+            rounds.append(len(handle.pread(4096, 0)))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    until = time.monotonic() + PATIENCE
+    while not rounds and time.monotonic() < until:
+        time.sleep(0.001)
+    try:
+        yield rounds
+    finally:
+        stop.set()
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "the parent's thread hangs"
+
+
+@pytest.mark.parametrize("leave", [close, drop])
+def test_child_that_leaves_its_copy_ends_while_the_parent_is_busy(leave, connected):
+    with busy(connected) as rounds:
+        statuses = [status_of_child(lambda: leave(connected)) for _ in range(CHILDREN)]
+    assert statuses == [0] * CHILDREN
+    assert set(rounds) == {4096}
+    assert len(connected.pread(512, 0)) == 512
+
+
+@pytest.mark.parametrize("leave", [close, drop])
+def test_child_that_leaves_its_copy_ends_while_the_parent_waits_for_ever(leave, handles, server):
+    handle = handles()
+    handle.set_opt_mode(True)
+    handle.connect_tcp("127.0.0.1", server)
+    taken, release = threading.Event(), threading.Event()
+
+    def hold():
+        with handle._lock:
+            taken.set()
+            release.wait(PATIENCE)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert taken.wait(PATIENCE)
+    try:
+        assert status_of_child(lambda: leave(handle)) == 0
+    finally:
+        release.set()
+        thread.join(PATIENCE)
+    handle.opt_go()  # no goodbye was said
+    assert len(handle.pread(512, 0)) == 512
+
+
+@pytest.mark.parametrize("leave", [close, drop])
+def test_child_that_leaves_its_copy_completes_nothing(leave, connected):
+    near, far = os.pipe()
+    connected.aio_pread(nbd.Buffer(512), 0, lambda error: os.write(far, b"%d " % error.value))
+    connected.add_close_callback(lambda: os.write(far, b"closing "))
+    assert status_of_child(lambda: leave(connected)) == 0
+    while connected.aio_in_flight():
+        connected.poll(-1)
+    os.close(far)
+    with os.fdopen(near, "rb") as told:
+        assert told.read() == b"0 "
+
+
+def test_child_that_leaves_its_copy_frees_the_descriptor(connected):
+    fd = connected.aio_get_fd()
+
+    def child():
+        connected.close()
+        with contextlib.suppress(OSError):
+            os.fstat(fd)
+            raise AssertionError("the copy's descriptor is still open")
+
+    assert status_of_child(child) == 0
+
+
+@pytest.mark.parametrize("leave", [close, drop])
+def test_child_that_leaves_its_copy_neither_ends_nor_waits_for_the_parents_server(leave, handles):
+    handle = handles()
+    handle.connect_command([sys.executable, "-c", SERVER])
+    with busy(handle):
+        assert status_of_child(lambda: leave(handle)) == 0
+    os.kill(handle.get_subprocess_pid(), 0)
+    assert len(handle.pread(512, 0)) == 512
+
+
+def test_child_connects_a_handle_that_its_parent_has_made(handles, server):
+    handle = handles()
+
+    def child():
+        handle.connect_tcp("127.0.0.1", server)
+        assert len(handle.pread(512, 0)) == 512
+        handle.close()
+
+    assert status_of_child(child) == 0
+    assert handle.aio_is_created()
+
+
+def test_child_uses_the_connection_in_place_of_its_parent(connected):
+    assert status_of_child(lambda: connected.pread(512, 0)) == 0
