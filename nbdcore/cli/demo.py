@@ -44,12 +44,12 @@ def demo() -> None:
 
     Takes a few seconds, needs nothing, and leaves nothing behind. The exit status is 0 if all that could be tried was right.
     """
-    paragraph(
-        f"For each transport, which is a way to reach a server, nbdcore serves a disk of {SIZE >> 20} MiB in memory, connects "
-        "to it as a client, writes, reads back and compares, and asks which parts (extents) of the disk hold data."
-    )
-    say("")
     with tempfile.TemporaryDirectory(prefix="nbdcore-demo-") as folder:
+        paragraph(
+            f"For each transport, which is a way to reach a server, nbdcore serves a disk of {SIZE >> 20} MiB in memory, connects "
+            "to it as a client, writes, reads back and compares, and asks which parts (extents) of the disk hold data."
+        )
+        say("")
         outcomes = _try_all(Path(folder))
     tried = [outcome for outcome in outcomes if not outcome.reason]
     if tried:

@@ -247,8 +247,7 @@ def test_clients_that_have_spoken_give_way_after_those_that_have_not():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of descriptors that holds for this process")
 def test_without_descriptors_the_silent_give_way_and_the_listener_lives(caplog):
-    import resource
-
+    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with Server(MemoryDisk(MEBIBYTE)) as server, contextlib.ExitStack() as stack:
         where = server.listen("tcp", host="127.0.0.1", port=0).address
