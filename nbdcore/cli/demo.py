@@ -46,8 +46,8 @@ def demo() -> None:
     """
     with tempfile.TemporaryDirectory(prefix="nbdcore-demo-") as folder:
         paragraph(
-            f"For each transport, which is a way to reach a server, nbdcore serves a disk of {SIZE >> 20} MiB in memory, connects "
-            "to it as a client, writes, reads back and compares, and asks which parts (extents) of the disk hold data."
+            f"For each transport, which is a way to reach a server, nbdcore serves a disk of {SIZE >> 20} MiB in memory, "
+            "connects to it as a client, writes, reads back and compares, and asks which parts (extents) of the disk hold data."
         )
         say("")
         outcomes = _try_all(Path(folder))
