@@ -49,13 +49,13 @@ class TCPAddress:
     Attributes:
         host: name, or IPv4 or IPv6 address without brackets.
         port: 1 to 65535; 0 lets the kernel choose where it is listened on.
-        keepalive: have the kernel probe an idle connection, so that a dead peer is noticed. Not part of the URI. A server's
-            clients are probed always.
+        keepalive: have the kernel probe an idle connection, so that a dead peer is noticed. Not part of the URI. None: a server's
+            clients are probed, other connections are not.
     """
 
     host: str = DEFAULT_HOST
     port: int = DEFAULT_PORT
-    keepalive: bool = False
+    keepalive: bool | None = None
 
     def __post_init__(self) -> None:
         _check_host(self.host)
@@ -99,7 +99,7 @@ class TCPTransport(Transport):
             raise UsageError(errno.EINVAL, f"port 0 can be listened on, but not connected to (asked for {address})")
         found = yield from _look_up(address, f"connect to {address}")
         sock = yield from first_of([_connect(address, one) for one in _by_turns(found)])
-        return _stream(sock, str(address), keepalive=address.keepalive)
+        return _stream(sock, str(address), keepalive=bool(address.keepalive))
 
     def listen(self, address: TCPAddress) -> Listener:
         """Listen on the first of the host's addresses: "0.0.0.0" and "::" stand for all of this machine's."""
@@ -114,17 +114,21 @@ class TCPTransport(Transport):
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 sock.bind(name)
                 sock.listen()
-                return _TCPListener(sock, replace(address, port=sock.getsockname()[1]))
+                return _TCPListener(sock, replace(address, port=sock.getsockname()[1]), keepalive=address.keepalive is not False)
             except BaseException:
                 sock.close()
                 raise
 
 
 class _TCPListener(SocketListener):
-    def stream(self, sock: socket.socket, name: Any) -> Stream:
+    def __init__(self, sock: socket.socket, address: TCPAddress, *, keepalive: bool) -> None:
+        super().__init__(sock, address)
         # A client whose machine died says nothing, and would keep its place in a server for ever.
-        stream = _stream(sock, f"TCP client {name[0]} port {name[1]}", keepalive=True)
-        for option, seconds in _PROBES:
+        self._keepalive = keepalive
+
+    def stream(self, sock: socket.socket, name: Any) -> Stream:
+        stream = _stream(sock, f"TCP client {name[0]} port {name[1]}", keepalive=self._keepalive)
+        for option, seconds in _PROBES if self._keepalive else ():
             sock.setsockopt(socket.IPPROTO_TCP, option, seconds)
         return stream
 

@@ -31,6 +31,8 @@ from nbdcore.streams.base import Listener
 __all__ = ["serve"]
 
 _LOOPBACK = "127.0.0.1"
+# What a place of TCP has as its transport: the name of it, or the scheme of its URI.
+_TCP = frozenset({"tcp", "nbd"})
 # Addresses that only a listener can have, and what a client puts in their place: "every address" of TCP, every CID of vsock
 # (VMADDR_CID_ANY), for which a virtual machine says 2, its host.
 _INSTEAD = {"0.0.0.0": _LOOPBACK, "::": "::1", str(2**32 - 1): "2"}
@@ -49,9 +51,10 @@ class Place:
     parts: dict[str, Any]
     uri: str = ""
 
-    def listen(self, server: Server) -> Listener:
-        """Start listening."""
-        return server.listen_uri(self.uri) if self.uri else server.listen(self.transport, **self.parts)
+    def listen(self, server: Server, *, keepalive: bool = True) -> Listener:
+        """Start listening. Without `keepalive` clients of TCP are not probed."""
+        more = {"keepalive": False} if not keepalive and self.transport in _TCP else {}
+        return server.listen_uri(self.uri, **more) if self.uri else server.listen(self.transport, **self.parts, **more)
 
 
 def _tcp(text: str) -> Place:
@@ -168,6 +171,11 @@ def _encryption(certificates: str | None, psk: str | None, *, verify_clients: bo
     "--max-clients", type=click.IntRange(min=1), default=128, show_default=True, metavar="N", help="Refuse more at the same time."
 )
 @click.option(
+    "--keepalive/--no-keepalive",
+    default=True,
+    help="Have the system ask silent TCP clients whether they are still there, and give up those that are not (the default), or not.",
+)
+@click.option(
     "--memory-budget",
     type=parsed,
     default="128M",
@@ -191,6 +199,7 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
     tls_psk: str | None,
     tls: str | None,
     max_clients: int,
+    keepalive: bool,
     memory_budget: int,
 ) -> None:
     """Serve FILE, or memory, as a disk over NBD, until Ctrl-C.
@@ -222,7 +231,7 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
             memory_budget=memory_budget,
         )
         stack.callback(server.stop)
-        listeners = [place.listen(server) for place in places]
+        listeners = [place.listen(server, keepalive=keepalive) for place in places]
         server.start()
         if encryption.admits_anybody:
             _warn_of_strangers(listeners, read_only=read_only)

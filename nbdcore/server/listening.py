@@ -116,10 +116,13 @@ class Server:
         chosen = registry.get(transport)
         return self._listen(chosen, chosen.listening_address(**address))
 
-    def listen_uri(self, uri: str) -> Listener:
+    def listen_uri(self, uri: str, **more: Any) -> Listener:
         """Listen at the address that an NBD URI names, on the transport of its scheme; what export it names does not matter.
 
-        Returns and raises what `listen` does; UsageError also for a URI that demands TLS of a server that does not require it.
+        `more` are parts of the address that no URI can say, as `listen` takes them: `keepalive=False` for TCP.
+
+        Returns and raises what `listen` does; UsageError also for a URI that demands TLS of a server that does not require it,
+        and for parts that the transport does not have.
         """
         from nbdcore.plugins.registry import registry
 
@@ -129,7 +132,12 @@ class Server:
                 errno.EINVAL, f"{where.scheme} demands TLS, which this server does not require; use {where.transport_scheme}"
             )
         chosen = registry.for_uri(where)
-        return self._listen(chosen, chosen.parse(where))
+        address: Any = chosen.parse(where)  # a dataclass, which a protocol cannot say
+        try:
+            address = replace(address, **more)
+        except TypeError as problem:
+            raise UsageError(errno.EINVAL, f"{address} has no part called {', '.join(more)}") from problem
+        return self._listen(chosen, address)
 
     def uri(self, listener: Listener, export: str = "") -> str:
         """Return the URI that leads clients to an export: `listener.address.uri(export)`, demanding TLS where there is TLS."""

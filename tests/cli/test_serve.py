@@ -447,3 +447,14 @@ def test_standard_descriptors_that_were_closed_go_to_no_disk_and_no_socket(disk,
             assert {Path(f"/proc/{process.pid}/fd/{number}").readlink() for number in range(3)} == {Path(os.devnull)}
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize("place", [("--tcp", "0"), ("--listen", "nbd://127.0.0.1:0")])
+def test_without_keepalive_clients_are_served_all_the_same(place):
+    with serving("--memory", "1M", *place, "--no-keepalive") as server:
+        assert size_at(server.uri) == MEBIBYTE
+
+
+def test_without_keepalive_other_transports_are_as_always(socket_path):
+    with serving("--memory", "1M", "--unix", socket_path, "--no-keepalive") as server:
+        assert size_at(server.uri) == MEBIBYTE

@@ -127,6 +127,14 @@ def test_a_uri_says_where_to_listen():
             server.listen_uri("nbds://127.0.0.1")
 
 
+def test_a_uri_and_what_it_cannot_say():
+    with Server(MemoryDisk(MEBIBYTE)) as server:
+        assert server.listen_uri("nbd://127.0.0.1:0").address.keepalive is None
+        assert server.listen_uri("nbd://127.0.0.1:0", keepalive=False).address.keepalive is False
+        with pytest.raises(UsageError, match="has no part called colour"):
+            server.listen_uri("nbd://127.0.0.1:0", colour="red")
+
+
 def test_listening_on_what_is_not_there_is_an_error():
     with Server(MemoryDisk(1)) as server:
         with pytest.raises(TransportUnavailable):

@@ -122,7 +122,7 @@ def test_uri_that_fits_no_address_is_refused(text):
 
 
 def test_parts_have_defaults():
-    assert TCP.address() == TCPAddress("localhost", 10809, keepalive=False)
+    assert TCP.address() == TCPAddress("localhost", 10809, keepalive=None)
     assert TCP.listening_address(port=1) == TCP.address(port=1)
 
 
@@ -308,11 +308,11 @@ def test_deadline_covers_a_name_server_that_does_not_answer(monkeypatch, eventua
 # --- options ---
 
 
-@pytest.mark.parametrize("keepalive", [False, True])
-def test_options_are_set_on_both_ends(keepalive):
+@pytest.mark.parametrize(("keepalive", "asks", "answers"), [(None, False, True), (False, False, False), (True, True, True)])
+def test_options_are_set_on_both_ends(keepalive, asks, answers):
     listener = TCP.listen(TCP.address(port=0, keepalive=keepalive))
     client, server = connect(listener.address), accept(listener)
-    for stream, probed in ((client, keepalive), (server, True)):
+    for stream, probed in ((client, asks), (server, answers)):
         sock = stream._sock
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)) is probed
