@@ -22,7 +22,12 @@ class Buffer:
     """A buffer of `len` bytes, zero until a command has read into it.
 
     It is no bytes-like object itself: `to_buffer` gives one that shares its memory, `to_bytearray` a copy.
+
+    As in libnbd's own, the attribute `_init` is True once the memory was given to somebody, and is missing before: programs ask
+    it whether the buffer holds anything.
     """
+
+    _init: bool
 
     def __init__(self, len: int) -> None:  # noqa: A002 (libnbd's name)
         if len < 0:
@@ -31,7 +36,7 @@ class Buffer:
             self._memory: Any = bytearray(len)
         except (MemoryError, OverflowError) as exc:
             raise MemoryError(errno.ENOMEM, f"no memory for a buffer of {len} bytes") from exc
-        self._fresh = True  # zero, for certain: nothing has been read into it, and nobody else has its memory
+        self._fresh = True  # zero, for certain: nobody else has had its memory
 
     @classmethod
     def from_bytearray(cls, ba: Any) -> Buffer:
@@ -43,8 +48,12 @@ class Buffer:
         """Return a buffer that shares the memory of a bytes-like object. Raises TypeError for anything else."""
         buffer = cls.__new__(cls)
         flat(buf)  # raises for what is no buffer; a view is held only while a command needs one, so that a bytearray can grow
-        buffer._memory, buffer._fresh = buf, False  # noqa: SLF001 (its own class's)
+        buffer._memory = buf  # noqa: SLF001 (its own class's)
+        buffer._give()  # noqa: SLF001
         return buffer
+
+    def _give(self) -> None:
+        self._fresh, self._init = False, True
 
     def to_bytearray(self) -> bytearray:
         """Return a copy of the contents."""
@@ -52,7 +61,7 @@ class Buffer:
 
     def to_buffer(self) -> Any:
         """Return the object whose memory this is, shared: the very object given to `from_buffer`, else a bytearray."""
-        self._fresh = False
+        self._give()
         return self._memory
 
     def size(self) -> int:
@@ -81,7 +90,7 @@ class Buffer:
 
     def __setitem__(self, key: SupportsIndex | slice, value: Any) -> None:
         """Set one byte, or as many as the slice has."""
-        self._fresh = False
+        self._give()
         flat(self._memory)[key] = value
 
     def is_zero(self, offset: int = 0, size: int = -1) -> bool:
@@ -104,12 +113,13 @@ class Buffer:
 
     def readable(self) -> memoryview:
         """Return the bytes to write."""
+        self._give()
         return flat(self._memory)
 
     def writable(self, *, clear: bool) -> memoryview:
         """Return the memory to read into. Raises BufferError where it is read-only, as that of bytes is."""
         if self._fresh:
-            self._fresh = False
+            self._fresh, self._init = False, True  # not by a call: a program may read each block into a new buffer
             return memoryview(self._memory)
         view = flat(self._memory)
         if view.readonly:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import gc
 import socket
@@ -397,3 +398,29 @@ def test_nbd_port_that_is_no_port_is_refused(handles, port):
     with pytest.raises(nbd.Error) as caught:
         handles().connect_uri(f"nbd://127.0.0.1:1/?nbd-port={port}")
     assert caught.value.errnum == errno.EINVAL
+
+
+@pytest.mark.parametrize(
+    ("use", "there"),
+    [
+        (lambda h, b: h.aio_pread(b, 0), True),
+        (lambda h, b: h.aio_pread_structured(b, 0, lambda *_: 0), True),
+        (lambda h, b: h.aio_pwrite(b, 0), True),
+        (lambda h, b: h.aio_pread(b, 1 << 40), True),
+        (lambda _, b: b.to_buffer(), True),
+        (lambda _, b: b.__setitem__(0, 1), True),
+        (lambda _, b: (b.to_bytearray(), b.is_zero(), b.size(), len(b), b[0], bytes(b)), False),
+    ],
+)
+def test_buffer_has_init_once_its_memory_was_given_to_somebody(use, there, connected):
+    """Programs look at this attribute, private though it is, to know whether a buffer holds anything."""
+    buffer = nbd.Buffer(512)
+    assert not hasattr(buffer, "_init")
+    with contextlib.suppress(nbd.Error, TypeError):
+        use(connected, buffer)
+    assert getattr(buffer, "_init", False) is there
+
+
+@pytest.mark.parametrize("make", [nbd.Buffer.from_buffer, nbd.Buffer.from_bytearray])
+def test_buffer_of_a_programs_own_bytes_has_init(make):
+    assert make(bytearray(4))._init is True
