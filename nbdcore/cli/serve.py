@@ -173,7 +173,7 @@ def _encryption(certificates: str | None, psk: str | None, *, verify_clients: bo
 @click.option(
     "--keepalive/--no-keepalive",
     default=True,
-    help="Have the system ask silent TCP clients whether they are still there, and give up those that are not (the default), or not.",
+    help="Have the system ask silent TCP clients whether they are still there, and give up those that are not, or not.",
 )
 @click.option(
     "--memory-budget",
