@@ -46,7 +46,7 @@ class ReceiveBuffer:
         self._awaited = awaited
         self.large: int = 0
         self.scratch: bytearray = _NONE
-        self.view = memoryview(_NONE)
+        self.view: memoryview = memoryview(_NONE)
         self.start: int = 0
         self.end: int = 0
         self.finish: Callable[[], None] | None = None
