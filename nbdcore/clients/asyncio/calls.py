@@ -93,7 +93,11 @@ class AsyncCalls(AsyncConnectMethods[Connected]):
             data = command.data
             return command.result() if data is None else data
         memory = requests.memory_for(limits, count, offset)
-        await self.pread_into(memory.view(), offset, timeout=timeout)
+        view = memory.view()
+        try:
+            await self.pread_into(view, offset, timeout=timeout)
+        finally:
+            view.release()  # an error's traceback may keep it, in a circle with the memory
         return memory.take()
 
     async def pread_into(self, buffer: Buffer, offset: int, *, df: bool = False, timeout: float | None = None) -> int:

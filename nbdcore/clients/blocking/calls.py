@@ -85,7 +85,11 @@ class BlockingCalls(ManyCalls, BlockingConnectMethods[Connected]):
             self._run(command, timeout)
             return command.result()
         memory = requests.memory_for(limits, count, offset)
-        self.pread_into(memory.view(), offset, timeout=timeout)
+        view = memory.view()
+        try:
+            self.pread_into(view, offset, timeout=timeout)
+        finally:
+            view.release()  # an error's traceback may keep it, in a circle with the memory
         return memory.take()
 
     def pread_into(self, buffer: Buffer, offset: int, *, df: bool = False, timeout: float | None = None) -> int:
