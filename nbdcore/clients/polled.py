@@ -322,15 +322,6 @@ class PolledClient(ConnectMethods[None]):
 
     # ------------------------------------------------------------------------------------------ ending
 
-    def release(self) -> Session:
-        """Give the open connection to somebody else, who closes it; this client has none from here on."""
-        if self._session is None or self.phase is not Phase.CONNECTED:
-            raise UsageError(errno.EINVAL, f"there is no connection to give away while {self.phase.value}")
-        session, self._session = self._session, None
-        self._engine = self.engine = Engine(self._engine.settings)
-        self._engine.end("the connection was given to somebody else")
-        return session
-
     def close(self) -> None:
         """End the connection now; what is pending fails. Never raises, and may be called twice."""
         connecting, self._connecting = self._connecting, None
