@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 
 from nbdcore.errors import UsageError, printable
 from nbdcore.plugins.spec import Connecting, Listener, Transport, Waiting, hookimpl
-from nbdcore.streams.base import Stream
-from nbdcore.streams.connecting import Steps, connect_socket, first_of, in_thread
+from nbdcore.streams.base import Opening, Stream
+from nbdcore.streams.connecting import connect_socket, first_of, in_thread
 from nbdcore.streams.sockets import SocketListener, SocketStream, transport_errors
 from nbdcore.uri import DEFAULT_PORT, URI, format_uri
 
@@ -189,7 +189,7 @@ def _by_turns(found: _Found) -> list[_One]:
     return [one for pair in zip_longest(first, others) for one in pair if one is not None]
 
 
-def _connect(address: TCPAddress, one: _One) -> Steps[socket.socket]:
+def _connect(address: TCPAddress, one: _One) -> Opening[socket.socket]:
     family, kind, protocol, _, name = one
     what = str(address) if name[0] == address.host else f"{address} at {name[0]}"
     with transport_errors(f"connect to {what}"):

@@ -27,16 +27,16 @@ from nbdcore.protocol.handshake.negotiation import Conversation
 from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission import commands
 from nbdcore.protocol.transmission.commands import ALL_STRICT, Command
-from nbdcore.streams.base import AnyOf, Stream, Want, from_signal_handler
-from nbdcore.streams.connecting import in_thread
+from nbdcore.streams.base import AnyOf, Opening, Stream, Want, from_signal_handler
+from nbdcore.streams.connecting import in_thread, relay
 from nbdcore.streams.waiting import NEVER, Deadline, Watch, wait_any
 
 __all__ = ["Connecting", "PolledClient"]
 
 Result = TypeVar("Result")
 
-#: A connection being opened, as transports do it: yields what to wait for, returns the stream.
-Connecting = Generator[tuple[int, Want] | AnyOf, Collection[int] | None, Stream]
+#: A connection being opened, as transports do it.
+Connecting = Opening[Stream]
 
 _READ = Want.READ
 _CONNECTED = Phase.CONNECTED
@@ -115,7 +115,7 @@ class PolledClient(ConnectMethods[None]):
 
     def _begin(self, connecting: Connecting, start_tls: StartTLS | None) -> None:
         self._start_tls = start_tls
-        self._connecting = _one_by_one(connecting)
+        self._connecting = relay(connecting, _one_descriptor)
         self._step(self._connecting)
 
     def _step(self, connecting: _OneByOne) -> None:
@@ -350,29 +350,16 @@ def _at_once(steps: Steps[Result]) -> Result:
 _OneByOne = Generator[tuple[int, Want], None, Stream]
 
 
-def _one_by_one(connecting: Connecting) -> _OneByOne:
-    """Open a connection for a loop that asks for one descriptor, and keeps no time for us.
+def _one_descriptor(need: AnyOf) -> Generator[tuple[int, Want], None, Collection[int]]:
+    """Wait in a loop that asks for one descriptor, and keeps no time for us.
 
     Where any of several descriptors is waited for, or a time, a thread waits, and the loop waits for the thread.
     """
-    ready: Collection[int] | None = None
-    try:
-        while True:
-            try:
-                wanted = connecting.send(ready)
-            except StopIteration as end:
-                stream: Stream = end.value
-                return stream
-            if not isinstance(wanted, AnyOf):
-                yield wanted
-            elif wanted.seconds is None and len(wanted.waiting) == 1:
-                yield wanted.waiting[0]
-                ready = (wanted.waiting[0][0],)
-            else:
-                found = yield from in_thread(partial(wait_any, wanted.waiting, Deadline.after(wanted.seconds)))
-                ready = [fd for fd, _ in found]
-    finally:
-        connecting.close()
+    if need.seconds is None and len(need.waiting) == 1:
+        yield need.waiting[0]
+        return (need.waiting[0][0],)
+    found = yield from in_thread(partial(wait_any, need.waiting, Deadline.after(need.seconds)))
+    return [fd for fd, _ in found]
 
 
 def _move(session: Session, receives: int | None = None) -> None:

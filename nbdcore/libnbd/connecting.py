@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterable
 from typing import Any
 
-from nbdcore.clients.connect.target import Endpoint, endpoint_by_name
+from nbdcore.clients.connect.target import Endpoint, OpenStream, endpoint_by_name
 from nbdcore.clients.polled import Connecting, PolledClient
 from nbdcore.errors import Error as CoreError
 from nbdcore.errors import TransportError, UsageError
@@ -117,7 +117,7 @@ class ConnectCalls(Core):
         self._reach_socket(sock)
 
     def _reach_socket(self, sock: int) -> None:
-        self._begin(_opened(_adopted(arguments.c_int(sock, "sock"))), self._wishes)
+        self._begin(OpenStream(_adopted(arguments.c_int(sock, "sock"))).open(None), self._wishes)
 
     @call("1.0", CREATED)
     def connect_command(self, argv: list[str]) -> None:
@@ -147,7 +147,7 @@ class ConnectCalls(Core):
     def _reach_activated(self, argv: list[str]) -> None:
         command = _command(argv)
         name = self._wishes.socket_activation_name or "unknown"
-        self._begin(_activate(command, name), self._wishes)
+        self._begin(run_activated(command, name=name), self._wishes)
 
     # ------------------------------------------------------------------------------------------ what they share
 
@@ -246,19 +246,9 @@ def _noted(steps: Connecting, reached: Reached) -> Connecting:
     return stream
 
 
-def _opened(stream: Stream) -> Connecting:
-    """Connect by doing nothing: the stream is open."""
-    yield from ()
-    return stream
-
-
 def _run(command: list[str]) -> Connecting:
     yield from ()
     return run_command(command)
-
-
-def _activate(command: list[str], name: str) -> Connecting:
-    return (yield from run_activated(command, name=name))
 
 
 def _socket_options(wishes: Wishes) -> list[_Option]:

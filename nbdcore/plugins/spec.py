@@ -12,13 +12,13 @@ the transport can, a Listener.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Generator, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pluggy
 
 from nbdcore.errors import Error, TransportUnavailable, UsageError
-from nbdcore.streams.base import Address, AnyOf, Listener, Stream, Want
+from nbdcore.streams.base import Address, Listener, Opening, Stream, Waiting
 
 if TYPE_CHECKING:
     from nbdcore.uri import URI
@@ -32,11 +32,8 @@ PROJECT = "nbdcore"
 hookspec: pluggy.HookspecMarker = pluggy.HookspecMarker(PROJECT)
 hookimpl: pluggy.HookimplMarker = pluggy.HookimplMarker(PROJECT)
 
-#: Something to wait for before going on: a descriptor and what it must become, or any of several.
-Waiting = tuple[int, Want] | AnyOf
-#: A connection being opened: yields what to wait for, returns the open stream. Closing it early frees what it had opened. What is
-#: sent into it is the set of descriptors that are ready.
-Connecting = Generator[Waiting, Collection[int] | None, Stream]
+#: A connection being opened.
+Connecting = Opening[Stream]
 
 
 class Transport(ABC):

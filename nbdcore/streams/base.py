@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
 
-__all__ = ["WANTS", "Address", "AnyOf", "Listener", "Stream", "Want", "from_signal_handler"]
+__all__ = ["WANTS", "Address", "AnyOf", "Listener", "Opening", "Stream", "Waiting", "Want", "from_signal_handler"]
 
 
 class Want(enum.IntFlag):
@@ -42,6 +42,20 @@ class AnyOf:
 
     waiting: tuple[tuple[int, Want], ...]
     seconds: float | None = None
+
+    @classmethod
+    def of(cls, wanted: Waiting) -> AnyOf:
+        """Return the same for whatever such a generator yields: a single descriptor may stand alone."""
+        return wanted if isinstance(wanted, AnyOf) else cls((wanted,))
+
+
+#: Something to wait for before going on: a descriptor and what it must become, or any of several.
+Waiting: TypeAlias = tuple[int, Want] | AnyOf
+
+Result = TypeVar("Result")
+#: What opens a connection: yields what to wait for, is sent the descriptors that are ready, and returns what it opened. Closing
+#: it early frees what it had opened.
+Opening: TypeAlias = Generator[Waiting, Collection[int] | None, Result]
 
 
 class Stream(ABC):

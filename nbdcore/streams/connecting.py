@@ -19,15 +19,15 @@ from math import inf
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
 from nbdcore.errors import Error, TransportError
-from nbdcore.streams.base import AnyOf, Want
+from nbdcore.streams.base import AnyOf, Opening, Want
 from nbdcore.streams.sockets import connected_pair, transport_errors
 
-__all__ = ["Branch", "Steps", "any_of", "connect_socket", "first_of", "in_thread"]
+__all__ = ["Branch", "any_of", "connect_socket", "first_of", "in_thread", "relay"]
 
 Result = TypeVar("Result")
 
-#: What opens a connection: yields what to wait for, is sent the descriptors that are ready, and returns what it opened.
-Steps = Generator[tuple[int, Want] | AnyOf, Collection[int] | None, Result]
+#: What a generator yields in place of what it was asked to relay.
+Relayed = TypeVar("Relayed")
 
 #: "Under way": EINTR too, since an interrupted connect goes on (POSIX), and EWOULDBLOCK, which is Windows' word for it.
 _UNDER_WAY = frozenset({errno.EINPROGRESS, errno.EINTR, errno.EALREADY, errno.EWOULDBLOCK} - {errno.EAGAIN})
@@ -70,6 +70,26 @@ def _fail(number: int) -> NoReturn:
     raise OSError(number, os.strerror(number))
 
 
+def relay(
+    steps: Opening[Result], wait: Callable[[AnyOf], Generator[Relayed, Any, Collection[int]]]
+) -> Generator[Relayed, Any, Result]:
+    """Run `steps` to their end, while `wait`, a generator, does each of their waits in a way of its own. Returns their result.
+
+    They are closed in every case, so whatever they had opened is freed when they fail, or a wait does.
+    """
+    ready: Collection[int] | None = None
+    try:
+        while True:
+            try:
+                wanted = steps.send(ready)
+            except StopIteration as end:
+                result: Result = end.value
+                return result
+            ready = yield from wait(AnyOf.of(wanted))
+    finally:
+        steps.close()
+
+
 class Branch(Generic[Result]):
     """One of several generators that are run side by side.
 
@@ -79,7 +99,7 @@ class Branch(Generic[Result]):
         result: what it returned; None before, and where it failed.
     """
 
-    def __init__(self, steps: Steps[Result]) -> None:
+    def __init__(self, steps: Opening[Result]) -> None:
         self._steps = steps
         self._until = inf
         self.need: AnyOf | None = None
@@ -107,7 +127,7 @@ class Branch(Generic[Result]):
         except Error as exc:
             self.error = exc
         else:
-            self.need = wanted if isinstance(wanted, AnyOf) else AnyOf((wanted,))
+            self.need = AnyOf.of(wanted)
             self._until = inf if self.need.seconds is None else time.monotonic() + self.need.seconds
 
     @property
@@ -126,7 +146,7 @@ def any_of(branches: Iterable[Branch[Any]], seconds: float = inf) -> AnyOf:
     return AnyOf(tuple(waiting), None if seconds == inf else seconds)
 
 
-def first_of(attempts: Sequence[Steps[Result]], *, delay: float = ATTEMPT_DELAY) -> Steps[Result]:
+def first_of(attempts: Sequence[Opening[Result]], *, delay: float = ATTEMPT_DELAY) -> Opening[Result]:
     """Make attempts until one succeeds (RFC 8305, "happy eyeballs"), and return its result.
 
     The next attempt is begun when the one before has failed, or has taken `delay` seconds, after which that one goes on. When one

@@ -20,11 +20,11 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import IO
 
 from nbdcore.errors import Disconnected, TransportError, UsageError, printable
-from nbdcore.streams.base import Want
+from nbdcore.streams.base import Opening
 from nbdcore.streams.connecting import connect_socket
 from nbdcore.streams.sockets import SocketStream, transport_errors
 
@@ -215,7 +215,7 @@ def run_command(arguments: Sequence[str]) -> ProcessStream:
     return ProcessStream(near, child)
 
 
-def run_activated(arguments: Sequence[str], *, name: str = "unknown") -> Generator[tuple[int, Want], None, ProcessStream]:
+def run_activated(arguments: Sequence[str], *, name: str = "unknown") -> Opening[ProcessStream]:
     """Start a server that takes over a listening unix socket by systemd's socket activation, and connect to it.
 
     `name` is what the server is told that the socket is for. Raises TransportError where the server cannot be started.

@@ -16,14 +16,14 @@ import errno
 import math
 import select
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from nbdcore.errors import DeadlineExceeded, Disconnected, UsageError
-from nbdcore.streams.base import WANTS, AnyOf, Want
+from nbdcore.streams.base import WANTS, AnyOf, Opening, Want
 
-__all__ = ["NEVER", "Deadline", "Watch", "drive", "wait", "wait_any"]
+__all__ = ["NEVER", "Deadline", "Watch", "drive", "sooner", "wait", "wait_any"]
 
 Result = TypeVar("Result")
 
@@ -72,6 +72,13 @@ class Deadline:
 NEVER = Deadline(None)
 
 
+def sooner(one: Deadline, other: Deadline) -> Deadline:
+    """Return the deadline that comes first."""
+    if one.at is None or other.at is None:
+        return other if one.at is None else one
+    return one if one.at <= other.at else other
+
+
 # --- waiting ---
 
 
@@ -115,9 +122,7 @@ def wait_any(waiting: Iterable[tuple[int, Want]], deadline: Deadline) -> list[tu
             return []
 
 
-def drive(
-    generator: Generator[tuple[int, Want] | AnyOf, Collection[int] | None, Result], deadline: Deadline, message: str
-) -> Result:
+def drive(generator: Opening[Result], deadline: Deadline, message: str) -> Result:
     """Run a generator that yields what it must wait for (a transport's `connect`) to its end, and return its result.
 
     The generator is closed in every case, so whatever it had opened is freed when it fails or the deadline passes. Raises
@@ -131,11 +136,8 @@ def drive(
             except StopIteration as end:
                 result: Result = end.value
                 return result
-            any_of = wanted if isinstance(wanted, AnyOf) else AnyOf((wanted,))
-            until = Deadline.after(any_of.seconds)
-            if deadline.at is not None and (until.at is None or deadline.at < until.at):
-                until = deadline
-            ready = {fd for fd, _ in wait_any(any_of.waiting, until)}
+            need = AnyOf.of(wanted)
+            ready = {fd for fd, _ in wait_any(need.waiting, sooner(Deadline.after(need.seconds), deadline))}
             if not ready and deadline.expired:
                 raise DeadlineExceeded(errno.ETIMEDOUT, message)
     finally:

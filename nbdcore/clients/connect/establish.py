@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Collection
-from math import inf
+from functools import partial
 
 from nbdcore.clients.connect.steps import AnyOf, Steps, Waits
 from nbdcore.clients.connect.target import Endpoint, OpenStream, Target
@@ -25,9 +25,9 @@ from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.handshake.agreement import Settings
 from nbdcore.protocol.transmission.commands import disconnect
 from nbdcore.streams.base import Stream
-from nbdcore.streams.connecting import Branch, any_of
+from nbdcore.streams.connecting import Branch, any_of, relay
 from nbdcore.streams.sockets import transport_errors
-from nbdcore.streams.waiting import Deadline
+from nbdcore.streams.waiting import Deadline, sooner
 
 #: Seconds between attempts while a server is waited for: short first, since it may be about to listen; the longest costs a
 #: machine nothing, and a person does not notice it.
@@ -113,20 +113,9 @@ def open_session(engine: Engine, target: Target, deadline: Deadline) -> Waits[Se
 
 
 def _open_stream(endpoint: Endpoint | OpenStream, deadline: Deadline) -> Waits[Stream]:
-    connecting = endpoint.open(deadline.remaining())
-    ready: Collection[int] | None = None
+    wait = partial(_until, deadline=deadline, message=f"connecting to {endpoint} took too long")
     with transport_errors(f"connect to {endpoint}"):
-        try:
-            while True:
-                try:
-                    wanted = connecting.send(ready)
-                except StopIteration as end:
-                    stream: Stream = end.value
-                    return stream
-                need = wanted if isinstance(wanted, AnyOf) else AnyOf((wanted,))
-                ready = yield from _until(need, deadline, f"connecting to {endpoint} took too long")
-        finally:
-            connecting.close()
+        return (yield from relay(endpoint.open(deadline.remaining()), wait))
 
 
 def _shake_hands(session: Session, target: Target, deadline: Deadline) -> Waits[None]:
@@ -207,7 +196,7 @@ def agree(engine: Engine, first: Engine) -> bool:
     return engine.limits == first.limits and ours.contexts == theirs.contexts and ours.tls == theirs.tls
 
 
-# ---------------------------------------------------------------------------------------------- words and deadlines
+# ---------------------------------------------------------------------------------------------- words
 
 
 def given_up(where: str, exc: BaseException) -> Error:
@@ -218,12 +207,3 @@ def given_up(where: str, exc: BaseException) -> Error:
 def closed_meanwhile() -> Disconnected:
     """Return what a connect call raises when the client was closed while it connected."""
     return Disconnected(errno.ENOTCONN, "the connection was closed by this program while connecting")
-
-
-def sooner(one: Deadline, other: Deadline) -> Deadline:
-    """Return the deadline that comes first."""
-    return min(one, other, key=_moment)
-
-
-def _moment(deadline: Deadline) -> float:
-    return inf if deadline.at is None else deadline.at
