@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import signal
-import threading
-import time
 
 import pytest
 
@@ -15,8 +10,9 @@ import nbdcore
 from nbdcore import aio
 from nbdcore.server import MemoryDisk, Server
 from tests.clients.talking import PATIENCE
+from tests.forks import busy, needs_fork, status_of_child
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+pytestmark = needs_fork
 
 RANGES = [(index * 4096, 4096) for index in range(256)]
 CHILDREN = 10
@@ -28,45 +24,12 @@ def uri():
         yield server.listen("tcp", host="127.0.0.1", port=0).address.uri()
 
 
-def status_of_child(work):
-    """Fork, let the child work, and return its exit status: 0, 1 where it raised, 14 where it hung."""
-    pid = os.fork()
-    if pid == 0:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(5)
-        status = 1
-        with contextlib.suppress(BaseException):
-            work()
-            status = 0
-        os._exit(status)
-    return os.waitpid(pid, 0)[1]
-
-
 def drop(client):
     client.__del__()
 
 
-@contextlib.contextmanager
-def busy(client):
-    """Keep another thread at work on the client; ends when the block does."""
-    stop = threading.Event()
-    rounds = []
-
-    def work():
-        while not stop.is_set():
-            rounds.append(len(list(client.pread_many(RANGES, depth=16))))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    end = time.monotonic() + PATIENCE
-    while not rounds and time.monotonic() < end:
-        time.sleep(0.001)
-    try:
-        yield rounds
-    finally:
-        stop.set()
-        thread.join(PATIENCE)
-        assert not thread.is_alive(), "the parent's thread hangs"
+def read_them_all(client):
+    return len(list(client.pread_many(RANGES, depth=16)))
 
 
 @pytest.mark.parametrize("connect", [nbdcore.connect, nbdcore.create_pool])
@@ -75,7 +38,7 @@ def busy(client):
 )
 def test_child_that_leaves_its_copy_ends_while_the_parent_is_busy(uri, connect, leave):
     with connect(uri, timeout=PATIENCE) as client:
-        with busy(client) as rounds:
+        with busy(lambda: read_them_all(client)) as rounds:
             statuses = [status_of_child(lambda: leave(client)) for _ in range(CHILDREN)]
         assert statuses == [0] * CHILDREN
         assert set(rounds) == {len(RANGES)}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import faulthandler
 import signal
 import threading
 import time
@@ -15,10 +13,11 @@ import nbdcore
 from nbdcore import libnbd
 from nbdcore.server import MemoryDisk, Server, ServerTLS
 from nbdcore.streams.base import from_signal_handler
+from tests.alarms import alarm_after, needs_alarms, watchdog
 from tests.certificates import CertificateAuthority
 from tests.clients.talking import PATIENCE, in_background
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timers")
+pytestmark = needs_alarms
 
 RANGES = [(index * 4096 % (1 << 20), 4096) for index in range(20_000)]
 ROUNDS = 40
@@ -32,32 +31,9 @@ def uri():
 
 
 @pytest.fixture(autouse=True)
-def _an_alarm_that_comes_late_is_harmless():
-    before = signal.signal(signal.SIGALRM, lambda *_: None)
-    yield
-    signal.signal(signal.SIGALRM, before)
-
-
-@contextlib.contextmanager
-def alarm_after(seconds, handler):
-    armed = True
-    signal.signal(signal.SIGALRM, lambda *arguments: armed and handler(*arguments))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
+def _a_deadlock_ends_the_test_run():
+    with watchdog():
         yield
-    finally:
-        armed = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-@contextlib.contextmanager
-def watchdog():
-    """Break a deadlock of the main thread, which a handler of Python's would not."""
-    faulthandler.dump_traceback_later(3 * PATIENCE, exit=True)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
 
 
 def read_many(client):
@@ -73,34 +49,32 @@ def read_one_by_one(client):
 @pytest.mark.parametrize("connect", [nbdcore.connect, nbdcore.create_pool])
 @pytest.mark.parametrize("work", [read_many, read_one_by_one])
 def test_close_in_a_handler_ends_the_interrupted_call(uri, work, connect):
-    with watchdog():
-        for number in range(ROUNDS):
-            client = connect(uri, timeout=PATIENCE)
-            with alarm_after(0.001 + number / 10_000, lambda *_: client.close()), pytest.raises(nbdcore.Error):  # noqa: B023
-                work(client)
-            assert client.phase in (nbdcore.Phase.CLOSED, nbdcore.Phase.DEAD)
-            with pytest.raises(nbdcore.Error):
-                client.pread(512, 0, timeout=PATIENCE)
-            client.close()
+    for number in range(ROUNDS):
+        client = connect(uri, timeout=PATIENCE)
+        with alarm_after(0.001 + number / 10_000, lambda *_: client.close()), pytest.raises(nbdcore.Error):  # noqa: B023
+            work(client)
+        assert client.phase in (nbdcore.Phase.CLOSED, nbdcore.Phase.DEAD)
+        with pytest.raises(nbdcore.Error):
+            client.pread(512, 0, timeout=PATIENCE)
+        client.close()
 
 
 def test_close_in_a_handler_ends_the_calls_of_other_threads_too(uri):
-    with watchdog():
-        for number in range(ROUNDS // 4):
-            client = nbdcore.connect(uri, timeout=PATIENCE)
-            ended = threading.Event()
+    for number in range(ROUNDS // 4):
+        client = nbdcore.connect(uri, timeout=PATIENCE)
+        ended = threading.Event()
 
-            def work(client=client, ended=ended):
-                try:
-                    read_many(client)
-                finally:
-                    ended.set()
+        def work(client=client, ended=ended):
+            try:
+                read_many(client)
+            finally:
+                ended.set()
 
-            with in_background(work) as outcome:
-                with alarm_after(0.002 + number / 5000, lambda *_: client.close()), pytest.raises(nbdcore.Error):  # noqa: B023
-                    read_many(client)
-                assert ended.wait(PATIENCE)
-            assert isinstance(outcome[0], nbdcore.Error)
+        with in_background(work) as outcome:
+            with alarm_after(0.002 + number / 5000, lambda *_: client.close()), pytest.raises(nbdcore.Error):  # noqa: B023
+                read_many(client)
+            assert ended.wait(PATIENCE)
+        assert isinstance(outcome[0], nbdcore.Error)
 
 
 def test_other_calls_in_a_handler_fail_and_the_interrupted_one_goes_on(uri):
@@ -115,7 +89,7 @@ def test_other_calls_in_a_handler_fail_and_the_interrupted_one_goes_on(uri):
             outcomes.append(None)
         signal.setitimer(signal.ITIMER_REAL, 0.001)  # once more: a timer that repeats could interrupt this handler for ever
 
-    with watchdog(), nbdcore.connect(uri, timeout=PATIENCE) as client, alarm_after(0.001, handler):
+    with nbdcore.connect(uri, timeout=PATIENCE) as client, alarm_after(0.001, handler):
         assert len(list(client.pread_many(RANGES, depth=64))) == len(RANGES)
     assert errno.EDEADLK in outcomes
 
@@ -171,8 +145,7 @@ def alarmed_rounds(front_end, uri, **options):
 @pytest.mark.parametrize("front_end", WORKS)
 def test_what_a_handler_raises_comes_out_as_it_is(uri, front_end):
     """Wherever it hits: in a receive, in sending, in waiting, in decoding, in connecting."""
-    with watchdog():
-        assert alarmed_rounds(front_end, uri) > ROUNDS // 2
+    assert alarmed_rounds(front_end, uri) > ROUNDS // 2
 
 
 @lost_now_and_then
@@ -180,7 +153,7 @@ def test_what_a_handler_raises_comes_out_as_it_is(uri, front_end):
 def test_what_a_handler_raises_over_tls_comes_out_as_it_is(front_end, tmp_path):
     ca = CertificateAuthority()
     pki = ca.write(tmp_path / "pki", server=ca.issue("server", "127.0.0.1"))
-    with watchdog(), Server(MemoryDisk(1 << 20), tls=ServerTLS(certificates=pki)) as server:
+    with Server(MemoryDisk(1 << 20), tls=ServerTLS(certificates=pki)) as server:
         uri = server.listen("tcp", host="127.0.0.1", port=0).address.uri()
         assert alarmed_rounds(front_end, uri, tls=nbdcore.TLS(ca=pki / "ca-cert.pem")) > ROUNDS // 2
 

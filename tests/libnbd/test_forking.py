@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 import threading
-import time
 
 import pytest
 
 import nbdcore.libnbd as nbd
+from tests.forks import busy, needs_fork, status_of_child
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+pytestmark = needs_fork
 
 PATIENCE = 20
 CHILDREN = 10
@@ -29,20 +28,6 @@ with Server(MemoryDisk(1 << 20)) as server:
 """
 
 
-def status_of_child(work):
-    """Fork, let the child work, and return its exit status: 0, 1 where it raised, 14 where it hung."""
-    pid = os.fork()
-    if pid == 0:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(5)
-        status = 1
-        with contextlib.suppress(BaseException):
-            work()
-            status = 0
-        os._exit(status)
-    return os.waitpid(pid, 0)[1]
-
-
 def drop(handle):
     handle.__del__()
 
@@ -53,32 +38,13 @@ def close(handle):
         handle.close()
 
 
-@contextlib.contextmanager
-def busy(handle):
-    """Keep another thread in calls on the handle; ends when the block does."""
-    stop = threading.Event()
-    rounds = []
-
-    def work():
-        while not stop.is_set():
-            rounds.append(len(handle.pread(4096, 0)))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    until = time.monotonic() + PATIENCE
-    while not rounds and time.monotonic() < until:
-        time.sleep(0.001)
-    try:
-        yield rounds
-    finally:
-        stop.set()
-        thread.join(PATIENCE)
-        assert not thread.is_alive(), "the parent's thread hangs"
+def read(handle):
+    return len(handle.pread(4096, 0))
 
 
 @pytest.mark.parametrize("leave", [close, drop])
 def test_child_that_leaves_its_copy_ends_while_the_parent_is_busy(leave, connected):
-    with busy(connected) as rounds:
+    with busy(lambda: read(connected)) as rounds:
         statuses = [status_of_child(lambda: leave(connected)) for _ in range(CHILDREN)]
     assert statuses == [0] * CHILDREN
     assert set(rounds) == {4096}
@@ -138,7 +104,7 @@ def test_child_that_leaves_its_copy_frees_the_descriptor(connected):
 def test_child_that_leaves_its_copy_neither_ends_nor_waits_for_the_parents_server(leave, handles):
     handle = handles()
     handle.connect_command([sys.executable, "-c", SERVER])
-    with busy(handle):
+    with busy(lambda: read(handle)):
         assert status_of_child(lambda: leave(handle)) == 0
     os.kill(handle.get_subprocess_pid(), 0)
     assert len(handle.pread(512, 0)) == 512

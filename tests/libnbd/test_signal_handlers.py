@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import faulthandler
 import signal
 import socket
 import time
@@ -13,8 +12,9 @@ import pytest
 
 import nbdcore.libnbd as nbd
 from nbdcore.testing.scripted import Negotiation, ScriptedServer, drain, greeting
+from tests.alarms import alarm_after, needs_alarms, watchdog
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timers")
+pytestmark = needs_alarms
 
 PATIENCE = 20
 ROUNDS = 60
@@ -22,24 +22,8 @@ ROUNDS = 60
 
 @pytest.fixture(autouse=True)
 def _a_deadlock_ends_the_test_run():
-    """No handler of Python's would break a deadlock of the main thread."""
-    faulthandler.dump_traceback_later(3 * PATIENCE, exit=True)
-    before = signal.signal(signal.SIGALRM, lambda *_: None)
-    yield
-    signal.signal(signal.SIGALRM, before)
-    faulthandler.cancel_dump_traceback_later()
-
-
-@contextlib.contextmanager
-def alarm_after(seconds, handler):
-    armed = True
-    signal.signal(signal.SIGALRM, lambda *_: armed and handler())
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
+    with watchdog():
         yield
-    finally:
-        armed = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def read_one_by_one(handle):
@@ -66,7 +50,7 @@ def test_close_in_a_handler_ends_the_interrupted_call(work, handles, server):
     for number in range(ROUNDS):
         handle = handles()
         handle.connect_tcp("127.0.0.1", server)
-        with alarm_after(0.001 + number / 20_000, handle.close), pytest.raises((nbd.Error, nbd.ClosedHandle)):
+        with alarm_after(0.001 + number / 20_000, lambda *_: handle.close()), pytest.raises((nbd.Error, nbd.ClosedHandle)):  # noqa: B023
             keep_on(work, handle)
         with pytest.raises(nbd.ClosedHandle):
             handle.pread(512, 0)
@@ -79,7 +63,7 @@ def test_shutdown_in_a_handler_ends_the_interrupted_call(work, handles, server):
     for number in range(ROUNDS):
         handle = handles()
         handle.connect_tcp("127.0.0.1", server)
-        with alarm_after(0.001 + number / 20_000, handle.shutdown), pytest.raises(nbd.Error):
+        with alarm_after(0.001 + number / 20_000, lambda *_: handle.shutdown()), pytest.raises(nbd.Error):  # noqa: B023
             keep_on(work, handle)
         assert handle.aio_is_dead() or handle.aio_is_closed()
         handle.close()
@@ -92,7 +76,10 @@ def test_end_in_a_handler_wakes_a_call_whose_server_never_answers(end, handles):
         handle.connect_socket(silent.socket().detach())
         done = []
         handle.aio_pread(nbd.Buffer(512), 0, lambda error: done.append(error.value))
-        with alarm_after(0.1, getattr(handle, end)), pytest.raises(nbd.Error, match="nbd_pread: read: command failed") as caught:
+        with (
+            alarm_after(0.1, lambda *_: getattr(handle, end)()),
+            pytest.raises(nbd.Error, match="nbd_pread: read: command failed") as caught,
+        ):
             handle.pread(512, 512)
         assert caught.value.errnum == errno.ENOTCONN
         assert done == [errno.ENOTCONN]
@@ -102,7 +89,7 @@ def test_close_in_a_handler_ends_a_handshake_that_the_server_never_begins(handle
     near, far = socket.socketpair()
     with far:
         handle = handles()
-        with alarm_after(0.1, handle.close), pytest.raises(nbd.Error, match="nbd_connect_socket"):
+        with alarm_after(0.1, lambda *_: handle.close()), pytest.raises(nbd.Error, match="nbd_connect_socket"):
             handle.connect_socket(near.detach())
         with pytest.raises(nbd.ClosedHandle):
             handle.close()
@@ -129,7 +116,7 @@ def test_close_in_a_handler_ends_a_connect_that_gets_no_answer(connect, handles)
                 others.enter_context(sock := socket.socket()).setblocking(False)
                 sock.connect_ex(address)
             handle = handles()
-            with alarm_after(0.2, handle.close), pytest.raises(nbd.Error):
+            with alarm_after(0.2, lambda *_: handle.close()), pytest.raises(nbd.Error):
                 connect(handle, f"nbd://127.0.0.1:{address[1]}")
             with pytest.raises(nbd.ClosedHandle):
                 handle.close()
@@ -138,7 +125,7 @@ def test_close_in_a_handler_ends_a_connect_that_gets_no_answer(connect, handles)
 def test_other_commands_in_a_handler_are_refused_and_the_interrupted_call_goes_on(connected):
     outcomes = []
 
-    def handler():
+    def handler(*_):
         try:
             outcomes.append(len(connected.pread(512, 0)))
         except nbd.Error as exc:
@@ -175,7 +162,7 @@ class AlarmError(TimeoutError):
     """What many programs raise in a handler of SIGALRM: an OSError, like those of a socket."""
 
 
-def alarmed():
+def alarmed(*_):
     raise AlarmError("the program's own")
 
 
