@@ -18,6 +18,7 @@ import itertools
 import os
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Reached:
     child: Child | None = None
 
 
-class Core:
+class Core(ABC):
     """The insides of a handle."""
 
     def __init__(self) -> None:
@@ -131,9 +132,9 @@ class Core:
         if self._reached.stream is not None:
             self._reached.stream.hang_up()
 
+    @abstractmethod
     def _end_call(self) -> None:
         """The handle was closed in the middle of a call; where the outermost is over, do what closing does."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------ waiting
 

@@ -22,8 +22,8 @@ from typing import Protocol
 
 from nbdcore.clients.asyncio.waiter import Waiter
 from nbdcore.clients.requests.arguments import deadline_after
-from nbdcore.clients.session.session import Session
-from nbdcore.errors import DeadlineExceeded, Disconnected, Error, UsageError, copied
+from nbdcore.clients.session.session import Session, closed_by_program
+from nbdcore.errors import DeadlineExceeded, Error, UsageError, copied
 from nbdcore.protocol.engine import Engine, Exchange
 from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission.commands import Command, disconnect
@@ -236,7 +236,7 @@ class LoopSession:
     def _refuse_if_over(self) -> None:
         if self._session.over:
             error = self.engine.error
-            raise copied(error) if error else Disconnected(errno.ENOTCONN, "the connection was closed by this program")
+            raise copied(error) if error else closed_by_program()
 
     # ------------------------------------------------------------------------------------------ called by the loop
 

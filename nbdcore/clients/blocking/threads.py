@@ -28,8 +28,8 @@ from typing import Any, TypeVar
 
 from nbdcore.clients.blocking.waiters import Pending, Wait, Waiters
 from nbdcore.clients.session.group import Group
-from nbdcore.clients.session.session import Session
-from nbdcore.errors import DeadlineExceeded, Disconnected, Error, UsageError, copied
+from nbdcore.clients.session.session import Session, closed_by_program
+from nbdcore.errors import DeadlineExceeded, Error, UsageError, copied
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.transmission.commands import Command, disconnect
 from nbdcore.streams.base import WANTS, Want
@@ -120,7 +120,7 @@ class SharedSession:
                 session.close()
             return
         if self._interrupted():
-            self._closing = error or _closed_by_program()
+            self._closing = error or closed_by_program()
             for session in self._sessions:
                 session.hang_up()
             return
@@ -323,17 +323,12 @@ class SharedSession:
         """Raise what ended the connection: another caller may have found out since this one looked at the phase."""
         if not self.engines:
             error = self.engine.error
-            raise self.own(error) if error else _closed_by_program()
+            raise self.own(error) if error else closed_by_program()
 
     def _submit(self, commands: Sequence[Command]) -> None:
         """Queue commands, each where the fewest are under way."""
-        sessions = self._sessions
         try:
-            if len(sessions) == 1:
-                sessions[0].engine.submit_all(commands)
-                return
-            for command in commands:
-                self._group.least.submit(command)
+            self._group.submit(commands)
         except UsageError:  # not connected any more
             self._refuse_if_over()
             raise
@@ -400,10 +395,6 @@ class SharedSession:
             self._wake_others()
             if waiters.parked and not waiters.woken and self._unwatched():
                 [*waiters.parked][0].wake()  # noqa: RUF015 (an iterator does not outlive one more that parks)
-
-
-def _closed_by_program() -> Disconnected:
-    return Disconnected(errno.ENOTCONN, "the connection was closed by this program")
 
 
 class _End:

@@ -55,9 +55,7 @@ Request = Command | Pieces
 
 def read_nothing(limits: Limits, offset: int, *, df: bool = False) -> Command:
     """Build a read of no bytes: checked as any other, and done already."""
-    command = commands.read(_for_nothing(limits, 0), 0, offset, flags=CommandFlag.DF if df else 0)
-    command.data, command.done = b"", True
-    return command
+    return _done(commands.read(_for_nothing(limits, 0), 0, offset, flags=CommandFlag.DF if df else 0))
 
 
 def memory_for(limits: Limits, count: int, offset: int) -> Memory:
@@ -184,13 +182,17 @@ def _for_nothing(limits: Limits, count: int) -> Limits:
     return limits if count else replace(limits, strict=limits.strict & ~Strict.ZERO_SIZE)
 
 
+def _done(command: Command) -> Command:
+    """Return a command for no bytes as one that has finished well, and is not sent."""
+    command.data, command.done = b"", True
+    return command
+
+
 def _split(build: Callable[[int, int], Command], count: int, offset: int, limit: int) -> Request:
     """Build one command, or, where that is too large, pieces after a check of the whole. One for no bytes is done already."""
     if count <= limit:
         command = build(count, offset)
-        if not count:
-            command.data, command.done = b"", True
-        return command
+        return command if count else _done(command)
     _check_whole(build, count, offset)
     return Pieces(build, count, offset, limit)
 

@@ -280,5 +280,10 @@ class Session:
         return True
 
 
+def closed_by_program() -> Disconnected:
+    """Return what a call raises that meets the end that this program made of the connection."""
+    return Disconnected(errno.ENOTCONN, "the connection was closed by this program")
+
+
 def _no_handshake() -> bool:
     return True
