@@ -51,7 +51,7 @@ def read_one_by_one(client):
 def test_close_in_a_handler_ends_the_interrupted_call(uri, work, connect):
     for number in range(ROUNDS):
         client = connect(uri, timeout=PATIENCE)
-        with alarm_after(0.001 + number / 10_000, lambda *_: client.close()), pytest.raises(nbdcore.Error):  # noqa: B023
+        with alarm_after(0.001 + number / 10_000, lambda *_, client=client: client.close()), pytest.raises(nbdcore.Error):
             work(client)
         assert client.phase in (nbdcore.Phase.CLOSED, nbdcore.Phase.DEAD)
         with pytest.raises(nbdcore.Error):
@@ -71,7 +71,7 @@ def test_close_in_a_handler_ends_the_calls_of_other_threads_too(uri):
                 ended.set()
 
         with in_background(work) as outcome:
-            with alarm_after(0.002 + number / 5000, lambda *_: client.close()), pytest.raises(nbdcore.Error):  # noqa: B023
+            with alarm_after(0.002 + number / 5000, lambda *_, client=client: client.close()), pytest.raises(nbdcore.Error):
                 read_many(client)
             assert ended.wait(PATIENCE)
         assert isinstance(outcome[0], nbdcore.Error)

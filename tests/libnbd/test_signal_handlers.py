@@ -50,7 +50,10 @@ def test_close_in_a_handler_ends_the_interrupted_call(work, handles, server):
     for number in range(ROUNDS):
         handle = handles()
         handle.connect_tcp("127.0.0.1", server)
-        with alarm_after(0.001 + number / 20_000, lambda *_: handle.close()), pytest.raises((nbd.Error, nbd.ClosedHandle)):  # noqa: B023
+        with (
+            alarm_after(0.001 + number / 20_000, lambda *_, handle=handle: handle.close()),
+            pytest.raises((nbd.Error, nbd.ClosedHandle)),
+        ):
             keep_on(work, handle)
         with pytest.raises(nbd.ClosedHandle):
             handle.pread(512, 0)
@@ -63,7 +66,7 @@ def test_shutdown_in_a_handler_ends_the_interrupted_call(work, handles, server):
     for number in range(ROUNDS):
         handle = handles()
         handle.connect_tcp("127.0.0.1", server)
-        with alarm_after(0.001 + number / 20_000, lambda *_: handle.shutdown()), pytest.raises(nbd.Error):  # noqa: B023
+        with alarm_after(0.001 + number / 20_000, lambda *_, handle=handle: handle.shutdown()), pytest.raises(nbd.Error):
             keep_on(work, handle)
         assert handle.aio_is_dead() or handle.aio_is_closed()
         handle.close()
