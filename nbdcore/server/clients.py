@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from nbdcore.server.channel import Channel
+from nbdcore.server.channel import Channel, ConnectionOver
 from nbdcore.streams.base import Stream
 
 __all__ = ["Client", "Clients"]
@@ -77,6 +77,13 @@ class Clients:
             except BaseException:
                 del self._clients[client]
                 raise
+
+    def keep(self, client: Client) -> None:
+        """Let a client stay: it has chosen its export, and is about to be told so. Raises ConnectionOver if it was sent away."""
+        with self._lock:
+            if client.leaving:
+                raise ConnectionOver("it was sent away for another client")
+            client.chosen = True
 
     def ended(self, client: Client) -> None:
         """Forget a client whose thread is at its end."""

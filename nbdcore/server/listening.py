@@ -337,9 +337,8 @@ class Server:
 
     def _converse(self, client: Client, channel: Channel) -> None:
         channel.deadline = Deadline.after(self._handshake_timeout)
-        agreement = negotiate(channel, self._offer, self._shutdown)
+        agreement = negotiate(channel, self._offer, self._shutdown, lambda: self._clients.keep(client))
         if agreement is not None:
-            client.chosen = True
             channel.deadline = NEVER
             transmit(channel, agreement, self._shutdown, self._budget)
         channel.finish()

@@ -47,13 +47,17 @@ class _Declined(Exception):  # an answer, not an error: one option is refused, t
         self.text = text
 
 
-def negotiate(channel: Channel, offer: Offer, shutdown: Shutdown) -> Agreement | None:
-    """Carry a client through the handshake. Returns None when it said goodbye; raises ConnectionOver and OSError."""
-    return _Negotiation(channel, offer, shutdown).run()
+def negotiate(channel: Channel, offer: Offer, shutdown: Shutdown, chosen: Callable[[], None]) -> Agreement | None:
+    """Carry a client through the handshake. Returns None when it said goodbye; raises ConnectionOver and OSError.
+
+    `chosen` is called when the client has chosen its export, before it is told so; what it raises ends the handshake.
+    """
+    return _Negotiation(channel, offer, shutdown, chosen).run()
 
 
 class _Negotiation:
-    def __init__(self, channel: Channel, offer: Offer, shutdown: Shutdown) -> None:
+    def __init__(self, channel: Channel, offer: Offer, shutdown: Shutdown, chosen: Callable[[], None]) -> None:
+        self._chosen = chosen
         self._channel = channel
         self._offer = offer
         self._exports = offer.public
@@ -170,11 +174,11 @@ class _Negotiation:
             raise ConnectionOver("EXPORT_NAME after extended headers were agreed", violation=True)
         if export.block_sizes.minimum != 1:
             raise ConnectionOver(f"export {printable(name)!r} needs a client that asks for block sizes")
+        self._choose(name, export)
         flags = export.flags(structured=self._agreed.structured, extended=False)
         self._channel.queue(wire.EXPORT_NAME_REPLY.pack(export.size, flags))
         if not self._no_zeroes:
             self._channel.queue(bytes(RESERVED_ZEROES))
-        self._choose(name, export)
 
     def _abort(self, length: int) -> None:
         self._drain(length)
@@ -186,6 +190,7 @@ class _Negotiation:
         self._choose(name, export)
 
     def _choose(self, name: str, export: Export) -> None:
+        self._chosen()
         self._agreed = dataclasses.replace(self._agreed, export=export, allocation=self._agreed.contexts_for == name)
 
     # ------------------------------------------------------------------------------------------ options that ask

@@ -230,7 +230,6 @@ def test_silent_clients_keep_nobody_out(caplog):
         for keeper in keepers:
             clients.append(chosen(server))
             assert keeper.hung_up()
-        # Before its first answer a client may count as one that has not chosen its export yet.
         assert [client.read(0, 1).error for client in clients] == [0] * 4
         clients.append(RawClient(by_tcp(server)))
         assert clients[-1].hung_up()

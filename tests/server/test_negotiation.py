@@ -1,10 +1,18 @@
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from nbdcore.protocol import wire
 from nbdcore.protocol.constants import CommandType, ErrorNumber, Info, Option, OptionReply, TransmissionFlag
 from nbdcore.server import BlockSizes, ExportSettings, MemoryDisk
+from nbdcore.server.channel import Channel
+from nbdcore.server.exports import exports_of
+from nbdcore.server.negotiation import negotiate
+from nbdcore.server.offer import offer_of
+from nbdcore.server.shutdown import Shutdown
+from nbdcore.streams.sockets import SocketStream, connected_pair
 from tests.server.raw import RawClient
 
 ACK = (OptionReply.ACK, b"")
@@ -97,6 +105,26 @@ def test_export_name_enters_transmission(serve, client_of, zeroes):
         assert client.exactly(124) == bytes(124)
     assert client.write(10, b"hello").error == 0
     assert client.read(9, 7).contents() == b"\0hello\0"
+
+
+@pytest.mark.parametrize(
+    "option", [wire.pack_option(Option.EXPORT_NAME), wire.pack_option(Option.GO, info())], ids=["name", "go"]
+)
+def test_choice_of_an_export_is_known_before_the_client_is_told(option):
+    events = []
+
+    class Watched(SocketStream):
+        def send(self, parts):
+            events.append("sent")
+            return super().send(parts)
+
+    near, far = connected_pair()
+    shutdown = Shutdown()
+    offer = offer_of(exports_of(MemoryDisk(4096), read_only=False), None, require_tls=None)
+    with near, contextlib.closing(Watched(far)) as stream, contextlib.closing(shutdown):
+        near.sendall(wire.CLIENT_FLAGS.pack(3) + option)
+        assert negotiate(Channel(stream, shutdown), offer, shutdown, lambda: events.append("chosen"))
+    assert events == ["sent", "chosen", "sent"]
 
 
 @pytest.mark.parametrize("name", [b"missing", b"x" * 4096, b"\xff\0"])
