@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import sys
 import tracemalloc
 
 import pytest
 
+from nbdcore.protocol.transmission.memory import Memory
 from nbdcore.server import BlockSizes, ExportSettings, Server
 from tests.clients.talking import PATIENCE
 from tests.clients.test_parity import connected, every_front_end
@@ -57,3 +60,14 @@ def test_read_in_pieces_takes_no_more_memory_than_its_data(uri, front_end, name)
     assert len(data) == SIZE
     assert all(data[at] == data[at + (1 << 20) - 1] == at >> 20 for at in range(0, SIZE, 1 << 20))
     assert peak < 1.5 * SIZE  # a few pieces of the server's are in it
+
+
+def test_memory_that_is_collected_with_a_view_of_it_goes_without_a_word(monkeypatch):
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    memory = Memory(4096)
+    circle = [memory, memory.view()]
+    circle.append(circle)
+    del memory, circle
+    gc.collect()
+    assert not said
