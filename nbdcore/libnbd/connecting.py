@@ -23,6 +23,7 @@ from nbdcore.libnbd.constants import TLS_REQUIRE
 from nbdcore.libnbd.core import Core, Reached
 from nbdcore.libnbd.security import start_tls
 from nbdcore.libnbd.wishes import Wishes
+from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import Stream
 from nbdcore.streams.process import ProcessStream, run_activated, run_command
@@ -163,7 +164,7 @@ class ConnectCalls(Core):
         client = PolledClient(wishes.settings(), strict=wishes.strict_mode, start_tls=start_tls(wishes, reached.host))
         self._wishes, self._client, self._reached = wishes, client, reached
         self._process = os.getpid()
-        client.connect_steps(_noted(steps, reached))
+        client.connect_steps(_noted(steps, reached, client.engine))
         self._see_failure()
 
     def _wait_until_open(self) -> None:
@@ -236,11 +237,13 @@ def _adopted(fd: int) -> Stream:
         raise
 
 
-def _noted(steps: Connecting, reached: Reached) -> Connecting:
+def _noted(steps: Connecting, reached: Reached, engine: Engine) -> Connecting:
     """Connect, and note what was reached."""
     reached.stream = stream = yield from steps
     if isinstance(stream, ProcessStream):
         reached.child = stream.child
+        # To libnbd a server that hangs up once an export is open has hung up, whatever became of it.
+        stream.explains_end = lambda: engine.phase is not Phase.CONNECTED
         if stream.path is not None:
             reached.route = endpoint_by_name("unix", {"path": stream.path})
     return stream

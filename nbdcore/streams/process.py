@@ -138,6 +138,7 @@ class ProcessStream(SocketStream):
     Attributes:
         child: the process.
         path: of the unix socket that it took over; None where it talks on its standard input and output.
+        explains_end: tells whether the end of a process that failed is an error now, which says how, or the stream's bare end.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class ProcessStream(SocketStream):
         super().__init__(sock, peer=f"the command {_shown(child.process.args)}")
         self.child = child
         self.path = path
+        self.explains_end: Callable[[], bool] = lambda: True
         self._tidy = tidy
         _open_streams.add(self)
 
@@ -156,7 +158,7 @@ class ProcessStream(SocketStream):
         except Disconnected as exc:
             self._explain(exc)
             raise
-        if count == 0 and (failure := self.child.failure()) is not None:
+        if count == 0 and self.explains_end() and (failure := self.child.failure()) is not None:
             raise failure
         return count
 

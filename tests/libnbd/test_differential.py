@@ -534,6 +534,7 @@ def test_server_that_is_killed_is_the_same_on_both_modules():
 h = new()
 h.connect_command(["nbdkit", "--exit-with-parent", "-s", "--filter=delay", "memory", "1M", "rdelay=60"])
 cookies = [h.aio_pread(nbd.Buffer(512), 0, lambda error: note("completion", error.value)) for _ in range(3)]
+h.pwrite(bytes(512), 0)  # answered when the server has taken in everything before it: what it has not would be a reset
 h.kill_subprocess(9)
 attempt("poll", lambda: [h.poll(20_000) for _ in iter(h.aio_in_flight, 0)])
 note(h.aio_is_dead(), h.aio_is_closed(), h.aio_in_flight())
