@@ -37,6 +37,7 @@ A_FRONT_END = May(
         "nbdcore.clients.session",
         "nbdcore.protocol",
         "nbdcore.streams.base",
+        "nbdcore.streams.bell",
         "nbdcore.streams.waiting",
         "nbdcore.streams.connecting",
         "nbdcore.errors",

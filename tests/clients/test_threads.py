@@ -287,7 +287,7 @@ def test_a_descriptor_is_not_freed_while_another_thread_waits_on_it():
 
         thread = threading.Thread(target=read, name="the one that waits")
         thread.start()
-        while not client._shared._sessions[0].waited_for:
+        while not client._shared._session.waited_for:
             time.sleep(0.001)
         client.close()
         thread.join(PATIENCE)
@@ -311,7 +311,7 @@ def test_a_stream_that_cannot_hang_up_is_closed():
     with ScriptedServer(script(wait_for(silent))) as server:
         client = Client(Plain(server.socket()), timeout=PATIENCE)
         with in_background(lambda: client.pread(8, 0)) as outcome:
-            while not client._shared._sessions[0].waited_for:
+            while not client._shared._session.waited_for:
                 time.sleep(0.001)
             client.close()
         assert isinstance(outcome[0], Disconnected)
@@ -383,7 +383,7 @@ def test_answer_that_woke_a_caller_is_not_taken_by_another_that_sends():
         client = Client(RunLate(server.socket()), timeout=PATIENCE)
         may_run.clear()
         with contextlib.closing(client), in_background(lambda: client.pread(1, 1)) as outcome:
-            while not client._shared._sessions[0].waited_for:
+            while not client._shared._session.waited_for:
                 time.sleep(0.001)
             with pytest.raises(TimeoutError):
                 client.pwrite(bytes(16 << 20), 0, timeout=10 * SHORT)

@@ -7,27 +7,26 @@ What is left here is the shape of the calls, which are the same on one connectio
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Any, Self, overload
+from typing import Self, overload
 
 from nbdcore.clients.blocking.connecting import BlockingConnectMethods
 from nbdcore.clients.blocking.many import ManyCalls
 from nbdcore.clients.blocking.pipeline import run_pieces
-from nbdcore.clients.blocking.threads import SharedSession
+from nbdcore.clients.blocking.several import Shared
 from nbdcore.clients.connect.methods import Connected
 from nbdcore.clients.extents.columns import CombinedExtentColumns, ExtentColumns
 from nbdcore.clients.extents.walking import CombinedExtent, Extent, ExtentWalk, extents_by_context
 from nbdcore.clients.requests import single as requests
 from nbdcore.clients.requests.arguments import Buffer, deadline_after, texts, whole_numbers
 from nbdcore.clients.requests.single import Request
-from nbdcore.errors import DeadlineExceeded, Error, UsageError
+from nbdcore.errors import Error, UsageError
 from nbdcore.protocol.constants import BASE_ALLOCATION, CommandFlag
-from nbdcore.protocol.engine import Engine, Exchange
 from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission import commands
 from nbdcore.protocol.transmission.commands import Command
-from nbdcore.streams.waiting import NEVER, Deadline
+from nbdcore.streams.waiting import NEVER
 
 # Seconds that leaving a `with` block waits for the server to hang up after the goodbye; what was written is not at stake.
 _GOODBYE = 5.0
@@ -249,21 +248,7 @@ class BlockingCalls(ManyCalls, BlockingConnectMethods[Connected]):
         else:
             run_pieces(shared, request, deadline)
 
-    def _session(self) -> SharedSession:
+    def _session(self) -> Shared:
         if self._shared is None:
             raise UsageError(errno.ENOTCONN, "not connected")
         return self._shared
-
-    def _exchange(self, start: Callable[[Engine], Exchange], deadline: Deadline, what: str) -> Any:
-        """Run one conversation with the server. At the deadline the connection is dead."""
-        shared = self._session()
-        try:
-            exchange = shared.run(start, deadline, what)
-        except UsageError:
-            raise
-        except BaseException as exc:
-            shared.close(exc if isinstance(exc, Error) else DeadlineExceeded(errno.ETIMEDOUT, f"{what} was given up ({exc!r})"))
-            raise
-        if exchange.error is not None:
-            raise exchange.error
-        return exchange.result

@@ -5,17 +5,23 @@ What it does with an open export is in `calls`, opt mode in `options`, and how i
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
 from functools import partial
-from typing import Unpack
+from typing import Any, Unpack
 
 from nbdcore.clients.blocking.calls import BlockingCalls
 from nbdcore.clients.blocking.options import OptionCalls
+from nbdcore.clients.blocking.threads import SharedSession
 from nbdcore.clients.connect.options import ClientOptions
 from nbdcore.clients.connect.target import found, target_of_another
 from nbdcore.clients.requests.arguments import deadline_after
+from nbdcore.errors import DeadlineExceeded, Error, UsageError
+from nbdcore.protocol.engine import Engine, Exchange
 from nbdcore.protocol.handshake.agreement import Export
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import Stream
+from nbdcore.streams.waiting import Deadline
 
 
 class Client(BlockingCalls["Client"], OptionCalls):
@@ -82,3 +88,20 @@ class Client(BlockingCalls["Client"], OptionCalls):
         with Client(opt_mode=True) as other:
             other._connect("connect", partial(found, target), timeout, None)
             return other.opt_list(timeout=deadline.remaining())
+
+    # ------------------------------------------------------------------------------------------ conversations
+
+    def _exchange(self, start: Callable[[Engine], Exchange], deadline: Deadline, what: str) -> Any:
+        """Run one conversation with the server. At the deadline the connection is dead."""
+        shared = self._session()
+        assert isinstance(shared, SharedSession), "a client has one connection"
+        try:
+            exchange = shared.run(start, deadline, what)
+        except UsageError:
+            raise
+        except BaseException as exc:
+            shared.close(exc if isinstance(exc, Error) else DeadlineExceeded(errno.ETIMEDOUT, f"{what} was given up ({exc!r})"))
+            raise
+        if exchange.error is not None:
+            raise exchange.error
+        return exchange.result

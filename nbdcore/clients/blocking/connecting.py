@@ -6,6 +6,7 @@ import threading
 from typing import cast
 
 from nbdcore.clients.blocking.drive import drive
+from nbdcore.clients.blocking.several import Shared, SharedSessions
 from nbdcore.clients.blocking.threads import SharedSession
 from nbdcore.clients.connect.establish import closed_meanwhile
 from nbdcore.clients.connect.methods import Connected, ConnectMethods
@@ -28,7 +29,7 @@ class BlockingConnectMethods(ConnectMethods[Connected]):
     def __init__(self, options: ClientOptions) -> None:
         super().__init__(Engine(checked_settings(options)), checked_encryption(options), checked_permissions(options))
         self._command_timeout = checked_timeout(options)  # of calls that name none
-        self._shared: SharedSession | None = None
+        self._shared: Shared | None = None
         # Held while the client changes hands: newly created, connecting, with a session, or closed before it had one. A signal
         # handler may close the client meanwhile, in the same thread.
         self._changing = threading.RLock()
@@ -46,7 +47,7 @@ class BlockingConnectMethods(ConnectMethods[Connected]):
         connecting = self._engine
         with self._changing:
             # In this order: a signal handler may close the client between any two of these steps.
-            self._shared = SharedSession(*sessions)
+            self._shared = SharedSession(sessions[0]) if len(sessions) == 1 else SharedSessions(sessions)
             if connecting.phase is Phase.CONNECTING:
                 self._engine = sessions[0].engine
                 return

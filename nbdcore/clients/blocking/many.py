@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import TypeVar
 
 from nbdcore.clients.blocking.pipeline import run_many
-from nbdcore.clients.blocking.threads import SharedSession
+from nbdcore.clients.blocking.several import Shared
 from nbdcore.clients.requests import batches
 from nbdcore.clients.requests.arguments import Buffer, deadline_after
 from nbdcore.clients.requests.batches import DEPTH, SplitRequest
@@ -35,7 +35,7 @@ class ManyCalls(ABC):
     def _connected(self, call: str) -> Limits: ...
 
     @abstractmethod
-    def _session(self) -> SharedSession: ...
+    def _session(self) -> Shared: ...
 
     def pread_many(
         self, ranges: Iterable[tuple[int, int]], *, depth: int = DEPTH, timeout: float | None = None

@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable, Generator
 from typing import TypeVar
 
-from nbdcore.clients.blocking.threads import SharedSession
+from nbdcore.clients.blocking.several import Shared
 from nbdcore.clients.requests.arguments import deadline_after
 from nbdcore.clients.requests.batches import SplitRequest
 from nbdcore.clients.requests.single import PIECES_AT_A_TIME, Pieces
@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 
 
 def run_many(
-    shared: SharedSession,
+    shared: Shared,
     fresh: Generator[Command],
     pick: Callable[[Command | SplitRequest], Item],
     *,
@@ -39,7 +39,7 @@ def run_many(
             commands = pipeline.begin()
             if not pipeline.under_way:
                 break
-            shared.wait(pipeline, deadline_after(seconds), pipeline, submit=commands, any_of_several=True)
+            shared.wait_for_any(pipeline, commands, deadline_after(seconds))
             while finished:
                 command = finished.popleft()
                 if command.error is None and command.tag is None:
@@ -56,10 +56,11 @@ def run_many(
         fresh.close()
         if pipeline.under_way:
             shared.abandon(pipeline.unfinished(), _UNWANTED)
+        shared.leave(pipeline)
         pipeline.close()
 
 
-def run_pieces(shared: SharedSession, pieces: Pieces, deadline: Deadline) -> None:
+def run_pieces(shared: Shared, pieces: Pieces, deadline: Deadline) -> None:
     """Run the pieces of one request, then raise the first error of any. At the deadline those under way are given up."""
     pipeline = Pipeline(pieces, PIECES_AT_A_TIME, shared.own)
     try:
@@ -67,7 +68,7 @@ def run_pieces(shared: SharedSession, pieces: Pieces, deadline: Deadline) -> Non
             commands = pipeline.begin()
             if not pipeline.under_way:
                 break
-            shared.wait(pipeline, deadline, pipeline, submit=commands, any_of_several=True)
+            shared.wait_for_any(pipeline, commands, deadline)
             while pipeline.finished:
                 pipeline.settle(pipeline.finished.popleft())
     except BaseException as exc:
@@ -75,6 +76,7 @@ def run_pieces(shared: SharedSession, pieces: Pieces, deadline: Deadline) -> Non
         pipeline.close()
         raise
     finally:
+        shared.leave(pipeline)
         pieces.close()
     try:
         if pipeline.failed is not None:

@@ -1,7 +1,7 @@
-"""Several threads on one session, or on several to the same export: whoever has something to wait for waits for all.
+"""Several threads on one session: whoever has something to wait for waits for all.
 
 A caller queues its command under the lock and waits until it is done. At any time one of the waiting callers watches the
-descriptors, with the lock released, and then moves the bytes for everybody. The others are parked (`waiters`) until their outcome
+descriptor, with the lock released, and then moves the bytes for everybody. The others are parked (`waiters`) until their outcome
 is there, or until the watching is theirs to do. Sending is the exception: a caller whose bytes do not fit the send buffer waits
 for that as well, since nobody else may be doing so. So a call costs no thread and no second descriptor, and one caller alone pays
 nothing for the others.
@@ -27,10 +27,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from nbdcore.clients.blocking.waiters import Pending, Wait, Waiters
-from nbdcore.clients.session.group import Group
+from nbdcore.clients.session.pipeline import Pipeline
 from nbdcore.clients.session.session import Session, closed_by_program
 from nbdcore.errors import DeadlineExceeded, Error, UsageError, copied
 from nbdcore.protocol.engine import Engine
+from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission.commands import Command, disconnect
 from nbdcore.streams.base import WANTS, Want
 from nbdcore.streams.waiting import Deadline, Watch, wait_any
@@ -47,18 +48,22 @@ Waited = TypeVar("Waited", bound=Pending)
 
 
 class SharedSession:
-    """One session or several, and the callers that wait on them. Safe to use from any thread.
-
-    Several sessions are connections to the same export: a command goes to the one with the fewest under way, and the end of one
-    is the end of its own commands only.
+    """One session, and the callers that wait on it. Safe to use from any thread.
 
     Args:
-        sessions: open, or one in opt mode.
+        session: open, or in opt mode.
+
+    Attributes:
+        engine: the session's.
+        callers: the single commands that were sent here by whoever chooses among several connections.
+        loops: likewise the loops that have commands under way here.
     """
 
-    def __init__(self, *sessions: Session) -> None:
-        self._sessions = sessions
-        self._group = Group([session.engine for session in sessions])
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.engine: Engine = session.engine
+        self.loops: dict[Pipeline, None] = {}
+        self.callers: dict[Command, None] = {}
         self._lock = threading.RLock()
         # Whether this thread has the lock. It is how threading.Condition asks, too, and there is no other way.
         self._interrupted: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]  # noqa: SLF001
@@ -68,21 +73,21 @@ class SharedSession:
         self._leaving = False
 
     @property
-    def engine(self) -> Engine:
-        """The engine that speaks for all."""
-        return self._group.speaker
+    def live(self) -> int:
+        """How many connections have not ended: this one, or none."""
+        return 0 if self._session.over else 1
 
     @property
-    def engines(self) -> list[Engine]:
-        """The engines of the sessions that have not ended."""
-        return self._group.live
+    def over(self) -> bool:
+        """Whether the connection has ended."""
+        return self._session.over
 
     def run(self, start: Callable[[Engine], Waited], deadline: Deadline, what: str) -> Waited:
         """Start something and wait until it is done. Raises DeadlineExceeded; what that means for it is the caller's decision.
 
         Raises the connection's own error where that has ended; `what` is how messages name what is waited for.
         """
-        self._refuse_if_interrupted(what)
+        self.refuse_if_interrupted(what)
         with self._lock:
             self._refuse_if_over()
             pending = start(self.engine)
@@ -91,10 +96,8 @@ class SharedSession:
 
     def run_command(self, command: Command, deadline: Deadline) -> None:
         """Run one command and raise its error. At the deadline, or when the caller is interrupted, it is abandoned."""
-        submit: Sequence[Command] = (command,)
         try:
-            if len(self._sessions) == 1:
-                submit = self._run_alone(command, self._sessions[0], deadline)
+            submit = self._run_alone(command, deadline)
             if not command.done:
                 self.wait(command, deadline, command, submit=submit)
         except BaseException as exc:
@@ -104,37 +107,54 @@ class SharedSession:
             raise self.own(command.error)
 
     def take_leave(self, deadline: Deadline) -> None:
-        """Say goodbye, unless another caller has, and wait until every connection has ended."""
-        self._refuse_if_interrupted("disconnect")
+        """Say goodbye, unless another caller has, and wait until the connection has ended."""
+        self.say_goodbye()
+        self.await_end(deadline)
+
+    def say_goodbye(self) -> None:
+        """Queue the goodbye, unless another caller has."""
+        self.refuse_if_interrupted("disconnect")
         with self._lock:
             if not self._leaving:
                 self._leaving = True
-                for engine in self.engines:
-                    engine.submit(disconnect())
-        self.wait(_End(self._sessions), deadline, "the server was to hang up")
+                if not self._session.over:
+                    self.engine.submit(disconnect())
+
+    def await_end(self, deadline: Deadline) -> None:
+        """Wait until the connection has ended."""
+        self.wait(_End(self._session), deadline, "the server was to hang up")
+
+    def look_if_idle(self) -> None:
+        """Find out whether the connection has ended, where no command would."""
+        if self.engine.pending or self._interrupted():
+            return
+        try:
+            with self._lock:
+                if not (self._session.over or self._session.waited_for or self.engine.pending):
+                    self._move(self._session.receive)
+                    self._hand_over()
+        finally:
+            self._close_if_asked()
 
     def close(self, error: Error | None = None) -> None:
-        """End all now. Callers that wait are woken, and get `error`, or that this program closed it."""
+        """End it now. Callers that wait are woken, and get `error`, or that this program closed it."""
         if self.inherited:
-            for session in self._sessions:
-                session.close()
+            self._session.close()
             return
         if self._interrupted():
             self._closing = error or closed_by_program()
-            for session in self._sessions:
-                session.hang_up()
+            self._session.hang_up()
             return
         with self._lock:
-            for session in self._sessions:
-                if error is not None:
-                    session.fail(error)
-                session.close()
+            if error is not None:
+                self._session.fail(error)
+            self._session.close()
             self._wake_others()
 
     @property
     def inherited(self) -> bool:
         """Whether this is the copy that a fork made: the connection is the parent's."""
-        return self._sessions[0].inherited
+        return self._session.inherited
 
     def _close_if_asked(self) -> None:
         """A signal handler may have closed the connection while this thread held the lock."""
@@ -142,7 +162,8 @@ class SharedSession:
             error, self._closing = self._closing, None
             self.close(error)
 
-    def _refuse_if_interrupted(self, what: object) -> None:
+    def refuse_if_interrupted(self, what: object) -> None:
+        """Raise UsageError in a signal handler that interrupted a call here while that held the lock."""
         if self._interrupted():
             raise UsageError(
                 errno.EDEADLK, f"{what}: a signal handler interrupted another call on this connection; it may only close it"
@@ -155,24 +176,68 @@ class SharedSession:
         with self._lock:
             self._submit_inbox()
             for command in commands:
-                self._group.owner(command).abandon(command, error)
+                self.engine.abandon(command, error)
         self._close_if_asked()
 
     def own(self, error: Error) -> Error:
         """Return the caller's own copy of an error that others may be raising as well."""
-        return self._group.own(error)
+        return copied(error) if error is self.engine.error else error
+
+    # ------------------------------------------------------------------------------------------ loops
+
+    def wait_for_any(self, pipeline: Pipeline, commands: Sequence[Command], deadline: Deadline) -> None:
+        """Submit a loop's commands, and wait until there is something for it to settle."""
+        self.wait(pipeline, deadline, pipeline, submit=commands, any_of_several=True)
+
+    def leave(self, pipeline: Pipeline) -> None:
+        """A loop has ended, and has no commands under way any more."""
+
+    @property
+    def takes_commands(self) -> bool:
+        """Whether it is worth trying to submit here."""
+        return self.engine.phase is Phase.CONNECTED and not self.engine.ending
+
+    def submit(self, commands: Sequence[Command]) -> bool:
+        """Queue commands, for a caller that then waits. Returns False where the connection has ended, or is about to."""
+        with self._lock:
+            submitted = self.takes_commands
+            if submitted:
+                self.engine.submit_all(commands)
+        self._close_if_asked()
+        return submitted
+
+    def take(self, wait: Wait, *, expired: bool) -> bool:
+        """One step of a caller's wait, which it makes on several connections: as `wait` makes it on one.
+
+        Returns True when the wait is over; else the caller watches what `wait.watched` says, or is parked.
+        """
+        with self._lock:
+            over = self._take(wait, expired=expired)
+        self._close_if_asked()
+        return over
+
+    def drop(self, wait: Wait) -> None:
+        """The caller's wait on several connections is over."""
+        if wait.watched or wait.parker is not None:
+            with self._lock:
+                self._leave(wait)
+            self._close_if_asked()
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait on."""
+        return self._session.fileno()
 
     # ------------------------------------------------------------------------------------------ steps of a caller
 
-    def _run_alone(self, command: Command, session: Session, deadline: Deadline) -> Sequence[Command]:
+    def _run_alone(self, command: Command, deadline: Deadline) -> Sequence[Command]:
         """What `wait` does, in the few steps that it takes where nobody else is here: a third less of Python for a small read.
 
         Returns what is still to be submitted. The command may need more waiting than once; that is for `wait` as well.
         """
-        waiters = self._waiters
+        waiters, session = self._waiters, self._session
         watched = False
         if self._interrupted():
-            self._refuse_if_interrupted(command)
+            self.refuse_if_interrupted(command)
         try:
             with self._lock:
                 if session.waited_for or waiters.parked or waiters.woken:
@@ -182,16 +247,16 @@ class SharedSession:
                 except UsageError:  # not connected any more
                     self._refuse_if_over()
                     raise
-                self._move(session, session.send)
+                self._move(session.send)
                 if session.wanted() != _READ or session.buffered:
                     return ()
                 session.waited_for = _READ
                 watched = True
-            self._look(((session, _READ),), deadline)
+            self._look(_READ, deadline)
             with self._lock:
                 session.waited_for &= ~_READ
                 watched = False
-                self._move(session, session.receive)  # which also sends what others have queued meanwhile
+                self._move(session.receive)  # which also sends what others have queued meanwhile
                 self._hand_over()
         except BaseException:
             if watched:
@@ -222,7 +287,7 @@ class SharedSession:
         waiters = self._waiters
         wait = Wait(pending, submit, any_of_several=any_of_several)
         expired = False
-        self._refuse_if_interrupted(what)
+        self.refuse_if_interrupted(what)
         try:
             if waiters.woken and submit:
                 parker = waiters.leave_to_others(wait)
@@ -237,7 +302,7 @@ class SharedSession:
                 if over:
                     break
                 if wait.parker is None:
-                    wait.ready = wait.watched if wait.at_once else self._look(wait.watched, deadline)
+                    wait.ready = wait.at_once or self._look(wait.watched, deadline)
                 else:
                     wait.parker.park(deadline)
                     if waiters.may_leave(wait):
@@ -251,37 +316,34 @@ class SharedSession:
         if not pending.done:
             raise DeadlineExceeded(errno.ETIMEDOUT, f"no answer from the server in time ({what})")
 
-    def _look(self, watched: Sequence[tuple[Session, int]], deadline: Deadline) -> Sequence[tuple[Session, int]]:
-        """Wait for what this caller watches. Returns what of it is worth a look at the stream, which says what happened."""
-        session, wanted = watched[0]
-        if len(watched) == 1 and wanted == _READ and session.wait(deadline.remaining()):
-            return watched
-        if all(wanted == _READ for _, wanted in watched):
-            ready = self._watch.wait(tuple([session.fileno() for session, _ in watched]), deadline)
-        else:
-            # A caller that received meanwhile may leave: nothing would wake this one to receive in its place, and a server that
-            # is sending may read no more before somebody does.
-            remaining = deadline.remaining()
-            until = Deadline.after(_LOOK_AGAIN if remaining is None else min(remaining, _LOOK_AGAIN))
-            ready = [fd for fd, _ in wait_any([(session.fileno(), WANTS[wanted]) for session, wanted in watched], until)]
-        return [(session, wanted) for session, wanted in watched if session.fileno() in ready]
+    def _look(self, wanted: int, deadline: Deadline) -> bool:
+        """Wait for what this caller watches. Returns whether the stream is worth a look, which says what happened."""
+        session = self._session
+        if wanted == _READ:
+            return session.wait(deadline.remaining()) or bool(self._watch.wait((session.fileno(),), deadline))
+        # A caller that received meanwhile may leave: nothing would wake this one to receive in its place, and a server that
+        # is sending may read no more before somebody does.
+        remaining = deadline.remaining()
+        until = Deadline.after(_LOOK_AGAIN if remaining is None else min(remaining, _LOOK_AGAIN))
+        return bool(wait_any([(session.fileno(), WANTS[wanted])], until))
 
     # ------------------------------------------------------------------------------------------ with the lock held
 
     def _take(self, wait: Wait, *, expired: bool) -> bool:
         """Move bytes, then settle what to wait for. Returns True when the caller's own wait is over."""
+        session = self._session
         try:
-            if wait.watched:
-                for session, wanted in wait.watched:
-                    session.waited_for &= ~wanted
-                wait.watched = ()
-                for session, wanted in wait.ready:
-                    if not wanted & _READ:
-                        # What there is to receive is for the caller that watches for it: the system may have woken that one, and
-                        # have it wait on where nothing is left when it runs.
-                        self._move(session, session.send)
-                    else:
-                        self._move(session, session.advance_eagerly if wait.any_of_several else session.advance)
+            if watched := wait.watched:
+                session.waited_for &= ~watched
+                wait.watched = 0
+                if not wait.ready:
+                    pass
+                elif not watched & _READ:
+                    # What there is to receive is for the caller that watches for it: the system may have woken that one, and
+                    # have it wait on where nothing is left when it runs.
+                    self._move(session.send)
+                else:
+                    self._move(session.advance_eagerly if wait.any_of_several else session.advance)
             else:
                 self._waiters.unpark(wait)
                 if wait.submit:
@@ -299,6 +361,7 @@ class SharedSession:
 
     def _settle(self, wait: Wait) -> None:
         """Have a caller watch what nobody watches, or park it. While others are woken that may send more, they watch."""
+        session = self._session
         wait.at_once = False
         if not self._waiters.woken:
             wait.watched = self._unwatched()
@@ -306,29 +369,26 @@ class SharedSession:
             self._refuse_if_over()  # what an exception in the middle of moving bytes has lost, nobody would wake this one for
             self._waiters.park(wait)
             return
-        for session, wanted in wait.watched:
-            session.waited_for |= wanted
-            if session.buffered:
-                wait.at_once = True
+        session.waited_for |= wait.watched
+        wait.at_once = session.buffered
 
     def _leave(self, wait: Wait) -> None:
         """An exception ends a caller's wait."""
-        for session, wanted in wait.watched:
-            session.waited_for &= ~wanted
-        wait.watched = ()
+        self._session.waited_for &= ~wait.watched
+        wait.watched = 0
         self._waiters.unpark(wait)
         self._hand_over()
 
     def _refuse_if_over(self) -> None:
         """Raise what ended the connection: another caller may have found out since this one looked at the phase."""
-        if not self.engines:
+        if self._session.over:
             error = self.engine.error
             raise self.own(error) if error else closed_by_program()
 
     def _submit(self, commands: Sequence[Command]) -> None:
-        """Queue commands, each where the fewest are under way."""
+        """Queue commands."""
         try:
-            self._group.submit(commands)
+            self.engine.submit_all(commands)
         except UsageError:  # not connected any more
             self._refuse_if_over()
             raise
@@ -349,25 +409,24 @@ class SharedSession:
         """Send what is queued, unless others are about to queue more and there is little of it."""
         if self._waiters.inbox:
             self._submit_inbox()
-        for session in self._sessions:
-            if not self._waiters.woken or len(session.engine.queue) >= _SENT_TOGETHER:
-                self._move(session, session.send)
+        if not self._waiters.woken or len(self.engine.queue) >= _SENT_TOGETHER:
+            self._move(self._session.send)
 
-    def _move(self, session: Session, move: Callable[[], None]) -> None:
+    def _move(self, move: Callable[[], None]) -> None:
         """Move bytes for everybody; whose outcome that brings is woken by its completion."""
         try:
             move()
         except BaseException as exc:
-            session.give_up(exc)
+            self._session.give_up(exc)
             raise
         finally:
             if self._waiters.parked:
                 self._wake_others()
 
     def _wake_others(self) -> None:
-        """Wake whom no completion wakes. The end of all connections is an outcome for everybody, whatever they wait for."""
+        """Wake whom no completion wakes. The end of the connection is an outcome for everybody, whatever they wait for."""
         waiters = self._waiters
-        if not self.engines:
+        if self._session.over:
             for parker in [*waiters.parked]:
                 parker.wake()
         elif waiters.groups:
@@ -375,20 +434,15 @@ class SharedSession:
                 if parker.pending.done:
                     parker.wake()
 
-    def _unwatched(self) -> list[tuple[Session, int]]:
-        """Return what nobody watches: each session, and for what, as the bits of a Want."""
-        found = []
-        for session in self._sessions:
-            wanted = session.wanted() & ~session.waited_for
-            if wanted:
-                found.append((session, wanted))
-        return found
+    def _unwatched(self) -> int:
+        """Return what nobody watches for, as the bits of a Want."""
+        session = self._session
+        return session.wanted() & ~session.waited_for
 
     def _hand_over(self) -> None:
         """A caller is about to leave: if it did something that must go on, another takes its place."""
-        for session in self._sessions:
-            if session.over:
-                session.close()  # what was kept open for those that watched
+        if self._session.over:
+            self._session.close()  # what was kept open for those that watched
         waiters = self._waiters
         if waiters.parked:
             self._submit_inbox()
@@ -398,12 +452,12 @@ class SharedSession:
 
 
 class _End:
-    """The end of all connections, as something to wait for."""
+    """The end of the connection, as something to wait for."""
 
-    def __init__(self, sessions: Sequence[Session]) -> None:
-        self._sessions = sessions
+    def __init__(self, session: Session) -> None:
+        self._session = session
         self.completion: Any = None
 
     @property
     def done(self) -> bool:
-        return all(session.over for session in self._sessions)
+        return self._session.over

@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from nbdcore.clients.session.session import Session
 from nbdcore.protocol.transmission.commands import Command
 from nbdcore.streams.waiting import Deadline
 
@@ -30,6 +29,13 @@ class Pending(Protocol):
     @property
     def done(self) -> bool:
         """Whether the outcome is final."""
+
+
+class Gate(Protocol):
+    """What a parked caller waits for, however it does that."""
+
+    def release(self) -> None:
+        """Wake the caller. Called once for each time that it is parked."""
 
 
 class Waiters:
@@ -53,7 +59,7 @@ class Waiters:
     def park(self, wait: Wait) -> Parker:
         """Count a caller as parked, and have it woken when what it waits for is done."""
         # An exception may come after any call: so the wait has its parker before others know that.
-        wait.parker = parker = Parker(self, wait.pending)
+        wait.parker = parker = Parker(self, wait.pending, wait.gate)
         if wait.any_of_several:
             self.groups[parker] = None
         else:
@@ -94,21 +100,23 @@ class Wait:
         pending: what it waits for.
         submit: commands to submit first.
         any_of_several: `pending` stands for several commands, and nothing calls its completion.
-        watched: what it watches, with the lock released: sessions, and for what, as the bits of a Want.
-        ready: what of it something has happened to.
+        watched: what it watches the connection for, with the lock released, as the bits of a Want.
+        ready: whether something of that has happened.
         at_once: there is something to receive already.
+        gate: what wakes it, where that is not a lock of the parker's own.
         parker: what it is parked in, when it does not watch.
     """
 
-    __slots__ = ("any_of_several", "at_once", "parker", "pending", "ready", "submit", "watched")
+    __slots__ = ("any_of_several", "at_once", "gate", "parker", "pending", "ready", "submit", "watched")
 
-    def __init__(self, pending: Pending, submit: Sequence[Command], *, any_of_several: bool) -> None:
+    def __init__(self, pending: Pending, submit: Sequence[Command], *, any_of_several: bool, gate: Gate | None = None) -> None:
         self.pending: Pending = pending
         self.submit: Sequence[Command] = submit
         self.any_of_several: bool = any_of_several
-        self.watched: Sequence[tuple[Session, int]] = ()
-        self.ready: Sequence[tuple[Session, int]] = ()
+        self.watched: int = 0
+        self.ready: bool = False
         self.at_once: bool = False
+        self.gate: Gate | None = gate
         self.parker: Parker | None = None
 
 
@@ -118,20 +126,22 @@ class Parker:
     Args:
         waiters: to which it belongs.
         pending: what it waits for.
+        gate: what wakes the caller, which waits for that by itself; None: a lock, in which `park` waits.
     """
 
-    __slots__ = ("_gate", "_waiters", "pending")
+    __slots__ = ("_gate", "_lock", "_waiters", "pending")
 
-    def __init__(self, waiters: Waiters, pending: Pending) -> None:
-        self._gate = threading.Lock()
-        self._gate.acquire()
+    def __init__(self, waiters: Waiters, pending: Pending, gate: Gate | None = None) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self._gate: Gate = self._lock if gate is None else gate
         self._waiters = waiters
         self.pending: Pending = pending
 
     def park(self, deadline: Deadline) -> None:
         """Wait until woken, or until the deadline."""
         remaining = deadline.remaining()
-        self._gate.acquire(timeout=-1 if remaining is None else min(remaining, threading.TIMEOUT_MAX))
+        self._lock.acquire(timeout=-1 if remaining is None else min(remaining, threading.TIMEOUT_MAX))
 
     def wake(self, _: object = None) -> None:
         """Wake it, unless it goes on already. Called with the lock held; no exception can come between these statements."""

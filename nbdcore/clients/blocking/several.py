@@ -1,0 +1,283 @@
+"""Several connections to one export, each with its own callers: which one a call goes to, and a loop that has more than one.
+
+Each connection has its own lock, and its own callers that watch it (`threads`). Nothing is held over all of them: so nobody who
+waits for one connection is needed by another's callers, and threads move large data side by side.
+
+A call goes to one connection and stays there: to one that is idle, or else to the one with the fewest commands under way. A loop
+over many requests has every connection that no other loop has, and where there is none, it joins the one with the fewest loops.
+So one loop has all connections; as many loops as there are connections soon have one each.
+
+A loop on one connection waits as any caller does. On several it watches those that nobody watches, and is parked at the others,
+where it is not woken by a lock but by a bell: a descriptor that it waits for together with those that it watches.
+
+The end of a connection is the end of its own commands only. One that ends while it is idle is noticed by the next call after a
+moment, before a command goes there.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+from nbdcore.clients.blocking.threads import SharedSession
+from nbdcore.clients.blocking.waiters import Wait
+from nbdcore.clients.session.group import Group
+from nbdcore.clients.session.pipeline import Pipeline
+from nbdcore.clients.session.session import Session, closed_by_program
+from nbdcore.errors import DeadlineExceeded, Error
+from nbdcore.protocol.engine import Engine
+from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission.commands import Command
+from nbdcore.streams.base import WANTS, Want
+from nbdcore.streams.bell import Bell
+from nbdcore.streams.waiting import Deadline, Watch, wait_any
+
+# Seconds after which a call looks whether idle connections have ended: often enough that few commands go to one that has, and
+# rarely enough to cost a busy pool nothing.
+_LOOK_AT_IDLE = 0.1
+_READ = int(Want.READ)
+# Seconds after which a loop looks again at what it only sends on, as in `threads`; and where the system gives it no bell.
+_LOOK_AGAIN = 0.1
+
+
+class SharedSessions:
+    """Several sessions, and the callers that wait on them. Safe to use from any thread.
+
+    Args:
+        sessions: open.
+    """
+
+    def __init__(self, sessions: Sequence[Session]) -> None:
+        self._connections = [SharedSession(session) for session in sessions]
+        self._group = Group([connection.engine for connection in self._connections])
+        self._loops: dict[Pipeline, _Loop] = {}
+        self._looked = 0.0  # when idle connections were looked at, by the clock of time.monotonic
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that speaks for all."""
+        return self._group.speaker
+
+    @property
+    def live(self) -> int:
+        """How many connections have not ended."""
+        return len(self._group.live)
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this is the copy that a fork made: the connections are the parent's."""
+        return self._connections[0].inherited
+
+    # ------------------------------------------------------------------------------------------ single commands
+
+    def run_command(self, command: Command, deadline: Deadline) -> None:
+        """Run one command and raise its error. At the deadline, or when the caller is interrupted, it is abandoned."""
+        while True:
+            connection = self._choose(command)
+            try:
+                connection.run_command(command, deadline)
+            except Error:
+                # Where it ended before it had the command, another one takes that.
+                if command.mark is not None or not connection.over or not self._group.live:
+                    raise
+                command.error, command.done = None, False
+            else:
+                return
+            finally:
+                connection.callers.pop(command, None)
+
+    def _choose(self, command: Command) -> SharedSession:
+        """Return the connection for one more command, which counts there now: an idle one, or the one with the fewest."""
+        self._refuse_if_interrupted(command)
+        if time.monotonic() - self._looked > _LOOK_AT_IDLE:
+            self._look_at_idle()
+        best, fewest = None, 0
+        for connection in self._connections:
+            engine = connection.engine
+            if engine.phase is not Phase.CONNECTED or engine.shutting_down:
+                continue
+            pending = engine.pending
+            if connection.callers:  # some may be about to submit
+                pending += sum(one.mark is None for one in [*connection.callers])
+            if best is None or pending < fewest:
+                best, fewest = connection, pending
+                if not pending:
+                    break
+        best = best or self._speaker
+        best.callers[command] = None
+        return best
+
+    @property
+    def _speaker(self) -> SharedSession:
+        engine = self._group.speaker
+        return next(connection for connection in self._connections if connection.engine is engine)
+
+    def _refuse_if_interrupted(self, what: object) -> None:
+        for connection in self._connections:
+            connection.refuse_if_interrupted(what)
+
+    def _look_at_idle(self) -> None:
+        self._looked = time.monotonic()
+        for connection in self._connections:
+            connection.look_if_idle()
+
+    # ------------------------------------------------------------------------------------------ the end
+
+    def take_leave(self, deadline: Deadline) -> None:
+        """Say goodbye, unless another caller has, and wait until every connection has ended."""
+        for connection in self._connections:
+            connection.say_goodbye()
+        for connection in self._connections:
+            connection.await_end(deadline)
+
+    def close(self, error: Error | None = None) -> None:
+        """End all now. Callers that wait are woken, and get `error`, or that this program closed it."""
+        for connection in self._connections:
+            connection.close(error)
+
+    def abandon(self, commands: Iterable[Command], why: BaseException) -> None:
+        """Give commands up: their memory is not touched any more, and answers that come are thrown away."""
+        unfinished = [*commands]
+        for connection in self._connections:
+            connection.abandon([command for command in unfinished if connection.engine.knows(command)], why)
+
+    def own(self, error: Error) -> Error:
+        """Return the caller's own copy of an error that others may be raising as well."""
+        return self._group.own(error)
+
+    # ------------------------------------------------------------------------------------------ loops
+
+    def wait_for_any(self, pipeline: Pipeline, commands: Sequence[Command], deadline: Deadline) -> None:
+        """Submit a loop's commands, and wait until there is something for it to settle."""
+        self._refuse_if_interrupted(pipeline)
+        if time.monotonic() - self._looked > _LOOK_AT_IDLE:
+            self._look_at_idle()
+        loop = self._loops.get(pipeline)
+        if loop is None:
+            loop = self._loops[pipeline] = _Loop(pipeline)
+        if commands:
+            self._submit(pipeline, commands)
+        used = self._used_by(pipeline)
+        if len(used) == 1:
+            used[0].wait(pipeline, deadline, pipeline, any_of_several=True)
+        else:
+            loop.wait(used, deadline)
+
+    def leave(self, pipeline: Pipeline) -> None:
+        """A loop has ended, and has no commands under way any more."""
+        for connection in self._connections:
+            connection.loops.pop(pipeline, None)
+        loop = self._loops.pop(pipeline, None)
+        if loop is not None:
+            loop.close()
+
+    def _submit(self, pipeline: Pipeline, commands: Sequence[Command]) -> None:
+        """Queue commands, each where the fewest are under way."""
+        while commands:
+            places = self._places(pipeline)
+            shares = {places[0]: [*commands]} if len(places) == 1 else _shared_out(commands, places)
+            refused: list[Command] = []
+            for connection, share in shares.items():
+                connection.loops[pipeline] = None
+                if not connection.submit(share):
+                    refused += share
+            commands = refused
+
+    def _places(self, pipeline: Pipeline) -> list[SharedSession]:
+        """Return where a loop's next commands may go. Raises what ended the connections where none is left."""
+        live = [connection for connection in self._connections if connection.takes_commands]
+        if not live:
+            error = self.engine.error
+            raise self.own(error) if error else closed_by_program()
+        others = {connection: len(connection.loops) - (pipeline in connection.loops) for connection in live}
+        free = [connection for connection in live if not others[connection]]
+        return free or [min(live, key=lambda connection: (others[connection], connection.engine.pending))]
+
+    def _used_by(self, pipeline: Pipeline) -> list[SharedSession]:
+        """Return the connections that have commands of a loop under way, or have just finished some."""
+        used = [connection for connection in self._connections if pipeline in connection.loops]
+        if len(used) == 1:
+            return used
+        unfinished = pipeline.unfinished()
+        for connection in used[:]:
+            if not any(connection.engine.knows(command) for command in unfinished):
+                del connection.loops[pipeline]
+                used.remove(connection)
+        return used
+
+
+#: What the calls of a blocking client wait on.
+Shared: TypeAlias = SharedSession | SharedSessions
+
+
+def _shared_out(commands: Sequence[Command], places: Sequence[SharedSession]) -> dict[SharedSession, list[Command]]:
+    """Give each command to the place with the fewest."""
+    shares: dict[SharedSession, list[Command]] = {place: [] for place in places}
+    pending = {place: place.engine.pending for place in places}
+    for command in commands:
+        place = min(places, key=pending.__getitem__)
+        pending[place] += 1
+        shares[place].append(command)
+    return {place: share for place, share in shares.items() if share}
+
+
+class _Loop:
+    """A loop's wait on several connections at once."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._watch = Watch()
+        self._bell = Bell()
+
+    def close(self) -> None:
+        self._bell.close()
+
+    def wait(self, connections: Sequence[SharedSession], deadline: Deadline) -> None:
+        """Wait until the loop has something to settle, doing on each connection what nobody else does there."""
+        pipeline = self._pipeline
+        waits = {connection: Wait(pipeline, (), any_of_several=True, gate=self._bell) for connection in connections}
+        expired = False
+        try:
+            while True:
+                for connection, wait in waits.items():
+                    if connection.take(wait, expired=expired):
+                        break
+                if pipeline.done or expired:
+                    break
+                self._look(waits, deadline)
+                expired = deadline.at is not None and deadline.expired
+        finally:
+            for connection, wait in waits.items():
+                connection.drop(wait)
+        if not pipeline.done:
+            raise DeadlineExceeded(errno.ETIMEDOUT, f"no answer from the server in time ({pipeline})")
+
+    def _look(self, waits: dict[SharedSession, Wait], deadline: Deadline) -> None:
+        """Wait for what is watched and for the bell, and note where something is to be done."""
+        watched = [(connection.fileno(), wait) for connection, wait in waits.items() if wait.watched]
+        for _, wait in watched:
+            wait.ready = wait.at_once
+        if any(wait.ready for _, wait in watched):
+            return
+        bell = -1
+        if len(watched) < len(waits):
+            bell = self._bell.fileno()
+            if self._bell.rung:
+                self._bell.silence()
+                return
+        until = deadline
+        if bell < 0 < len(waits) - len(watched) or any(wait.watched != _READ for _, wait in watched):
+            remaining = deadline.remaining()
+            until = Deadline.after(_LOOK_AGAIN if remaining is None else min(remaining, _LOOK_AGAIN))
+        fds = tuple(fd for fd, _ in watched) + ((bell,) if bell >= 0 else ())
+        if all(wait.watched == _READ for _, wait in watched) and fds:
+            ready = set(self._watch.wait(fds, until))
+        else:
+            wanted = [(fd, WANTS[wait.watched]) for fd, wait in watched] + ([(bell, Want.READ)] if bell >= 0 else [])
+            ready = {fd for fd, _ in wait_any(wanted, until)}
+        for fd, wait in watched:
+            wait.ready = fd in ready
+        if bell in ready:
+            self._bell.silence()
