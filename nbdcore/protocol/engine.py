@@ -384,6 +384,11 @@ class Engine:
             return self._incoming.room()
         return self._exchanges.room()
 
+    @property
+    def direct(self) -> Command | None:
+        """The command into whose own memory the next bytes go; None where they go elsewhere."""
+        return None if self._incoming is None else self._incoming.direct
+
     def received(self, count: int) -> int:
         """Take in `count` bytes that were put into `room()`, and run the completions that follow from them.
 

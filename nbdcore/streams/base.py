@@ -100,6 +100,23 @@ class Stream(ABC):
         """
         return False
 
+    def fill(
+        self,
+        room: memoryview,  # noqa: ARG002 (for those that can)
+        taken: list[int],  # noqa: ARG002
+        seconds: float | None = None,  # noqa: ARG002
+        *,
+        whole: bool = False,  # noqa: ARG002
+    ) -> bool:
+        """Receive into `room` and wait for it, in one step, if the stream has a way: for a byte, or, if `whole`, till it is full.
+
+        How many bytes were received is appended to `taken`, before a signal handler can raise anything: no byte is lost. Where
+        the stream has ended or failed, nothing is appended, or 0, and the next `recv_into` says what happened. It may return
+        early. Returns False, as `wait` does, where the stream has no such way, and where nothing has come in so many seconds or
+        fewer. Other threads may send meanwhile, and `hang_up` and `close` end it.
+        """
+        return False
+
     def wants(self) -> Want:
         """Return what the stream itself waits for (unsent ciphertext, a handshake), beyond what its user waits for.
 

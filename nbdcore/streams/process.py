@@ -145,6 +145,7 @@ class ProcessStream(SocketStream):
         self, sock: socket.socket, child: Child, *, path: str | None = None, tidy: Callable[[], None] | None = None
     ) -> None:
         super().__init__(sock, peer=f"the command {_shown(child.process.args)}")
+        self._can_fill = self._can_wait and type(self) is ProcessStream  # its `recv_into` only has more to say of the end
         self.child = child
         self.path = path
         self.explains_end: Callable[[], bool] = lambda: True

@@ -38,6 +38,7 @@ _TIMEVAL = struct.Struct("@ll")  # struct timeval: seconds and microseconds, and
 _FOR_EVER, _FOR_SHORT = _TIMEVAL.pack(0, 0), _TIMEVAL.pack(0, round(_SHORT * 1e6))
 #: What a receive answers where there is no peeking (vsock under Hyper-V).
 _NO_SUCH_WAIT = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
+_WHOLE = getattr(socket, "MSG_WAITALL", 0)
 _HAS_SENDMSG = hasattr(socket.socket, "sendmsg")
 
 #: What accept reports about the one connection that failed before it was taken (accept(2), "Error handling"): the next is fine.
@@ -92,6 +93,8 @@ class SocketStream(Stream):
         self._sock = sock
         self._first = bytearray(1)
         self._can_wait = _DONT_WAIT != 0
+        # Whoever receives in a way of their own must be asked for every byte.
+        self._can_fill = self._can_wait and type(self).recv_into is SocketStream.recv_into
         self._limit = _FOR_EVER  # how long a receive waits now
         self._can_limit = True
         self._failed: OSError | None = None  # what `wait` met, which the system tells once only
@@ -137,6 +140,23 @@ class SocketStream(Stream):
             if exc.errno in _NO_SUCH_WAIT:
                 self._can_wait = False
                 return False
+            self._failed = exc
+        return True
+
+    def fill(self, room: memoryview, taken: list[int], seconds: float | None = None, *, whole: bool = False) -> bool:
+        """Receive into `room` with one system call, which waits: for ever, or, where there is a deadline, a few milliseconds."""
+        if not self._can_fill or (seconds is not None and seconds < _SHORT):
+            return False
+        if not self._limit_receives(_FOR_EVER if seconds is None else _FOR_SHORT):
+            return False
+        try:
+            # In C from the receive to the list, so that no signal handler runs in between.
+            taken.extend(map(self._sock.recv_into, (room,), (0,), (_WHOLE if whole else 0,)))
+        except BlockingIOError:
+            return False  # as in `wait`
+        except OSError as exc:
+            if from_signal_handler(exc):
+                raise
             self._failed = exc
         return True
 

@@ -4,7 +4,7 @@ Each connection has its own lock, and its own callers that watch it (`threads`).
 waits for one connection is needed by another's callers, and threads move large data side by side.
 
 A call goes to one connection and stays there: to one that is idle, or else to the one with the fewest commands under way. A loop
-over many requests has every connection that no other loop has, and where there is none, it joins the one with the fewest loops.
+over many requests has every connection that nobody else uses, and where there is none, it joins the one with the fewest users.
 So one loop has all connections; as many loops as there are connections soon have one each.
 
 A loop on one connection waits as any caller does. On several it watches those that nobody watches, and is parked at the others,
@@ -191,7 +191,7 @@ class SharedSessions:
         if not live:
             error = self.engine.error
             raise self.own(error) if error else closed_by_program()
-        others = {connection: len(connection.loops) - (pipeline in connection.loops) for connection in live}
+        others = {one: len(one.callers) + len(one.loops) - (pipeline in one.loops) for one in live}
         free = [connection for connection in live if not others[connection]]
         return free or [min(live, key=lambda connection: (others[connection], connection.engine.pending))]
 
@@ -242,8 +242,7 @@ class _Loop:
         try:
             while True:
                 for connection, wait in waits.items():
-                    if connection.take(wait, expired=expired):
-                        break
+                    connection.take(wait, expired=expired)
                 if pipeline.done or expired:
                     break
                 self._look(waits, deadline)

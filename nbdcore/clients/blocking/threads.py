@@ -1,7 +1,9 @@
 """Several threads on one session: whoever has something to wait for waits for all.
 
 A caller queues its command under the lock and waits until it is done. At any time one of the waiting callers watches the
-descriptor, with the lock released, and then moves the bytes for everybody. The others are parked (`waiters`) until their outcome
+descriptor, with the lock released, and then moves the bytes for everybody. Where it can, it does not only watch: it receives
+with the lock released. What may be touched meanwhile is the scratch buffer, which nobody else receives into, or its own memory:
+a large payload of its own is one receive that waits for all of it. The others are parked (`waiters`) until their outcome
 is there, or until the watching is theirs to do. Sending is the exception: a caller whose bytes do not fit the send buffer waits
 for that as well, since nobody else may be doing so. So a call costs no thread and no second descriptor, and one caller alone pays
 nothing for the others.
@@ -24,6 +26,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from nbdcore.clients.blocking.waiters import Pending, Wait, Waiters
@@ -235,7 +238,8 @@ class SharedSession:
         Returns what is still to be submitted. The command may need more waiting than once; that is for `wait` as well.
         """
         waiters, session = self._waiters, self._session
-        watched = False
+        watched, room = False, None
+        taken: list[int] = []
         if self._interrupted():
             self.refuse_if_interrupted(command)
         try:
@@ -252,22 +256,33 @@ class SharedSession:
                     return ()
                 session.waited_for = _READ
                 watched = True
-            self._look(_READ, deadline)
+                room = self._room(command)
+            if room is None or not session.fill(room, taken, deadline.remaining(), whole=False):
+                self._look(_READ, deadline)
             with self._lock:
-                session.waited_for &= ~_READ
+                session.unwatched(_READ)
                 watched = False
-                self._move(session.receive)  # which also sends what others have queued meanwhile
+                if room is None:
+                    self._move(session.receive)  # which also sends what others have queued meanwhile
+                else:
+                    self._move(partial(session.take_in, room, taken))
                 self._hand_over()
         except BaseException:
             if watched:
-                with self._lock:
-                    session.waited_for &= ~_READ
-                    self._hand_over()
+                self._stop_alone(room, taken)
             raise
         finally:
             if self._closing is not None:
                 self._close_if_asked()
         return ()
+
+    def _stop_alone(self, room: memoryview | None, taken: list[int]) -> None:
+        """An exception ends the wait of a caller that was alone. What it has received counts."""
+        with self._lock:
+            self._session.unwatched(_READ)
+            if room is not None and taken:
+                self._move(partial(self._session.take_in, room, taken))
+            self._hand_over()
 
     def wait(
         self,
@@ -302,7 +317,7 @@ class SharedSession:
                 if over:
                     break
                 if wait.parker is None:
-                    wait.ready = wait.at_once or self._look(wait.watched, deadline)
+                    wait.ready = wait.at_once or self._fill(wait, deadline) or self._look(wait.watched, deadline)
                 else:
                     wait.parker.park(deadline)
                     if waiters.may_leave(wait):
@@ -315,6 +330,13 @@ class SharedSession:
             raise
         if not pending.done:
             raise DeadlineExceeded(errno.ETIMEDOUT, f"no answer from the server in time ({what})")
+
+    def _fill(self, wait: Wait, deadline: Deadline) -> bool:
+        """Receive, where this caller has room to receive into, as `Session.fill` does."""
+        room = wait.room
+        return room is not None and self._session.fill(
+            room, wait.taken, deadline.remaining(), whole=self.engine.direct is not None
+        )
 
     def _look(self, wanted: int, deadline: Deadline) -> bool:
         """Wait for what this caller watches. Returns whether the stream is worth a look, which says what happened."""
@@ -334,16 +356,18 @@ class SharedSession:
         session = self._session
         try:
             if watched := wait.watched:
-                session.waited_for &= ~watched
+                session.unwatched(watched)
                 wait.watched = 0
                 if not wait.ready:
                     pass
+                elif wait.room is not None:
+                    self._move(partial(session.take_in, wait.room, wait.taken, eager=wait.any_of_several))
                 elif not watched & _READ:
                     # What there is to receive is for the caller that watches for it: the system may have woken that one, and
                     # have it wait on where nothing is left when it runs.
                     self._move(session.send)
                 else:
-                    self._move(session.advance_eagerly if wait.any_of_several else session.advance)
+                    self._move(partial(session.advance, eager=wait.any_of_several, pausing=wait.gate is None))
             else:
                 self._waiters.unpark(wait)
                 if wait.submit:
@@ -371,11 +395,28 @@ class SharedSession:
             return
         session.waited_for |= wait.watched
         wait.at_once = session.buffered
+        wait.room = self._room(wait.pending) if wait.watched == _READ and wait.gate is None and not wait.at_once else None
+
+    def _room(self, pending: Pending) -> memoryview | None:
+        """Return where somebody who waits for `pending` may receive with the lock released; None: nowhere.
+
+        The scratch buffer is nobody's. The memory of a caller may only be written to while that caller waits here.
+        """
+        engine = self.engine
+        if not self._session.fills or engine.phase is not Phase.CONNECTED:
+            return None
+        command = engine.direct
+        if command is None or command is pending or (isinstance(pending, Pipeline) and pending.owns(command)):
+            self._session.filling = True
+            return engine.room()
+        return None
 
     def _leave(self, wait: Wait) -> None:
         """An exception ends a caller's wait."""
-        self._session.waited_for &= ~wait.watched
+        self._session.unwatched(wait.watched)
         wait.watched = 0
+        if wait.room is not None and wait.taken:
+            self._move(partial(self._session.take_in, wait.room, wait.taken))
         self._waiters.unpark(wait)
         self._hand_over()
 

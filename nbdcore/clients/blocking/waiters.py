@@ -103,11 +103,13 @@ class Wait:
         watched: what it watches the connection for, with the lock released, as the bits of a Want.
         ready: whether something of that has happened.
         at_once: there is something to receive already.
+        room: where it receives, with the lock released; None where it only looks whether there is something to receive.
+        taken: how many bytes it has received there, until they are taken in.
         gate: what wakes it, where that is not a lock of the parker's own.
         parker: what it is parked in, when it does not watch.
     """
 
-    __slots__ = ("any_of_several", "at_once", "gate", "parker", "pending", "ready", "submit", "watched")
+    __slots__ = ("any_of_several", "at_once", "gate", "parker", "pending", "ready", "room", "submit", "taken", "watched")
 
     def __init__(self, pending: Pending, submit: Sequence[Command], *, any_of_several: bool, gate: Gate | None = None) -> None:
         self.pending: Pending = pending
@@ -116,6 +118,8 @@ class Wait:
         self.watched: int = 0
         self.ready: bool = False
         self.at_once: bool = False
+        self.room: memoryview | None = None
+        self.taken: list[int] = []
         self.gate: Gate | None = gate
         self.parker: Parker | None = None
 

@@ -97,6 +97,10 @@ class Pipeline:
         split.left -= 1
         return None if split.left else split
 
+    def owns(self, command: Command) -> bool:
+        """Whether a command that has not finished is one of these."""
+        return command.completion == self._finish
+
     @property
     def done(self) -> bool:
         """Whether there is something to settle, or nothing to wait for."""

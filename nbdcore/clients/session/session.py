@@ -55,6 +55,9 @@ class Session:
         self._half_closed = self._finishing = False
         #: what somebody waits for on the descriptor, as the bits of a Want: until nobody does, its number goes to no other
         self.waited_for = 0
+        #: somebody may be in `fill`: nobody else receives
+        self.filling = False
+        self._hung_up: Error | OSError | None = None  # what sending met meanwhile
         self._process = os.getpid()
         self._ended = False  # which was logged
 
@@ -63,6 +66,7 @@ class Session:
         # A plain socket owes nothing and holds nothing back, so it need not be asked with every request.
         self._owes = type(stream).wants is not Stream.wants
         self._holds = type(stream).buffered is not Stream.buffered
+        self.fills: bool = type(stream).fill is not Stream.fill
 
     def fileno(self) -> int:
         """Return the descriptor to wait on; -1 when the connection is over."""
@@ -77,6 +81,19 @@ class Session:
         """Wait until there is something to receive, and return whether there is, as `Stream.wait` does: False, then poll."""
         return self._stream.wait(seconds)
 
+    def fill(self, room: memoryview, taken: list[int], seconds: float | None, *, whole: bool) -> bool:
+        """Receive into the engine's `room` and wait for it, as `Stream.fill` does. What came is for `take_in`.
+
+        The one step that may be made while other threads use the session, as long as they do not receive.
+        """
+        return self._stream.fill(room, taken, seconds, whole=whole)
+
+    def unwatched(self, wanted: int) -> None:
+        """Nobody waits on the descriptor any more for these bits of a Want, nor in `fill`."""
+        self.waited_for &= ~wanted
+        if wanted & _READ:
+            self.filling = False
+
     def interest(self) -> Want:
         """Return what to wait for before `advance()` can do more."""
         return WANTS[self.wanted()]
@@ -87,7 +104,7 @@ class Session:
         if engine.phase in _OVER:
             return 0
         bits = _READ if engine.phase is _CONNECTED or len(engine.room()) else 0
-        if self._finishing or engine.has_outgoing:
+        if (self._finishing or engine.has_outgoing) and self._hung_up is None:
             bits |= _WRITE
         return bits | int(self._stream.wants()) if self._owes else bits
 
@@ -96,15 +113,11 @@ class Session:
         """Whether `advance()` would find bytes that the stream holds already, though its descriptor may be quiet."""
         return self._holds and self._stream.buffered() and self.engine.phase not in _OVER and len(self.engine.room()) > 0
 
-    def advance(self, *, eager: bool = False) -> None:
-        """Send and receive what can be sent and received now; `eager`: as `receive` has it."""
+    def advance(self, *, eager: bool = False, pausing: bool = False) -> None:
+        """Send and receive what can be sent and received now; `eager` and `pausing`: as `receive` has them."""
         if self._has_to_send or (self._owes and self._stream.wants() is not _NOTHING):
             self.send()
-        self.receive(eager=eager)
-
-    def advance_eagerly(self) -> None:
-        """Send what can be sent now, and receive only until there is an outcome, for which the caller has something to do."""
-        self.advance(eager=True)
+        self.receive(eager=eager, pausing=pausing)
 
     @property
     def _has_to_send(self) -> bool:
@@ -113,6 +126,8 @@ class Session:
     def send(self) -> None:
         """Send what is queued, as far as the stream takes it now."""
         engine, stream = self.engine, self._stream
+        if self._hung_up is not None:
+            return
         try:
             if self._shake_hands is not None and not self._go_on_shaking(self._shake_hands):
                 return
@@ -127,9 +142,15 @@ class Session:
             elif self._owes and stream.wants() & Want.WRITE:
                 stream.send([])
         except (Error, OSError) as exc:
-            if exc.errno in _HUNG_UP and not from_signal_handler(exc):
-                self._receive_the_rest()
-            self._broken(exc)
+            self._sending_failed(exc)
+
+    def _sending_failed(self, exc: Error | OSError) -> None:
+        if exc.errno in _HUNG_UP and not from_signal_handler(exc):
+            if self.filling:
+                self._hung_up = exc  # whoever receives finds the end, after what the server answered before
+                return
+            self._receive_the_rest()
+        self._broken(exc)
 
     def _receive_the_rest(self) -> None:
         """The server takes no more, since it has hung up; what it answered before counts."""
@@ -166,10 +187,32 @@ class Session:
             self.engine.received_eof()
             self.close()
 
-    def receive(self, times: int = _RECEIVES, *, eager: bool = False) -> None:
+    def take_in(self, room: memoryview, taken: list[int], *, eager: bool = False) -> None:
+        """Let the engine take in what `fill` received into `room`, then receive what else is there, as `receive` does."""
+        engine = self.engine
+        count = taken.pop() if taken else 0
+        if engine.phase in _OVER:
+            self.close()
+            return
+        if count:
+            completed = engine.received(count)
+            if self._hung_up is not None:
+                self._receive_the_rest()
+                self._broken(self._hung_up)
+                return
+            if engine.has_outgoing:
+                self.send()
+            if (eager and completed) or count < len(room) or engine.direct is not None:
+                if engine.phase in _OVER:
+                    self.close()
+                return
+        self.receive(eager=eager, pausing=True)
+
+    def receive(self, times: int = _RECEIVES, *, eager: bool = False, pausing: bool = False) -> None:
         """Receive what is there, let the engine take it in, and close the stream if that was the end.
 
-        Receives so many times at most, or, where `eager`, until a command has its outcome.
+        Receives so many times at most, or, where `eager`, until a command has its outcome, or, where `pausing`, until a large
+        payload is next, which its caller can wait for with `fill`.
         """
         engine = self.engine
         for _ in range(times):
@@ -193,7 +236,11 @@ class Session:
                 self._secure()
             if engine.has_outgoing:
                 self.send()
-            if (eager and completed) or (count < len(room) and not (self._holds and stream.buffered())):
+            if (
+                (eager and completed)
+                or (count < len(room) and not (self._holds and stream.buffered()))
+                or (pausing and engine.direct is not None)
+            ):
                 break
         if engine.phase in _OVER:
             self.close()

@@ -98,6 +98,11 @@ class ReceiveBuffer:
         return True
 
     @property
+    def direct(self) -> Command | None:
+        """The command into whose own memory the next bytes go; None where they go into the scratch buffer."""
+        return self._command if self._sink is not None and self.start == self.end else None
+
+    @property
     def between_messages(self) -> bool:
         """Whether everything received so far has been decoded: the server may hang up here without breaking a reply."""
         return self.finish is None and self.start == self.end

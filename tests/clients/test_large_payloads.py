@@ -1,0 +1,268 @@
+"""Large reads are received with the connection unlocked: whatever happens in the middle of one, no byte is lost or misplaced."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import signal
+import threading
+import time
+
+import pytest
+
+import nbdcore
+from nbdcore import DeadlineExceeded, Disconnected, Phase
+from nbdcore.protocol.constants import CommandType
+from nbdcore.server import MemoryDisk, Server
+from nbdcore.testing.scripted import ScriptedServer, hang_up, reset, serve, unless_gone, wait_for
+from tests.alarms import needs_alarms
+from tests.clients.talking import DISK, DONE, PATIENCE, SHORT, expected, good, in_background, in_two_parts, script, talk, together
+from tests.clients.test_interrupts import ctrl_c_when
+
+LARGE = DISK // 2
+HALF = LARGE // 2
+
+
+@pytest.fixture
+def go_on():
+    return threading.Event()
+
+
+def halfway(buffer):
+    """Return a condition: the first half of the data has been put into the buffer, and so the rest is waited for."""
+    return lambda: buffer[HALF - 1000] != 0
+
+
+def read(client, buffer, **options):
+    return client.pread_into(buffer, 7, **options)
+
+
+def read_in_a_loop(client, buffer, **options):
+    return [*client.pread_into_many([(7, buffer)], **options)]
+
+
+ways = pytest.mark.parametrize("way", [read, read_in_a_loop])
+
+
+@needs_alarms
+@ways
+def test_ctrl_c_in_the_middle_of_a_payload_leaves_the_connection_usable(way, go_on):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with talk(in_two_parts(good, HALF, go_on), serve(good)) as (client, _):
+            buffer = bytearray(LARGE)
+            with ctrl_c_when(halfway(buffer)), pytest.raises(KeyboardInterrupt):
+                way(client, buffer)
+            assert client.phase is Phase.CONNECTED
+            given_up = bytes(buffer)
+            go_on.set()
+            assert client.pread(LARGE, 9, timeout=PATIENCE) == expected(9, LARGE)
+            assert buffer == given_up
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@ways
+def test_deadline_in_the_middle_of_a_payload_leaves_the_connection_usable_and_the_buffer_alone(way, go_on):
+    with talk(in_two_parts(good, HALF, go_on), serve(good)) as (client, _):
+        buffer = bytearray(LARGE)
+        with pytest.raises(DeadlineExceeded):
+            way(client, buffer, timeout=SHORT)
+        given_up = bytes(buffer)
+        go_on.set()
+        assert client.pread(LARGE, 9, timeout=PATIENCE) == expected(9, LARGE)
+        assert buffer == given_up
+
+
+@ways
+@pytest.mark.parametrize("timeout", [None, PATIENCE])
+def test_closing_in_the_middle_of_a_payload_ends_the_call(way, go_on, timeout):
+    with talk(unless_gone(in_two_parts(good, HALF, go_on))) as (client, _):
+        buffer = bytearray(LARGE)
+        with in_background(lambda: way(client, buffer, timeout=timeout)) as outcome:
+            while not halfway(buffer)():
+                time.sleep(0.001)
+            client.close()
+        assert isinstance(outcome[0], Disconnected)
+        assert "closed by this program" in str(outcome[0])
+        go_on.set()
+
+
+@ways
+@pytest.mark.parametrize("end", [hang_up, reset])
+def test_server_that_goes_in_the_middle_of_a_payload_ends_the_call(way, end):
+    def half(connection):
+        request = connection.receive_request()
+        connection.send(good(request)[:HALF])
+        end(connection)
+
+    with talk(half) as (client, _):
+        outcome = together(1, lambda _: way(client, bytearray(LARGE)))
+        assert isinstance(outcome[0], Disconnected)
+
+
+def test_others_send_while_a_payload_is_waited_for(go_on):
+    def until_another_has_written(connection):
+        reading = connection.receive_request()
+        reply = good(reading)
+        connection.send(reply[:HALF])
+        writing = connection.receive_request()
+        assert writing.kind == CommandType.WRITE
+        connection.send(reply[HALF:])
+        wait_for(go_on)(connection)
+        connection.send(DONE(writing))
+
+    with talk(until_another_has_written) as (client, _):
+        buffer = bytearray(LARGE)
+        with in_background(lambda: read(client, buffer)) as outcome:
+            while not halfway(buffer)():
+                time.sleep(0.001)
+            with in_background(lambda: client.pwrite(bytes(LARGE), 0)) as written:
+                while not outcome:
+                    time.sleep(0.001)
+                assert outcome == [LARGE]
+                go_on.set()
+        assert written == [None]
+        assert buffer == expected(7, LARGE)
+
+
+def test_caller_that_cannot_send_leaves_the_end_to_the_one_that_receives(go_on):
+    def half(connection):
+        reply = good(connection.receive_request())
+        connection.send(reply[:HALF])
+        wait_for(go_on)(connection)
+        connection.send(reply[HALF:])
+        hang_up(connection)
+
+    with talk(half) as (client, _):
+        buffer = bytearray(LARGE)
+        with in_background(lambda: read(client, buffer)) as outcome:
+            while not halfway(buffer)():
+                time.sleep(0.001)
+            go_on.set()
+            errors = together(4, lambda _: [client.pwrite(bytes(LARGE), 0) for _ in range(100)])
+        assert {type(error) for error in errors} == {Disconnected}
+        assert outcome == [LARGE] or isinstance(outcome[0], Disconnected)
+        if outcome == [LARGE]:
+            assert buffer == expected(7, LARGE)
+
+
+def test_payload_of_another_caller_is_not_received_after_that_one_has_given_up(go_on):
+    """Two reads of two callers: the one that receives must not have the memory of the other when that one has gone."""
+
+    def second_first(connection):
+        first = connection.receive_request()
+        second = connection.receive_request()
+        reply = good(second)
+        connection.send(reply[:HALF])
+        wait_for(go_on)(connection)
+        connection.send(reply[HALF:])
+        connection.send(good(first))
+
+    with talk(second_first, serve(good)) as (client, connection):
+        with in_background(lambda: client.pread(LARGE, 3)) as outcome:
+            while not connection.requests:
+                time.sleep(0.001)
+            buffer = bytearray(LARGE)
+            with pytest.raises(DeadlineExceeded):
+                client.pread_into(buffer, 5, timeout=2 * SHORT)
+            given_up = bytes(buffer)
+            go_on.set()
+        assert outcome == [expected(3, LARGE)]
+        assert buffer == given_up
+
+
+# ---------------------------------------------------------------------------------------------- pools
+
+
+@pytest.mark.parametrize("work", [read, read_in_a_loop])
+def test_payload_that_stands_still_on_one_connection_holds_up_no_other(work, go_on):
+    stuck = script(in_two_parts(good, HALF, go_on), serve(good))
+    with ScriptedServer(stuck, script(serve(good)), patience=PATIENCE) as server:
+        port = server.listen_tcp()
+        with nbdcore.create_pool(f"nbd://127.0.0.1:{port}", connections=2, timeout=PATIENCE) as pool:
+            buffer = bytearray(LARGE)
+            with in_background(lambda: work(pool, buffer)) as outcome:
+                while not halfway(buffer)():
+                    time.sleep(0.001)
+                for number in range(20):
+                    assert pool.pread(LARGE, number, timeout=PATIENCE) == expected(number, LARGE)
+                    assert [*pool.pread_many([(number, 8)] * 5, timeout=PATIENCE)] == [(number, expected(number, 8))] * 5
+                go_on.set()
+            assert outcome in ([LARGE], [[7]])
+            assert buffer == expected(7, LARGE)
+
+
+SIZES = [1, 512, 4096, 20_000, 130_000, 300_000]
+
+
+def shares_of_a_disk(disk, number, share):
+    """Write and read random ranges of one's own share in every way that there is, giving some up; compare every byte."""
+    generator = random.Random(number)
+    base, mirror = number * share, bytearray(share)
+    for turn in range(40):
+        ranges = []
+        for _ in range(generator.randrange(1, 6)):
+            count = generator.choice(SIZES)
+            ranges.append((generator.randrange(share - count + 1), count))
+        if turn % 3 == 0:
+            items = []
+            for at, count in ranges:
+                if all(at >= other + length or at + count <= other for other, length in items):
+                    items.append((at, count))
+                    mirror[at : at + count] = generator.randbytes(count)
+            done = [*disk.pwrite_many(((base + at, bytes(mirror[at : at + count])) for at, count in items), depth=3)]
+            assert sorted(done) == sorted(base + at for at, _ in items)
+        elif turn % 3 == 1:
+            for at, data in disk.pread_many([(base + at, count) for at, count in ranges], depth=3):
+                assert data == mirror[at - base : at - base + len(data)]
+                if generator.random() < 0.1:
+                    break  # what is under way is given up
+        else:
+            at, count = ranges[0]
+            try:
+                assert disk.pread(count, base + at, timeout=generator.choice([None, PATIENCE, 0.0005])) == mirror[at : at + count]
+            except DeadlineExceeded:
+                continue
+    return bytes(mirror)
+
+
+@pytest.mark.parametrize("connections", [1, 4])
+@pytest.mark.parametrize("structured", [True, False])
+def test_every_byte_of_many_threads_is_right(connections, structured, socket_path):
+    share, threads = 1 << 20, 6
+    memory = MemoryDisk(share * threads)
+    with Server(memory) as server:
+        uri = server.listen("unix", path=str(socket_path)).address.uri()
+        options = {"structured_replies": structured}
+        if connections == 1:
+            disk = nbdcore.connect(uri, timeout=PATIENCE, **options)
+        else:
+            disk = nbdcore.create_pool(uri, connections=connections, timeout=PATIENCE, **options)
+        with disk:
+            mirrors = together(threads, lambda number: shares_of_a_disk(disk, number, share))
+            for number, mirror in enumerate(mirrors):
+                assert isinstance(mirror, bytes), mirror
+                assert disk.pread(share, number * share) == mirror
+
+
+def test_pool_that_is_closed_under_loops_and_calls_ends_them_all(socket_path):
+    with Server(MemoryDisk(1 << 24)) as server:
+        uri = server.listen("unix", path=str(socket_path)).address.uri()
+        for turn in range(10):
+            pool = nbdcore.create_pool(uri, connections=3, timeout=PATIENCE)
+
+            def work(number, pool=pool, turn=turn):
+                if number == 0:
+                    time.sleep(0.005 * turn)
+                    pool.close()
+                elif number % 2:
+                    for _ in pool.pread_many((0, 300_000 * (number % 3) + 1) for _ in itertools.count()):
+                        pass
+                else:
+                    while True:
+                        pool.pread(200_000, 0)
+
+            ended = together(7, work)
+            assert ended[0] is None
+            assert all(isinstance(error, nbdcore.Error) for error in ended[1:]), ended
