@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nbdcore import aio as aio
+    from nbdcore import disk as disk
     from nbdcore import libnbd as libnbd
     from nbdcore import server as server
     from nbdcore.clients.blocking.client import Client
@@ -137,7 +138,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names.spli
 
 
 # Each by its own name too: `import nbdcore` is enough, and costs nothing until they are used.
-_SUBMODULES = ("aio", "libnbd", "server")
+_SUBMODULES = ("aio", "disk", "libnbd", "server")
 
 
 def __getattr__(name: str) -> object:

@@ -101,7 +101,7 @@ TABLE = {
     "nbdcore.libnbd": May(
         ("nbdcore.clients", "nbdcore.protocol", "nbdcore.plugins", "nbdcore.streams", "nbdcore.uri", "nbdcore.errors")
     ),
-    "nbdcore.disk": May(("nbdcore.clients",)),
+    "nbdcore.disk": May(("nbdcore.clients", "nbdcore.errors")),
     "nbdcore.server": May(
         (
             "nbdcore.protocol.constants",

@@ -5,8 +5,8 @@ says that they see each other's writes (NBD_FLAG_CAN_MULTI_CONN): without that t
 pool has the one. A server may also allow fewer than were asked for; then there are fewer. No connection is opened again later.
 
 **Which one.** A request goes to the connection with the fewest requests under way, so a slow one gets fewer. The pieces of a
-request too large for the server are spread likewise. Nothing orders two requests that are under way at the same time, here no
-more than on one connection.
+request too large for the server are spread likewise, and the requests of a loop, over the connections that nobody else uses just
+then. Nothing orders two requests that are under way at the same time, here no more than on one connection.
 
 **Flush.** It is sent on one connection. The server has promised that a flush, and a write with FUA, count for all: so it covers
 every write, on whichever connection, that was answered before it was sent, and also those answered on a connection that has been

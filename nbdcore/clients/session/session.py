@@ -54,9 +54,9 @@ class Session:
         self._shake_hands: Callable[[], bool] | None = None  # TLS's handshake, while it lasts
         self._half_closed = self._finishing = False
         #: what somebody waits for on the descriptor, as the bits of a Want: until nobody does, its number goes to no other
-        self.waited_for = 0
+        self.waited_for: int = 0
         #: somebody may be in `fill`: nobody else receives
-        self.filling = False
+        self.filling: bool = False
         self._hung_up: Error | OSError | None = None  # what sending met meanwhile
         self._process = os.getpid()
         self._ended = False  # which was logged
