@@ -48,7 +48,7 @@ PUBLIC = ("nbdcore", "nbdcore.errors", "nbdcore.uri", "nbdcore.protocol", "nbdco
 # The row of a module is that of the longest prefix of its name.
 TABLE = {
     # The public names, and nothing else of its own.
-    "nbdcore": May((*PUBLIC, "nbdcore.aio", "nbdcore.libnbd", "nbdcore.server"), itself=False),
+    "nbdcore": May((*PUBLIC, "nbdcore.aio", "nbdcore.disk", "nbdcore.libnbd", "nbdcore.server"), itself=False),
     "nbdcore.__main__": May(("nbdcore.cli",)),
     "nbdcore.errors": May(),
     "nbdcore.uri": May(("nbdcore.errors",)),
