@@ -31,7 +31,8 @@ class SharedMemory:
     """
 
     def __init__(self, size: int) -> None:
-        fd, self.path = tempfile.mkstemp(prefix="nbdcore-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None)
+        fd, path = tempfile.mkstemp(prefix="nbdcore-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None)
+        self.path: str = path
         try:
             _give_room(fd, size)
             self._map = mmap.mmap(fd, size)
