@@ -7,17 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from nbdcore.protocol.constants import AllocationFlag
+
 __all__ = ["aligned", "clipped", "merged"]
+
+_DEFINED = int(AllocationFlag.HOLE | AllocationFlag.ZERO)
 
 Extent = tuple[int, int]
 
 
 def clipped(extents: Iterable[Extent], count: int) -> Iterator[Extent]:
-    """Yield extents until `count` bytes are covered. Raises ValueError for one that is not longer than nothing."""
+    """Yield extents until `count` bytes are covered, with the flags that base:allocation has: the server must send no others.
+
+    Raises ValueError for one that is not longer than nothing.
+    """
     for length, flags in extents:
         if length <= 0:
             raise ValueError(f"an extent of {length} bytes")
-        yield min(length, count), int(flags)
+        yield min(length, count), int(flags) & _DEFINED
         count -= length
         if count <= 0:
             return

@@ -244,6 +244,15 @@ def test_extents_that_make_no_sense_are_eio(ready, told):
     assert client.read(0, 1 << 17).contents() == bytes(1 << 17)
 
 
+@pytest.mark.parametrize("extended", [False, True])
+@pytest.mark.parametrize("flags", [1 << 40, 0xFF << 56, -4, 1 << 64])
+def test_bits_that_base_allocation_does_not_have_are_not_sent(ready, extended, flags):
+    disk = Zeroes()
+    disk.extents = lambda count, offset: [(4096, flags | 3), (count, flags)]
+    client = ready(disk, extended=extended)
+    assert client.ask(CommandType.BLOCK_STATUS, 0, 8192).extents == {1: [(4096, 3), (4096, 0)]}
+
+
 def test_extents_without_end_are_cut(ready):
     def forever(count, offset):
         while True:
