@@ -190,16 +190,25 @@ def test_server_without_go_gets_the_export_name(zeroes):
     assert client.taken == len(script)
 
 
+def test_server_without_go_is_left_where_extended_headers_forbid_the_export_name():
+    script = greeting() + ack(Option.EXTENDED_HEADERS, Option.SET_META_CONTEXT) + refused(Option.GO, text=b"what?")
+    client = everywhere(lambda: (disk(), script))
+
+    assert isinstance(client.engine.error, NegotiationError)
+    assert (client.engine.error.reply, client.engine.error.server_text) == (OptionReply.ERR_UNSUP, "what?")
+    assert bytes(client.said) == CLIENT_FLAGS + EXTENDED_HEADERS + SET_META_CONTEXT + GO + ABORT
+
+
 def test_server_without_go_keeps_the_contexts_selected_for_the_export():
     script = (
         greeting()
-        + ack(Option.EXTENDED_HEADERS)
+        + ack(Option.STRUCTURED_REPLY)
         + context(3, b"base:allocation")
         + ack(Option.SET_META_CONTEXT)
         + refused(Option.GO)
         + export_name_reply()
     )
-    client = everywhere(lambda: (disk(), script))
+    client = everywhere(lambda: (disk(extended_headers=False), script))
 
     assert client.engine.agreement.contexts == {3: "base:allocation"}
     assert client.engine.limits.contexts

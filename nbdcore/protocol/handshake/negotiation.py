@@ -244,7 +244,8 @@ def go(agreement: Agreement, settings: Settings, name: str) -> Conversation[None
         try:
             yield from _describe(agreement, settings, Option.GO, name)
         except NegotiationError as refused:
-            if refused.reply != OptionReply.ERR_UNSUP:
+            # After extended headers were agreed on, EXPORT_NAME must not be sent (section NBD_OPT_EXTENDED_HEADERS).
+            if refused.reply != OptionReply.ERR_UNSUP or agreement.extended:
                 raise
         else:
             return
