@@ -77,6 +77,7 @@ class SharedSessions:
         while True:
             connection = self._choose(command)
             try:
+                connection.callers[command] = None
                 connection.run_command(command, deadline)
             except Error:
                 # Where it ended before it had the command, another one takes that.
@@ -89,7 +90,7 @@ class SharedSessions:
                 connection.callers.pop(command, None)
 
     def _choose(self, command: Command) -> SharedSession:
-        """Return the connection for one more command, which counts there now: an idle one, or the one with the fewest."""
+        """Return the connection for one more command: an idle one, or the one with the fewest under way."""
         self._refuse_if_interrupted(command)
         if time.monotonic() - self._looked > _LOOK_AT_IDLE:
             self._look_at_idle()
@@ -105,9 +106,7 @@ class SharedSessions:
                 best, fewest = connection, pending
                 if not pending:
                     break
-        best = best or self._speaker
-        best.callers[command] = None
-        return best
+        return best or self._speaker
 
     @property
     def _speaker(self) -> SharedSession:
