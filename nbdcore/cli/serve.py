@@ -25,7 +25,7 @@ from nbdcore import DEFAULT_PORT, URI, UsageError, parse_uri
 from nbdcore.cli.output import escaped, say, warn
 from nbdcore.cli.signals import stopped_by_signals
 from nbdcore.cli.sizes import parsed, rounded
-from nbdcore.server import Backend, ExportSettings, FileDisk, MemoryDisk, Server, ServerTLS
+from nbdcore.server import Backend, ExportSettings, FileDisk, MemoryDisk, Server, ServerTLS, SharedMemoryDisk
 from nbdcore.streams.base import Listener
 
 __all__ = ["serve"]
@@ -171,6 +171,12 @@ def _encryption(certificates: str | None, psk: str | None, *, verify_clients: bo
     "--max-clients", type=click.IntRange(min=1), default=128, show_default=True, metavar="N", help="Refuse more at the same time."
 )
 @click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Serve from up to N processes, started as clients come. [default: the processors that there are]",
+)
+@click.option(
     "--keepalive/--no-keepalive",
     default=True,
     help="Have the system ask silent TCP clients whether they are still there, and give up those that are not, or not.",
@@ -199,6 +205,7 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
     tls_psk: str | None,
     tls: str | None,
     max_clients: int,
+    workers: int | None,
     keepalive: bool,
     memory_budget: int,
 ) -> None:
@@ -219,7 +226,8 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_log_on_stderr())
         wait_for_signal = stack.enter_context(stopped_by_signals())
-        disk, what = _opened(file, memory or 0, read_only=read_only)
+        workers = workers or _processors()
+        disk, what = _opened(file, memory or 0, read_only=read_only, shared=workers > 1)
         if isinstance(disk, FileDisk):
             stack.callback(disk.close)
         settings = ExportSettings(disk, description=description, read_only=read_only)
@@ -229,6 +237,7 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
             require_tls=encryption.required,
             max_clients=max_clients,
             memory_budget=memory_budget,
+            workers=workers if getattr(disk, "shareable", False) else 1,
         )
         stack.callback(server.stop)
         listeners = [place.listen(server, keepalive=keepalive) for place in places]
@@ -241,10 +250,17 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
         wait_for_signal()
 
 
-def _opened(file: str | None, memory: int, *, read_only: bool) -> tuple[Backend, str]:
-    """Open what is to be served. Returns it, and words for it."""
+def _processors() -> int:
+    """Return how many processors this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def _opened(file: str | None, memory: int, *, read_only: bool, shared: bool) -> tuple[Backend, str]:
+    """Open what is to be served, `shared` by processes where that can be. Returns it, and words for it."""
     if file is None:
-        return MemoryDisk(memory), f"{rounded(memory)} of memory, gone when the server stops"
+        in_memory = SharedMemoryDisk if shared and hasattr(os, "memfd_create") else MemoryDisk
+        return in_memory(memory), f"{rounded(memory)} of memory, gone when the server stops"
     try:
         disk = FileDisk(file, read_only=read_only)
     except PermissionError as error:

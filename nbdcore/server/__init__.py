@@ -9,10 +9,10 @@ What can be exported says `Backend`; how it is presented, `ExportSettings`; with
 """
 
 from nbdcore.server.backend import Backend
-from nbdcore.server.exports import BlockSizes, ExportSettings
-from nbdcore.server.files import FileDisk
+from nbdcore.server.files import FileDisk, SharedMemoryDisk
 from nbdcore.server.listening import Server
 from nbdcore.server.memory import MemoryDisk
+from nbdcore.server.settings import BlockSizes, ExportSettings
 from nbdcore.streams.tls.credentials import ServerTLS
 
-__all__ = ["Backend", "BlockSizes", "ExportSettings", "FileDisk", "MemoryDisk", "Server", "ServerTLS"]
+__all__ = ["Backend", "BlockSizes", "ExportSettings", "FileDisk", "MemoryDisk", "Server", "ServerTLS", "SharedMemoryDisk"]

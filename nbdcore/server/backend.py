@@ -45,13 +45,15 @@ class Backend(Protocol):
     - `read_only`: True where writing methods exist but must not be used.
     - `flush()`: return when all writes that have returned are on permanent storage. Without it neither NBD_CMD_FLUSH nor
       NBD_CMD_FLAG_FUA is offered.
+    - `shareable`: True where several processes can have the disk, each a pickled copy of the object: for `Server(workers=...)`.
     - `trim(count, offset)`: the range is not needed any more; its contents may become anything. Without it no NBD_CMD_TRIM.
     - `zero(count, offset, *, may_trim)`: make the range read as zeroes, quicker than writing them would; it may become a hole
       only where `may_trim`. Where that cannot be done quickly: raise `OSError(errno.ENOTSUP, ...)` with nothing changed, and the
       server writes zeroes in bounded pieces (or tells the client, when it asked for NBD_CMD_FLAG_FAST_ZERO).
     - `cache(count, offset)`: the range will be read soon. Without it no NBD_CMD_CACHE.
     - `extents(count, offset)`: yield `(length, AllocationFlag)` of consecutive extents from `offset` on; it may be lazy, stop
-      early, or go past the range. A length must be positive. Without it everything is data.
+      early, or go past the range. A length must be positive; other bits than AllocationFlag's are left out.
+      Without it everything is data.
     - `close()`: called once, when the server that owns the back end has stopped.
 
     An OSError becomes the wire's error number for it, with its `strerror` as the text. EDQUOT and EFBIG are NBD_ENOSPC.

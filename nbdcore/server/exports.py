@@ -1,26 +1,31 @@
 """Exports: what a client can choose, with what, and under which name.
 
-`ExportSettings` is what the user says; `Export` joins it to the back end, works out what can be offered, and guards the back end:
+`Export` joins what the user says (`settings`) to the back end, works out what can be offered, and guards the back end:
 its errors become refusals with the wire's numbers, what it returns is checked, what it lacks is done in another way. Nothing
 here knows sockets or messages.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
-from nbdcore.errors import UsageError
-from nbdcore.protocol.constants import DEFAULT_MAXIMUM, MAX_PAYLOAD, MAX_SIZE, ErrorNumber, TransmissionFlag
-from nbdcore.protocol.wire import encode_string
-from nbdcore.server.backend import Backend, Refusal, error_number
+from nbdcore.protocol.constants import ErrorNumber, TransmissionFlag
+from nbdcore.server.backend import Refusal, error_number
 from nbdcore.server.ranges import aligned, clipped, merged
+from nbdcore.server.settings import (
+    BlockSizes,
+    Exported,
+    ExportSettings,
+    checked_block_sizes,
+    checked_size,
+    checked_string,
+    named_settings,
+)
 
-__all__ = ["BlockSizes", "Export", "ExportSettings", "Exports", "exports_of"]
+__all__ = ["Export", "Exports", "exports_of"]
 
 _log = logging.getLogger("nbdcore.server")
 
@@ -31,42 +36,8 @@ _ZEROES = memoryview(bytes(1 << 20))
 _STORAGE_TROUBLE = frozenset({ErrorNumber.EPERM, ErrorNumber.EIO, ErrorNumber.ENOMEM, ErrorNumber.ENOSPC})
 # Extents looked at for one request: enough for a fragmented file, little enough that a client cannot keep a thread busy.
 _MAX_EXTENTS = 8192
-
-
 # Extents have multiples of this where they can (section "NBD_CMD_BLOCK_STATUS").
 _SECTOR = 512
-
-
-class BlockSizes(NamedTuple):
-    """Block size constraints in bytes (section "Block size constraints"); the default accepts every request up to 32 MiB."""
-
-    minimum: int = 1
-    preferred: int = 4096
-    maximum: int = DEFAULT_MAXIMUM
-
-
-@dataclass(frozen=True, slots=True)
-class ExportSettings:
-    """A back end, and how it is presented to clients.
-
-    Attributes:
-        backend: what is exported.
-        description: a line for humans, shown in lists.
-        read_only: refuse to change it, whatever the back end can do.
-        block_sizes: what requests must fit. With a minimum other than 1 clients that do not ask for block sizes are refused.
-        multi_conn: whether a flush on one connection covers the writes of all: true of any back end that is one object.
-        rotational: whether clients should schedule as for a spinning disk.
-        require_tls: let only clients with TLS open it, or know that it exists; where the server allows others at all.
-    """
-
-    backend: Backend
-    _: KW_ONLY
-    description: str = ""
-    read_only: bool = False
-    block_sizes: BlockSizes | tuple[int, int, int] = field(default_factory=BlockSizes)
-    multi_conn: bool = True
-    rotational: bool = False
-    require_tls: bool = False
 
 
 class Export:
@@ -78,10 +49,10 @@ class Export:
     def __init__(self, name: str, settings: ExportSettings, *, read_only: bool = False) -> None:
         """Work out what can be offered. Raises UsageError for a name, size, description or block sizes that cannot be."""
         backend = settings.backend
-        self.name: str = _checked_string("name", name)
-        self.description: str = _checked_string("description", settings.description)
-        self.size: int = _checked_size(name, backend.size)
-        self.block_sizes: BlockSizes = _checked_block_sizes(name, BlockSizes(*settings.block_sizes), self.size)
+        self.name: str = checked_string("name", name)
+        self.description: str = checked_string("description", settings.description)
+        self.size: int = checked_size(name, backend.size)
+        self.block_sizes: BlockSizes = checked_block_sizes(name, BlockSizes(*settings.block_sizes), self.size)
         self.read_only: bool = (
             read_only or settings.read_only or getattr(backend, "read_only", False) or not hasattr(backend, "pwrite")
         )
@@ -260,49 +231,6 @@ class Exports:
         return public
 
 
-def exports_of(given: Backend | ExportSettings | Mapping[str, Backend | ExportSettings], *, read_only: bool) -> Exports:
-    """Return the exports that a server was given: one, called "", or several by name. Raises UsageError."""
-    named = given if isinstance(given, Mapping) else {"": given}
-    if not named:
-        raise UsageError(errno.EINVAL, "a server needs at least one export")
-    settings = {name: one if isinstance(one, ExportSettings) else ExportSettings(one) for name, one in named.items()}
-    return Exports(Export(name, one, read_only=read_only) for name, one in settings.items())
-
-
-# ---------------------------------------------------------------------------------------------- checks of what the user says
-
-
-def _checked_string(what: str, text: str) -> str:
-    try:
-        encode_string(text)
-    except ValueError as problem:
-        raise UsageError(errno.EINVAL, f"the {what} of an export cannot be sent: {problem}") from problem
-    return text
-
-
-def _checked_size(name: str, size: object) -> int:
-    if not isinstance(size, int) or not 0 <= size <= MAX_SIZE:
-        raise UsageError(errno.EINVAL, f"export {name!r}: the back end's size is {size!r}, not a number from 0 to {MAX_SIZE}")
-    return size
-
-
-def _checked_block_sizes(name: str, sizes: BlockSizes, size: int) -> BlockSizes:
-    """Hold the user to the rules of section "Block size constraints", and to what a server's memory allows."""
-    minimum, preferred, maximum = sizes
-    rules = {
-        "the minimum must be a power of two from 1 to 65536": _power_of_two(minimum) and minimum <= 1 << 16,
-        "the preferred size must be a power of two, no less than 512 and the minimum": _power_of_two(preferred)
-        and preferred >= max(minimum, 512),
-        "the maximum must be a multiple of the minimum": minimum > 0 and maximum % minimum == 0,
-        "the maximum must be no less than the preferred size or the export's": maximum >= min(preferred, size),
-        f"the maximum must be from 1 to {MAX_PAYLOAD}": 1 <= maximum <= MAX_PAYLOAD,
-        f"the size of the export, {size}, must be a multiple of the minimum": minimum > 0 and size % minimum == 0,
-    }
-    for rule, kept in rules.items():
-        if not kept:
-            raise UsageError(errno.EINVAL, f"export {name!r}: block sizes {tuple(sizes)}: {rule}")
-    return sizes
-
-
-def _power_of_two(number: int) -> bool:
-    return number > 0 and number & (number - 1) == 0
+def exports_of(given: Exported, *, read_only: bool) -> Exports:
+    """Return the exports that a server was given. Raises UsageError."""
+    return Exports(Export(name, one, read_only=read_only) for name, one in named_settings(given).items())

@@ -10,16 +10,18 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from nbdcore.errors import UsageError
-from nbdcore.protocol.constants import AllocationFlag
+from nbdcore.protocol.constants import MAX_SIZE, AllocationFlag
 from nbdcore.server import fallocate
 from nbdcore.server.backend import Bytes
 
-__all__ = ["FileDisk"]
+__all__ = ["FileDisk", "SharedMemoryDisk"]
 
 _HOLE = AllocationFlag.HOLE | AllocationFlag.ZERO
 _DATA = AllocationFlag(0)
@@ -39,13 +41,26 @@ class FileDisk:
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise UsageError(errno.EINVAL, f"{os.fspath(path)} is neither a regular file nor a block device")
         access = os.O_RDONLY if read_only else os.O_RDWR
-        self._fd = os.open(path, access | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
-        self.read_only = read_only
-        self.size: int = os.lseek(self._fd, 0, os.SEEK_END)  # a block device's st_size is 0
+        self._use(os.open(path, access | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)), read_only=read_only)
+
+    def _use(self, fd: int, *, read_only: bool) -> None:
+        self._fd = fd
+        self.read_only: bool = read_only
+        self.size: int = os.lseek(fd, 0, os.SEEK_END)  # a block device's st_size is 0
         self._seeking = threading.Lock()
         self._positioned = hasattr(os, "pread") and hasattr(os, "pwrite")
         self._seek_data: int | None = getattr(os, "SEEK_DATA", None)
         self._seek_hole: int | None = getattr(os, "SEEK_HOLE", None)
+
+    @property
+    def shareable(self) -> bool:
+        """Whether several processes can have the disk: it is pickled as its open file, for a process that is being started."""
+        return self._positioned and os.name == "posix"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        from multiprocessing import reduction  # it brings much, and few disks go to another process
+
+        return _in_another_process, (type(self), reduction.DupFd(self._fd), self.read_only)
 
     def pread(self, count: int, offset: int) -> bytes:
         """Return `count` bytes from `offset` on. Raises OSError, EIO where the file has become shorter."""
@@ -147,3 +162,36 @@ class FileDisk:
         with self._seeking:
             os.lseek(self._fd, offset, os.SEEK_SET)
             return os.write(self._fd, data)
+
+
+class SharedMemoryDisk(FileDisk):
+    """A sparse disk in memory that the processes of one server can share, empty at first.
+
+    `MemoryDisk` is for one process, and quicker there. This one is a file without a name, where the system has files in memory
+    (Linux); elsewhere it is in the folder for temporary files. Flushing does nothing.
+    """
+
+    def __init__(self, size: int) -> None:
+        """Make a disk of `size` bytes that reads as zeroes. Raises UsageError for a size that cannot be, and OSError."""
+        if not 0 <= size <= MAX_SIZE:
+            raise UsageError(errno.EINVAL, f"a disk of {size} bytes: the size must be from 0 to {MAX_SIZE}")
+        if hasattr(os, "memfd_create"):
+            fd = os.memfd_create("nbdcore")
+        else:
+            with tempfile.TemporaryFile() as file:
+                fd = os.dup(file.fileno())
+        try:
+            os.truncate(fd, size)
+            self._use(fd, read_only=False)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def flush(self) -> None:
+        """Return at once: the memory is all the permanence there is."""
+
+
+def _in_another_process(kind: type[FileDisk], duplicate: Any, read_only: bool) -> FileDisk:
+    disk = kind.__new__(kind)
+    disk._use(duplicate.detach(), read_only=read_only)  # noqa: SLF001 (of this module)
+    return disk

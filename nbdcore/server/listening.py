@@ -1,8 +1,9 @@
 """The server: its listeners, its clients' threads, and their orderly end.
 
-One thread accepts for each listener, one serves each client. All of them wait for the shutdown as well, so that stopping wakes
-every thread and no thread is ever left: a request being carried out is finished and answered, what comes later is answered
-NBD_ESHUTDOWN, idle clients are disconnected at once, and those that will not finish when the deadline comes.
+One thread accepts for each listener (`accepting`), one serves each client, in this process or in a further one (`workers`). All
+of them wait for the shutdown as well, so that stopping wakes every thread and no thread is ever left: a request being carried
+out is finished and answered, what comes later is answered NBD_ESHUTDOWN, idle clients are disconnected at once, and those that
+will not finish when the deadline comes.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from nbdcore.errors import TLSError, TransportError, UsageError
-from nbdcore.server.backend import Backend
+from nbdcore.server.accepting import PAUSE, start_accepting
 from nbdcore.server.budget import MemoryBudget
 from nbdcore.server.channel import Channel, ConnectionOver
 from nbdcore.server.clients import Client, Clients
-from nbdcore.server.exports import ExportSettings, exports_of
+from nbdcore.server.exports import exports_of
 from nbdcore.server.negotiation import negotiate
 from nbdcore.server.offer import offer_of
+from nbdcore.server.settings import Exported, check_shareable, named_settings
 from nbdcore.server.shutdown import Shutdown
 from nbdcore.server.transmission import transmit
 from nbdcore.streams.base import Address, Listener, Stream, Want
@@ -29,8 +31,10 @@ from nbdcore.streams.tls.credentials import ServerTLS
 from nbdcore.streams.waiting import NEVER, Deadline, wait_any
 from nbdcore.uri import parse_uri
 
-if TYPE_CHECKING:  # at run time it would bring pluggy, which only listening needs
+if TYPE_CHECKING:  # at run time they would bring pluggy, which only listening needs, and multiprocessing
     from nbdcore.plugins.spec import Transport
+    from nbdcore.server.worker import ServerSettings
+    from nbdcore.server.workers import Workers
 
 __all__ = ["Server"]
 
@@ -38,10 +42,6 @@ _log = logging.getLogger("nbdcore.server")
 
 # Enough for four clients that write 32 MiB each at once; a small machine can spare it.
 _MEMORY = 128 << 20
-# Seconds after a failed accept, since trying again at once would only spin.
-_ACCEPT_PAUSE = 0.25
-# What accept fails with when the process or the system has no descriptors or no memory left.
-_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 # What a thread cut off at the deadline may still need to end.
 _LAST_MOMENT = 0.5
 
@@ -59,7 +59,7 @@ class Server:
 
     def __init__(
         self,
-        exports: Backend | ExportSettings | Mapping[str, Backend | ExportSettings],
+        exports: Exported,
         *,
         read_only: bool = False,
         tls: ServerTLS | None = None,
@@ -67,6 +67,7 @@ class Server:
         max_clients: int = 128,
         memory_budget: int = _MEMORY,
         handshake_timeout: float | None = 30.0,
+        workers: int = 1,
     ) -> None:
         """Prepare to serve one export, called "", or several by name; nothing is opened yet.
 
@@ -80,6 +81,11 @@ class Server:
         With `tls`, whose files are read now, every client must start TLS before anything else. With `require_tls=False` it may do
         without, for the exports whose own settings do not require it.
 
+        `workers` is how many processes may serve clients: further ones are started when several clients are here at once, where
+        the back ends can be in several processes, as `FileDisk` and `SharedMemoryDisk` can. They are spawned, as those of
+        `multiprocessing` are: a program's own work then stands behind `if __name__ == "__main__":`. The numbers above are for all
+        of them together.
+
         Raises UsageError for exports and numbers that cannot be, for files of `tls` that cannot be used (with errno ENOTSUP for
         what this Python cannot do), and for TLS that is required without `tls`.
         """
@@ -88,7 +94,22 @@ class Server:
         if memory_budget < 0:
             raise UsageError(errno.EINVAL, f"memory_budget is {memory_budget}: it must be a number of bytes, at least 0")
         Deadline.after(handshake_timeout)  # raises UsageError where it is no number of seconds
-        self._offer = offer_of(exports_of(exports, read_only=read_only), tls, require_tls=require_tls)
+        settings = named_settings(exports)
+        self._offer = offer_of(exports_of(settings, read_only=read_only), tls, require_tls=require_tls)
+        #: called at the end of each client, in its thread
+        self.on_end: Callable[[], None] | None = None
+        self._workers: Workers | None = None
+        if workers != 1:
+            from nbdcore.server.worker import ServerSettings  # multiprocessing, which most servers do without
+            from nbdcore.server.workers import Workers, shared_out
+
+            check_shareable(workers, settings)
+            max_clients, *places = shared_out(max_clients, workers)
+            memory_budget //= 1 + len(places)
+            ours = ServerSettings(
+                _server_of, settings, read_only, tls, require_tls, max_clients, memory_budget, handshake_timeout
+            )
+            self._workers = Workers(places, ours)
         self._budget = MemoryBudget(memory_budget)
         self._handshake_timeout = handshake_timeout
         self._shutdown = Shutdown()
@@ -190,6 +211,13 @@ class Server:
         if not self._start_client(stream, limited=False):
             self._refuse_if_stopped()
 
+    def serve_guest(self, stream: Stream) -> bool:
+        """Serve one client that another process of the server has accepted, as one that came through a listener.
+
+        Returns False where it was turned away; the stream is closed then.
+        """
+        return self._start_client(stream, limited=True)
+
     def serve_forever(self) -> None:
         """Start, and return when another thread (or a signal handler) has stopped the server; stop it when interrupted."""
         self.start()
@@ -213,6 +241,8 @@ class Server:
         self._join(acceptors)
         for listener in listeners:
             listener.close()
+        if self._workers is not None:
+            self._workers.stop(self._shutdown.deadline)
         self._join(clients)
         self._finish()
 
@@ -250,39 +280,12 @@ class Server:
     # ------------------------------------------------------------------------------------------ accepting
 
     def _start_accepting(self, listener: Listener) -> None:
-        thread = threading.Thread(target=self._accept, args=(listener,), name=f"nbdcore-accept {listener.address}", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as failure:  # the system gives no more threads
-            message = f"cannot accept clients on {listener.address}: {failure}; fewer threads or a higher limit would help"
-            raise TransportError(errno.EAGAIN, message) from failure
-        self._acceptors.add(thread)
+        self._acceptors.add(start_accepting(listener, self._shutdown, self._clients, self._welcome))
 
-    def _accept(self, listener: Listener) -> None:
-        """Accept clients until the server stops; nothing else ends it, whatever the system lacks for a while."""
-        waiting = [(listener.fileno(), Want.READ), (self._shutdown.fileno(), Want.READ)]
-        failing = False  # said once, not with every attempt
-        while not self._shutdown.requested:
-            try:
-                wait_any(waiting, NEVER)
-                stream = listener.accept()
-                if stream is not None:
-                    failing = False
-                    self._start_client(stream, limited=True)
-            except (OSError, MemoryError) as problem:
-                if not failing:
-                    _log.warning("accepting on %s failed, and is tried again: %s", listener.address, problem)
-                failing = True
-                self._make_room(problem)
-
-    def _make_room(self, problem: OSError | MemoryError) -> None:
-        """Wait before the next attempt to accept, at best for a client to be gone that gives its descriptor up."""
-        exhausted = isinstance(problem, MemoryError) or problem.errno in _EXHAUSTED
-        leaving = self._clients.send_one_away(f"the system has nothing left for another: {problem}") if exhausted else None
-        if leaving is None:
-            wait_any([(self._shutdown.fileno(), Want.READ)], Deadline.after(_ACCEPT_PAUSE))
-        else:
-            leaving.thread.join(_ACCEPT_PAUSE)
+    def _welcome(self, stream: Stream) -> None:
+        """Serve a client that came through a listener, in this process or in another."""
+        if self._workers is None or not self._workers.take(stream, len(self._clients)):
+            self._start_client(stream, limited=True)
 
     # ------------------------------------------------------------------------------------------ clients
 
@@ -293,7 +296,7 @@ class Server:
         if problem and not self._shutdown.requested:
             leaving = self._clients.send_one_away(problem)
             if leaving is not None:
-                leaving.thread.join(_ACCEPT_PAUSE)
+                leaving.thread.join(PAUSE)
                 problem = self._admit(client)
         if problem:
             _log.warning("%s was disconnected: %s", stream, problem)
@@ -332,6 +335,8 @@ class Server:
             with self._lock:
                 self._clients.ended(client)
                 last = self._abandoned and not self._clients
+            if self.on_end is not None:
+                self.on_end()
             if last:
                 self._finish()
 
@@ -342,3 +347,16 @@ class Server:
             channel.deadline = NEVER
             transmit(channel, agreement, self._shutdown, self._budget)
         channel.finish()
+
+
+def _server_of(settings: ServerSettings) -> Server:
+    """Make a server of another process's, which listens nowhere."""
+    return Server(
+        settings.exports,
+        read_only=settings.read_only,
+        tls=settings.tls,
+        require_tls=settings.require_tls,
+        max_clients=settings.max_clients,
+        memory_budget=settings.memory_budget,
+        handshake_timeout=settings.handshake_timeout,
+    )

@@ -221,6 +221,11 @@ class SocketStream(Stream):
         with contextlib.suppress(OSError):
             self._sock.close()
 
+    def detach(self) -> int:
+        """Give the connection up, as it is, and return its descriptor, which is the caller's; the stream is closed."""
+        self._closed = True
+        return self._sock.detach()
+
     def _broken(self, doing: str, exc: OSError | None) -> Disconnected:
         if self._closed or exc is None:
             return Disconnected(errno.ENOTCONN, f"the connection to {self._peer} was closed by this program")

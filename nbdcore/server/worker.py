@@ -1,0 +1,137 @@
+"""What a server's further process does: it serves the clients that it is handed, and reports what its server must know."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+from nbdcore.server.settings import ExportSettings
+from nbdcore.streams.base import Stream
+from nbdcore.streams.sockets import SocketStream
+from nbdcore.streams.tls.credentials import ServerTLS
+
+__all__ = ["Ended", "Guests", "Handed", "ServerSettings", "Stop", "work"]
+
+# Seconds for clients to finish where the server is gone without having said how long they have.
+_PATIENCE = 5.0
+
+
+class Guests(Protocol):
+    """A server that serves clients which another process has accepted."""
+
+    on_end: Callable[[], None] | None
+    """Called at the end of each client."""
+
+    def serve_guest(self, stream: Stream) -> bool:
+        """Serve a client; return False where it was turned away."""
+
+    def stop(self, timeout: float | None = 5.0) -> None:
+        """Stop within so many seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """What each process's server is made of.
+
+    Attributes:
+        make: makes it, of these; it is pickled by its name.
+    """
+
+    make: Callable[[ServerSettings], Guests]
+    exports: Mapping[str, ExportSettings]
+    read_only: bool
+    tls: ServerTLS | None
+    require_tls: bool | None
+    max_clients: int
+    memory_budget: int
+    handshake_timeout: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """A connection: its descriptor follows. `peer` is how messages name the client."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Stop within so many seconds."""
+
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A client's connection has ended."""
+
+
+class _Reports:
+    """The pipe to the server, for every thread of this process."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._lock = threading.Lock()
+
+    def send(self, message: Any) -> None:
+        """Send a report; a server that is gone misses nothing."""
+        with self._lock, contextlib.suppress(OSError):
+            self._pipe.send(message)
+
+
+class _ToServer(logging.Handler):
+    """Sends records to the server's process, where its program's handlers are."""
+
+    def __init__(self, reports: _Reports) -> None:
+        super().__init__()
+        self._reports = reports
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send a record in words: what it was made of may be only here."""
+        sent = copy.copy(record)
+        sent.msg, sent.args = record.getMessage(), None
+        if record.exc_info:
+            sent.msg += f" ({record.exc_info[1]!r})"
+            sent.exc_info = sent.exc_text = None
+        self._reports.send(sent)
+
+
+def work(orders: Connection, pipe: Connection, settings: ServerSettings, level: int) -> None:
+    """Serve what is handed over through `orders` until told to stop, or until that pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server's process stops this one
+    reports = _Reports(pipe)
+    log = logging.getLogger("nbdcore")
+    log.setLevel(level)
+    log.addHandler(_ToServer(reports))
+    server = settings.make(settings)
+    server.on_end = lambda: reports.send(Ended())
+    server.stop(_serve(orders, server, reports))
+
+
+def _serve(orders: Connection, server: Guests, reports: _Reports) -> float | None:
+    """Serve clients; return how many seconds there are for stopping."""
+    while True:
+        try:
+            order = orders.recv()
+            if isinstance(order, Stop):
+                return order.seconds
+            assert isinstance(order, Handed), "there are only those two"
+            fd = reduction.recv_handle(orders)
+        except (EOFError, OSError):
+            return _PATIENCE
+        try:
+            stream = SocketStream(socket.socket(fileno=fd), peer=order.peer)
+        except OSError:  # it is gone already, or this process lacks something
+            reports.send(Ended())
+            continue
+        if not server.serve_guest(stream):
+            reports.send(Ended())

@@ -1,0 +1,191 @@
+"""A server's further processes: each serves a share of the clients, with an interpreter of its own.
+
+The server's own process listens and accepts. A client that comes while others are here goes to the process that has the fewest,
+and a process is only started when there is a client for it: so a server with one client is one process, however many it may
+have. What goes to the process is the connection's descriptor. Limits and budget are shared out evenly, since the clients are.
+
+A process that dies takes its clients along, and nobody else; another one is started when it is needed. A process whose server is
+gone stops, as the server would have stopped it.
+
+    server                                worker
+    accepts ── (name, descriptor) ──────▶ a `Server` of its own, which listens nowhere
+    stop    ── seconds ─────────────────▶ stops likewise
+    counts  ◀── a client has ended ──────
+    logs    ◀── a record of its log ─────
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from multiprocessing import reduction
+from multiprocessing.process import BaseProcess
+
+from nbdcore.server.worker import Handed, ServerSettings, Stop, work
+from nbdcore.streams.base import Stream
+from nbdcore.streams.sockets import SocketStream
+from nbdcore.streams.waiting import Deadline
+
+__all__ = ["Workers", "shared_out"]
+
+_log = logging.getLogger("nbdcore.server")
+
+# What a process may take to end beyond the deadline that it was given.
+_LAST_MOMENT = 1.0
+
+
+def shared_out(places: int, processes: int) -> list[int]:
+    """Return how many of so many places each process has, the larger shares first: no process without one."""
+    each, more = divmod(places, min(places, processes))
+    return [each + (number < more) for number in range(min(places, processes))]
+
+
+class Workers:
+    """At most so many processes beside the server's own. Safe from several threads.
+
+    Args:
+        places: for each process, how many clients it may have at most; the larger ones first.
+        settings: of each process, but for that.
+    """
+
+    def __init__(self, places: Sequence[int], settings: ServerSettings) -> None:
+        self._settings = settings
+        self._places = [*places]  # of processes that do not run
+        self._lock = threading.Lock()
+        self._workers: list[_Worker] = []
+        self._stopping = False
+
+    def take(self, stream: Stream, here: int) -> bool:
+        """Hand a client over, and return whether that was done; `here`: how many the server's own process has.
+
+        Returns False where this process has the fewest, and where the client's stream is no socket. Then it is served here.
+        """
+        if not isinstance(stream, SocketStream):
+            return False
+        with self._lock:
+            while not self._stopping:
+                worker = self._choose(here)
+                if worker is None:
+                    return False
+                if worker.take(stream):
+                    return True
+                self._forget_dead()  # its own thread says so
+        return False
+
+    def _choose(self, here: int) -> _Worker | None:
+        """Return the process for one more client; None: this one."""
+        self._forget_dead()
+        best = min(self._workers, key=lambda worker: worker.clients, default=None)
+        fewest = here if best is None else min(here, best.clients)
+        if fewest and self._places:
+            try:
+                best = _Worker(replace(self._settings, max_clients=self._places[0]))
+            except OSError as problem:
+                _log.warning("no further process could be started, and clients share those that there are: %s", problem)
+            else:
+                del self._places[0]
+                self._workers.append(best)
+                return best
+        return None if best is None or here <= best.clients else best
+
+    def _forget_dead(self) -> None:
+        dead = [worker for worker in self._workers if not worker.alive]
+        if dead:
+            self._workers = [worker for worker in self._workers if worker.alive]
+            self._places = sorted([*self._places, *(worker.places for worker in dead)], reverse=True)
+
+    def stop(self, deadline: Deadline) -> None:
+        """Stop all, as the server stops: they answer what was begun. Returns at the deadline, or a moment later."""
+        with self._lock:
+            self._stopping = True
+            workers = [*self._workers]
+        for worker in workers:
+            worker.stop(deadline)
+        for worker in workers:
+            worker.join(deadline)
+
+
+class _Worker:
+    """One process, seen from the server.
+
+    Attributes:
+        places: how many clients it may have at most.
+        clients: how many it was handed that have not ended.
+        alive: whether it has not ended.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        """Start it. Raises OSError where the system gives no process, thread or descriptor."""
+        context = multiprocessing.get_context("spawn")
+        self.places: int = settings.max_clients
+        self.clients: int = 0
+        self.alive: bool = True
+        self._stopping = False
+        self._counting = threading.Lock()
+        self._orders, far_orders = context.Pipe()
+        self._reports, far_reports = context.Pipe(duplex=False)
+        level = _log.getEffectiveLevel()
+        process = context.Process(target=work, args=(far_orders, far_reports, settings, level), name="nbdcore-serve", daemon=True)
+        with far_orders, far_reports:
+            process.start()
+        self._process: BaseProcess = process
+        self._thread = threading.Thread(target=self._listen, name="nbdcore-worker", daemon=True)
+        self._thread.start()
+
+    def take(self, stream: SocketStream) -> bool:
+        """Hand a client over. Returns False where the process has died; then the client is still the caller's."""
+        pid = self._process.pid
+        assert pid is not None, "it was started"
+        try:
+            self._orders.send(Handed(str(stream)))
+            reduction.send_handle(self._orders, stream.fileno(), pid)
+        except OSError:
+            self.alive = False
+            return False
+        with self._counting:
+            self.clients += 1
+        os.close(stream.detach())
+        return True
+
+    def _listen(self) -> None:
+        """Take what the process reports, until it has ended."""
+        while True:
+            try:
+                said = self._reports.recv()
+            except (EOFError, OSError):
+                break
+            if isinstance(said, logging.LogRecord):
+                logging.getLogger(said.name).handle(said)
+            else:
+                with self._counting:
+                    self.clients -= 1
+        self.alive = False
+        self._process.join()
+        if not self._stopping:
+            status = self._process.exitcode or 0
+            how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+            _log.error("process %d of this server %s, and its %d clients with it", self._process.pid, how, self.clients)
+        self._process.close()
+        self._orders.close()
+        self._reports.close()
+
+    def stop(self, deadline: Deadline) -> None:
+        """Ask it to stop."""
+        self._stopping = True
+        try:
+            self._orders.send(Stop(deadline.remaining()))
+        except OSError:
+            self.alive = False  # it has died, or is about to
+
+    def join(self, deadline: Deadline) -> None:
+        """Wait until it has ended; end it where it does not by the deadline."""
+        left = deadline.remaining()
+        self._thread.join(None if left is None else left + _LAST_MOMENT)
+        if self._thread.is_alive():
+            _log.warning("process %d did not stop in time, and was killed", self._process.pid)
+            self._process.kill()
+            self._thread.join(_LAST_MOMENT)

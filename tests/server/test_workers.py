@@ -1,0 +1,205 @@
+"""Several processes as one server: where clients go, what they see of each other, and what is left when it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing import resource_tracker
+from pathlib import Path
+
+import pytest
+
+import nbdcore
+from nbdcore.server import ExportSettings, FileDisk, MemoryDisk, Server, SharedMemoryDisk
+
+PATIENCE = 30.0
+MEBIBYTE = 1 << 20
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems share no memory files")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind():
+    descriptors, threads = open_descriptors(), set(threading.enumerate())
+    yield
+    assert not children()
+    assert set(threading.enumerate()) <= threads
+    resource_tracker._resource_tracker._stop()  # Python's own, which ends with the program
+    assert open_descriptors() <= descriptors
+
+
+def open_descriptors():
+    return set(Path("/proc/self/fd").iterdir())
+
+
+def children():
+    """Return the processes that serve for this one."""
+    mine = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    found = [int(number) for thread in Path("/proc/self/task").iterdir() for number in (thread / "children").read_text().split()]
+    return {number for number in {*found, *map(int, mine)} if b"spawn_main" in Path(f"/proc/{number}/cmdline").read_bytes()}
+
+
+@contextlib.contextmanager
+def serving(disk, socket_path, **options):
+    with Server(disk, **options) as server:
+        yield server, server.listen("unix", path=str(socket_path)).address.uri()
+
+
+@contextlib.contextmanager
+def connected(uri, count):
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(nbdcore.connect(uri, timeout=PATIENCE)) for _ in range(count)]
+
+
+def until(condition):
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.01)
+
+
+def test_one_client_is_served_without_a_further_process(socket_path):
+    with serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=4) as (_, uri), connected(uri, 1) as (client,):
+        client.pwrite(b"hello", 0)
+        assert client.pread(5, 0) == b"hello"
+        assert not children()
+
+
+def test_each_of_several_clients_has_a_process_as_long_as_there_are_some(socket_path):
+    with serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=3) as (_, uri), connected(uri, 6) as clients:
+        assert len(children()) == 2
+        for number, client in enumerate(clients):
+            client.pwrite(bytes([number]) * 4096, number * 4096)
+        for client in clients:
+            assert client.pread(6 * 4096, 0) == b"".join(bytes([number]) * 4096 for number in range(6))
+
+
+def test_flush_on_one_connection_covers_the_writes_of_all(socket_path, tmp_path):
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(MEBIBYTE))
+    with serving(FileDisk(path), socket_path, workers=3) as (_, uri), nbdcore.create_pool(uri, connections=3) as pool:
+        assert (pool.connections, pool.can_multi_conn) == (3, True)
+        assert len(children()) == 2
+        contents = random.Random(3).randbytes(MEBIBYTE)
+        for _ in pool.pwrite_many([(at, contents[at : at + 4096]) for at in range(0, MEBIBYTE, 4096)]):
+            pass
+        pool.flush()
+        assert path.read_bytes() == contents
+
+
+def test_holes_are_seen_by_all(socket_path):
+    with (
+        serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=2) as (_, uri),
+        nbdcore.connect(uri, contexts=["base:allocation"]) as one,
+        nbdcore.connect(uri, contexts=["base:allocation"]) as other,
+    ):
+        one.pwrite(bytes([1]) * 65536, 65536)
+        assert [(extent.offset, extent.length, extent.flags) for extent in other.extents()] == [
+            (0, 65536, 3),
+            (65536, 65536, 0),
+            (131072, MEBIBYTE - 131072, 3),
+        ]
+        other.trim(65536, 65536)
+        assert [(extent.length, extent.flags) for extent in one.extents()] == [(MEBIBYTE, 3)]
+
+
+def test_process_that_dies_takes_its_own_clients_along_and_is_replaced(socket_path, caplog):
+    with serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=2) as (_, uri), nbdcore.connect(uri) as stays:
+        lost = nbdcore.connect(uri, timeout=PATIENCE)
+        lost.pwrite(b"kept", 0)
+        (process,) = children()
+        os.kill(process, signal.SIGKILL)
+        with pytest.raises(nbdcore.Disconnected):
+            lost.pread(4, 0)
+        until(lambda: "was killed by signal 9, and its 1 clients with it" in caplog.text)
+        assert stays.pread(4, 0) == b"kept"
+        with nbdcore.connect(uri, timeout=PATIENCE) as another:
+            assert another.pread(4, 0) == b"kept"
+            assert len(children() - {process}) == 1
+
+
+def test_stopping_answers_what_was_begun_and_leaves_no_process(socket_path):
+    with serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=3) as (server, uri), connected(uri, 6) as clients:
+        assert len(children()) == 2
+        server.stop()
+        assert not children()
+        for client in clients:
+            with pytest.raises(nbdcore.Error):
+                client.pread(1, 0)
+
+
+def test_limit_of_clients_holds_for_all_processes_together(socket_path):
+    with (
+        serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=2, max_clients=4) as (_, uri),
+        connected(uri, 4),
+        pytest.raises(nbdcore.Error),
+    ):
+        nbdcore.connect(uri, timeout=PATIENCE)
+
+
+def test_clients_that_left_are_counted_no_more(socket_path):
+    with serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=2, max_clients=2) as (_, uri), nbdcore.connect(uri):
+        for _ in range(10):
+            until(lambda: reachable(uri))
+
+
+def reachable(uri):
+    try:
+        with nbdcore.connect(uri, timeout=PATIENCE) as client:
+            return client.size == MEBIBYTE
+    except nbdcore.Error:
+        return False
+
+
+def test_log_of_every_process_is_the_servers(socket_path, caplog):
+    with (
+        serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=2) as (_, uri),
+        nbdcore.connect(uri),
+        socket.socket(socket.AF_UNIX) as stranger,
+    ):
+        stranger.connect(str(socket_path))
+        stranger.sendall(b"\xff\xff\xff\xff" + bytes(64))
+        until(lambda: "unknown client flags" in caplog.text)
+
+
+def test_objects_that_other_processes_cannot_have_are_refused():
+    with pytest.raises(nbdcore.UsageError, match="MemoryDisk, which only one process can have") as caught:
+        Server({"disk": ExportSettings(MemoryDisk(MEBIBYTE))}, workers=2)
+    assert caught.value.errno == errno.ENOTSUP
+    with pytest.raises(nbdcore.UsageError, match="at least 1"):
+        Server(MemoryDisk(MEBIBYTE), workers=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_command_that_ends_takes_its_processes_along(socket_path, number):
+    command = [sys.executable, "-m", "nbdcore", "serve", "--memory", "1M", "--unix", str(socket_path), "--workers", "3"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout.readline()
+        until(socket_path.exists)
+        with connected(f"nbd+unix:///?socket={socket_path}", 3):
+            workers = workers_of(process.pid)
+            assert len(workers) == 2
+            process.send_signal(number)
+            process.communicate(timeout=PATIENCE)
+    assert process.returncode == (0 if number != signal.SIGKILL else -number)
+    until(lambda: not any(is_running(pid) for pid in workers))
+
+
+def workers_of(pid):
+    found = {int(number) for file in Path(f"/proc/{pid}/task").glob("*/children") for number in file.read_text().split()}
+    return {number for number in found if b"spawn_main" in Path(f"/proc/{number}/cmdline").read_bytes()}
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
