@@ -226,8 +226,7 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_log_on_stderr())
         wait_for_signal = stack.enter_context(stopped_by_signals())
-        workers = workers or _processors()
-        disk, what = _opened(file, memory or 0, read_only=read_only, shared=workers > 1)
+        disk, what = _opened(file, memory or 0, read_only=read_only)
         if isinstance(disk, FileDisk):
             stack.callback(disk.close)
         settings = ExportSettings(disk, description=description, read_only=read_only)
@@ -237,7 +236,7 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
             require_tls=encryption.required,
             max_clients=max_clients,
             memory_budget=memory_budget,
-            workers=workers if getattr(disk, "shareable", False) else 1,
+            workers=(workers or _processors()) if getattr(disk, "shareable", False) else 1,
         )
         stack.callback(server.stop)
         listeners = [place.listen(server, keepalive=keepalive) for place in places]
@@ -256,10 +255,11 @@ def _processors() -> int:
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
-def _opened(file: str | None, memory: int, *, read_only: bool, shared: bool) -> tuple[Backend, str]:
-    """Open what is to be served, `shared` by processes where that can be. Returns it, and words for it."""
+def _opened(file: str | None, memory: int, *, read_only: bool) -> tuple[Backend, str]:
+    """Open what is to be served, so that several processes can have it, where that can be. Returns it, and words for it."""
     if file is None:
-        in_memory = SharedMemoryDisk if shared and hasattr(os, "memfd_create") else MemoryDisk
+        # Quicker or slower by no more than noise, and what a client sees must not depend on the number of processors.
+        in_memory = SharedMemoryDisk if hasattr(os, "memfd_create") else MemoryDisk
         return in_memory(memory), f"{rounded(memory)} of memory, gone when the server stops"
     try:
         disk = FileDisk(file, read_only=read_only)
