@@ -190,6 +190,12 @@ class SharedMemoryDisk(FileDisk):
     def flush(self) -> None:
         """Return at once: the memory is all the permanence there is."""
 
+    def zero(self, count: int, offset: int, *, may_trim: bool) -> None:
+        """Make the range read as zeroes by freeing it. Raises OSError, ENOTSUP unless `may_trim`."""
+        if not may_trim:
+            raise OSError(errno.ENOTSUP, "allocated zeroes are not faster than writing them")
+        super().zero(count, offset, may_trim=True)
+
 
 def _in_another_process(kind: type[FileDisk], duplicate: Any, read_only: bool) -> FileDisk:
     disk = kind.__new__(kind)
