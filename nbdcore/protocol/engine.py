@@ -384,6 +384,14 @@ class Engine:
             return self._incoming.room()
         return self._exchanges.room()
 
+    def room_when_sent(self) -> memoryview | None:
+        """Return `room()` where everything has been sent, and the next bytes go into no command's own memory; None elsewhere.
+
+        The same can be asked one by one; a client that waits for a small answer asks for it all.
+        """
+        incoming = self._incoming
+        return None if self._parts or self.queue or incoming is None or incoming.into_memory else incoming.room()
+
     @property
     def direct(self) -> Command | None:
         """The command into whose own memory the next bytes go; None where they go elsewhere."""

@@ -147,7 +147,8 @@ class SocketStream(Stream):
         """Receive into `room` with one system call, which waits: for ever, or, where there is a deadline, a few milliseconds."""
         if not self._can_fill or (seconds is not None and seconds < _SHORT):
             return False
-        if not self._limit_receives(_FOR_EVER if seconds is None else _FOR_SHORT):
+        limit = _FOR_EVER if seconds is None else _FOR_SHORT
+        if limit is not self._limit and not self._limit_receives(limit):
             return False
         try:
             # In C from the receive to the list, so that no signal handler runs in between.

@@ -11,7 +11,7 @@ from nbdcore.server import MemoryDisk, Server
 from tests.clients.talking import PATIENCE
 
 #: The most for a small read. A write has a view of the caller's data to make as well.
-MOST = {"pread": 40, "pwrite": 45}
+MOST = {"pread": 20, "pwrite": 24}
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from nbdcore.streams.waiting import NEVER
 
 # Seconds that leaving a `with` block waits for the server to hang up after the goodbye; what was written is not at stake.
 _GOODBYE = 5.0
+_CONNECTED, _DF = Phase.CONNECTED, CommandFlag.DF
 
 
 class BlockingCalls(ManyCalls, BlockingConnectMethods[Connected]):
@@ -73,16 +74,20 @@ class BlockingCalls(ManyCalls, BlockingConnectMethods[Connected]):
 
         A count larger than the server's maximum is split, unless `df` asks for an answer in one piece.
         """
-        limits = self._connected("pread")
+        engine = self._engine
+        limits = engine.limits if engine.phase is _CONNECTED else self._connected("pread")
         if count.__class__ is not int or offset.__class__ is not int:  # as a rule they are, which saves a call
             count, offset = whole_numbers("pread", count, offset)
         if not count:
             self._run(requests.read_nothing(limits, offset, df=df), timeout)
             return b""
         if count <= limits.data or df:
-            command = commands.read(limits, count, offset, flags=CommandFlag.DF if df else 0)
-            self._run(command, timeout)
-            return command.result()
+            command = commands.read(limits, count, offset, flags=_DF if df else 0)
+            if timeout is None and self._command_timeout is None and self._shared is not None:
+                self._shared.run_command(command, NEVER)  # as `_run` does, with a call less
+            else:
+                self._run(command, timeout)
+            return command.result() if command.data is None else command.data
         memory = requests.memory_for(limits, count, offset)
         view = memory.view()
         try:
@@ -105,7 +110,9 @@ class BlockingCalls(ManyCalls, BlockingConnectMethods[Connected]):
 
         Data larger than the server's maximum are split. Do not change them from another thread before the call has ended.
         """
-        self._run(requests.write(self._connected("pwrite"), data, offset, fua=fua), timeout)
+        engine = self._engine
+        limits = engine.limits if engine.phase is _CONNECTED else self._connected("pwrite")
+        self._run(requests.write(limits, data, offset, fua=fua), timeout)
 
     def flush(self, *, timeout: float | None = None) -> None:
         """Wait until every write that was answered before is on stable storage (section NBD_CMD_FLUSH)."""

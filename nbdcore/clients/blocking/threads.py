@@ -40,6 +40,7 @@ from nbdcore.streams.base import WANTS, Want
 from nbdcore.streams.waiting import Deadline, Watch, wait_any
 
 _READ = int(Want.READ)
+_CONNECTED = Phase.CONNECTED
 # So many commands are sent at once while other callers are woken that may have more. 16 threads that read 4 KiB each had 19
 # thousand answers a second with 4, 22 thousand with 8, and 26 thousand with 16.
 _SENT_TOGETHER = 16
@@ -232,12 +233,13 @@ class SharedSession:
 
     # ------------------------------------------------------------------------------------------ steps of a caller
 
-    def _run_alone(self, command: Command, deadline: Deadline) -> Sequence[Command]:
-        """What `wait` does, in the few steps that it takes where nobody else is here: a third less of Python for a small read.
+    def _run_alone(self, command: Command, deadline: Deadline) -> Sequence[Command]:  # noqa: C901, PLR0912 (flat on purpose)
+        """What `wait` does, in the few steps that it takes where nobody else is here: half of the Python of a small read.
 
-        Returns what is still to be submitted. The command may need more waiting than once; that is for `wait` as well.
+        Returns what is still to be submitted. The command may need more waiting than once; that is for `wait` as well. It is flat
+        since a small command is mostly calls, and each of them costs.
         """
-        waiters, session = self._waiters, self._session
+        waiters, session, engine = self._waiters, self._session, self.engine
         watched, room = False, None
         taken: list[int] = []
         if self._interrupted():
@@ -247,26 +249,36 @@ class SharedSession:
                 if session.waited_for or waiters.parked or waiters.woken:
                     return (command,)
                 try:
-                    session.engine.submit(command)
+                    engine.submit(command)
                 except UsageError:  # not connected any more
                     self._refuse_if_over()
                     raise
-                self._move(session.send)
-                if session.wanted() != _READ or session.buffered:
+                try:
+                    session.send()
+                except BaseException as exc:
+                    self._give_up(exc)
+                    raise
+                if session.fills and engine.phase is _CONNECTED:
+                    room = engine.room_when_sent()
+                if room is None and (session.wanted() != _READ or session.buffered):
                     return ()
-                session.waited_for = _READ
                 watched = True
-                room = self._room(command)
-            if room is None or not session.fill(room, taken, deadline.remaining(), whole=False):
+                session.waited_for, session.filling = _READ, room is not None
+            if room is None or not session.fill(room, taken, None if deadline.at is None else deadline.remaining()):
                 self._look(_READ, deadline)
             with self._lock:
-                session.unwatched(_READ)
-                watched = False
+                session.waited_for &= ~_READ
+                session.filling = watched = False
                 if room is None:
                     self._move(session.receive)  # which also sends what others have queued meanwhile
                 else:
-                    self._move(partial(session.take_in, room, taken))
-                self._hand_over()
+                    try:
+                        session.take_in(room, taken)
+                    except BaseException as exc:
+                        self._give_up(exc)
+                        raise
+                if waiters.parked or engine.phase is not _CONNECTED:
+                    self._hand_over()
         except BaseException:
             if watched:
                 self._stop_alone(room, taken)
@@ -463,6 +475,11 @@ class SharedSession:
         finally:
             if self._waiters.parked:
                 self._wake_others()
+
+    def _give_up(self, exc: BaseException) -> None:
+        """An exception broke off the moving of bytes: the connection ends, for everybody."""
+        self._session.give_up(exc)
+        self._wake_others()
 
     def _wake_others(self) -> None:
         """Wake whom no completion wakes. The end of the connection is an outcome for everybody, whatever they wait for."""

@@ -82,8 +82,10 @@ def write(limits: Limits, data: Any, offset: Any, *, fua: bool, call: str = "pwr
     """Build a write."""
     offset = whole_number(call, "offset", offset)
     view = bytes_view(call, data, writable=False)
-    limits = _for_nothing(limits, len(view))
     flags = CommandFlag.FUA if fua else 0
+    if 0 < len(view) <= limits.data:  # as a rule they are one command
+        return commands.write(limits, view, offset, flags=flags)
+    limits = _for_nothing(limits, len(view))
 
     def build(count: int, at: int) -> Command:
         begin = at - offset

@@ -67,6 +67,9 @@ class Session:
         self._owes = type(stream).wants is not Stream.wants
         self._holds = type(stream).buffered is not Stream.buffered
         self.fills: bool = type(stream).fill is not Stream.fill
+        #: the stream's, into the engine's `room`; what came is for `take_in`. The one step that may be made while other threads
+        #: use the session, as long as they do not receive.
+        self.fill = stream.fill
 
     def fileno(self) -> int:
         """Return the descriptor to wait on; -1 when the connection is over."""
@@ -80,13 +83,6 @@ class Session:
     def wait(self, seconds: float | None) -> bool:
         """Wait until there is something to receive, and return whether there is, as `Stream.wait` does: False, then poll."""
         return self._stream.wait(seconds)
-
-    def fill(self, room: memoryview, taken: list[int], seconds: float | None, *, whole: bool) -> bool:
-        """Receive into the engine's `room` and wait for it, as `Stream.fill` does. What came is for `take_in`.
-
-        The one step that may be made while other threads use the session, as long as they do not receive.
-        """
-        return self._stream.fill(room, taken, seconds, whole=whole)
 
     def unwatched(self, wanted: int) -> None:
         """Nobody waits on the descriptor any more for these bits of a Want, nor in `fill`."""
@@ -200,7 +196,7 @@ class Session:
                 self._receive_the_rest()
                 self._broken(self._hung_up)
                 return
-            if engine.has_outgoing:
+            if engine.queue:
                 self.send()
             if (eager and completed) or count < len(room) or engine.direct is not None:
                 if engine.phase in _OVER:

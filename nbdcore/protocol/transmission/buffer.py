@@ -39,6 +39,7 @@ class ReceiveBuffer:
         view: of the scratch; what is put into `room` never goes further.
         finish: what is called at the end of the payload that is expected; None between payloads.
         large: how many of those awaited are replies with large payloads.
+        into_memory: where the rest of a payload goes that is being received; None: to nowhere, or there is none.
     """
 
     def __init__(self, head: int, awaited: Sized) -> None:
@@ -53,13 +54,13 @@ class ReceiveBuffer:
         # The payload being received: its command, bytes still to come, where they go (None: nowhere).
         self._command: Command | None = None
         self._left = 0
-        self._sink: memoryview | None = None
+        self.into_memory: memoryview | None = None
 
     def room(self) -> memoryview:
         """Return where the next bytes must go; never empty."""
         if self.start == self.end:
-            if self._sink is not None:
-                return self._sink
+            if self.into_memory is not None:
+                return self.into_memory
             self.start = self.end = 0
             if not self.view:
                 self._take_scratch()
@@ -89,9 +90,9 @@ class ReceiveBuffer:
 
     def take_in(self, count: int) -> bool:
         """Take in `count` bytes that were put into `room()`. Returns whether there is something to decode, or a payload's end."""
-        if self.start == self.end and self._sink is not None:
+        if self.start == self.end and self.into_memory is not None:
             self._left -= count
-            self._sink = self._sink[count:]
+            self.into_memory = self.into_memory[count:]
             self._close_sink()
             return not self._left
         self.end += count
@@ -100,7 +101,7 @@ class ReceiveBuffer:
     @property
     def direct(self) -> Command | None:
         """The command into whose own memory the next bytes go; None where they go into the scratch buffer."""
-        return self._command if self._sink is not None and self.start == self.end else None
+        return self._command if self.into_memory is not None and self.start == self.end else None
 
     @property
     def between_messages(self) -> bool:
@@ -110,37 +111,37 @@ class ReceiveBuffer:
     def forget(self, command: Command) -> None:
         """Stop writing into the memory of a command that the caller has given up."""
         if self._command is command:
-            self._sink = None
+            self.into_memory = None
 
     def close(self) -> None:
         """The connection has ended: let go of whatever memory a payload was being received into."""
-        self._command = self._sink = self.finish = None
+        self._command = self.into_memory = self.finish = None
 
     # ------------------------------------------------------------------------------------------ payloads
 
     def expect(self, command: Command | None, length: int, sink: memoryview | None, finish: Callable[[], None]) -> None:
         """A payload of `length` bytes follows. As much of it as `sink` holds is kept; then `finish` is called."""
         self._command, self._left, self.finish = command, length, finish
-        self._sink = sink if sink is not None and len(sink) and length else None
+        self.into_memory = sink if sink is not None and len(sink) and length else None
 
     def advance_payload(self) -> bool:
         """Move what the scratch buffer has of the payload to its place. Returns False when more must be received."""
         take = min(self._left, self.end - self.start)
         if take:
-            if self._sink is not None:
-                kept = min(take, len(self._sink))
-                self._sink[:kept] = self.view[self.start : self.start + kept]
-                self._sink = self._sink[kept:]
+            if self.into_memory is not None:
+                kept = min(take, len(self.into_memory))
+                self.into_memory[:kept] = self.view[self.start : self.start + kept]
+                self.into_memory = self.into_memory[kept:]
             self.start += take
             self._left -= take
             self._close_sink()
         if self._left:
             return False
-        finish, self.finish, self._command, self._sink = self.finish, None, None, None
+        finish, self.finish, self._command, self.into_memory = self.finish, None, None, None
         if finish is not None:
             finish()
         return True
 
     def _close_sink(self) -> None:
-        if self._sink is not None and not self._sink:
-            self._sink = None
+        if self.into_memory is not None and not self.into_memory:
+            self.into_memory = None
