@@ -138,7 +138,7 @@ class SSHTransport(Transport):
         yield from ()
         return run_command(address.argv)
 
-    def may_heal(self, error: Error) -> bool:
+    def is_retryable(self, error: Error) -> bool:
         """Tell whether it is worth logging in again: not where nobody lets this user in, or the name or the key is wrong."""
         return not _FINAL.search(error.server_text.replace("\r", ""))  # ssh ends its lines as for a terminal
 

@@ -37,7 +37,7 @@ class AioCommandCalls(CommandBuilders):
     @transfer("1.0")
     def aio_pread(self, limits: Limits, buf: Any, offset: int, flags: int) -> Command:
         """Start reading into an `nbd.Buffer` or any writable buffer."""
-        clear = self._wishes.pread_initialize
+        clear = self._settings.pread_initialize
         target = buf.writable(clear=clear) if buf.__class__ is Buffer else arguments.target(buf, clear=clear)
         if flags or flags.__class__ is not int:
             flags = self._flags(flags, 0)
@@ -48,10 +48,10 @@ class AioCommandCalls(CommandBuilders):
         self, buf: Any, offset: int, chunk: Callback, completion: Callback | None = None, flags: int = 0
     ) -> int:
         """Start reading, and tell `chunk` each piece as it comes."""
-        target = arguments.target(buf, clear=self._wishes.pread_initialize)
+        target = arguments.target(buf, clear=self._settings.pread_initialize)
         callback = arguments.callback(chunk, "chunk")
         command = self._read(target, len(target), offset, flags, CMD_FLAG_DF)
-        self._ledger.reports_chunks(command, callback)
+        self._callbacks.reports_chunks(command, callback)
         return self._queue(command, completion)
 
     @transfer("1.0")
@@ -128,7 +128,7 @@ class AioCalls(CommandBuilders):
         number = arguments.unsigned_64(cookie, "cookie")
         if not number:
             raise UsageError(errno.EINVAL, "invalid aio cookie 0")
-        command = self._ledger.finished.pop(number, None)
+        command = self._callbacks.finished.pop(number, None)
         if command is None:
             return False
         if command.error is not None:
@@ -141,7 +141,7 @@ class AioCalls(CommandBuilders):
 
         Raises Error (EINVAL) where there is none.
         """
-        for cookie in self._ledger.finished:
+        for cookie in self._callbacks.finished:
             return cookie
         if self._phase is _CONNECTED and self.aio_in_flight():
             return 0

@@ -23,7 +23,7 @@ from nbdcore.protocol.state import Phase
 
 if TYPE_CHECKING:
     from nbdcore.clients.polled import PolledClient
-    from nbdcore.libnbd.ledger import Ledger
+    from nbdcore.libnbd.callbacks import Callbacks
     from nbdcore.protocol.transmission.commands import Command, Limits
 
 __all__ = ["ANY", "CALLS", "ELSEWHERE", "Call", "call", "check", "listed", "question", "shared", "transfer"]
@@ -98,9 +98,9 @@ class Handle(Protocol):
     _closing: bool
     _lock: threading.RLock
     _in_a_call: Callable[[], bool]
-    _ledger: Ledger
+    _callbacks: Callbacks
     _debug: bool
-    _unusual: bool
+    _slow_path: bool
     _client: PolledClient | None
 
     @property
@@ -161,21 +161,21 @@ def _locked(row: Call, function: Callable[Concatenate[H, P], R]) -> Callable[Con
     # The commonest calls take a microsecond or two altogether: nothing is asked here that one attribute does not answer.
     @functools.wraps(function)
     def wrapper(self: H, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if moves_bytes and self._in_a_call() and (ends or not self._ledger.calling):
+        if moves_bytes and self._in_a_call() and (ends or not self._callbacks.calling):
             nothing: R = _in_the_middle(row, self)
             return nothing
         try:
             with self._lock:
                 client = self._client
-                if self._unusual or (limited and (_CREATED if client is None else client.engine.phase) not in permitted):
+                if self._slow_path or (limited and (_CREATED if client is None else client.engine.phase) not in permitted):
                     return _unusually(row, function, self, *args, **kwargs)
                 try:
                     return function(self, *args, **kwargs)
                 except CoreError as exc:
                     raise translated(name, exc) from exc
                 finally:
-                    if self._ledger.interruption is not None:
-                        self._ledger.interrupt()
+                    if self._callbacks.interruption is not None:
+                        self._callbacks.interrupt()
         finally:
             if self._closing:
                 self._end_call()
@@ -218,9 +218,9 @@ def shared(
         @functools.wraps(build)
         def wrapper(self: W, /, *args: P.args, **kwargs: P.kwargs) -> R:
             client = self._client
-            if self._unusual or client is None or client.engine.phase is not _CONNECTED:
+            if self._slow_path or client is None or client.engine.phase is not _CONNECTED:
                 return run_alone(self, *args, **kwargs)
-            if self._in_a_call() and not self._ledger.calling:
+            if self._in_a_call() and not self._callbacks.calling:
                 _in_the_middle(row, self)
             try:
                 command, result = build(self, *args, **kwargs)
@@ -275,12 +275,12 @@ def transfer(first_version: str) -> Callable[[Callable[[C, Limits, Any, int, int
             return self._queue(build(self, self._connection.engine.limits, buf, offset, flags), completion)
 
         def wrapper(self: C, buf: Any, offset: int, completion: Any = None, flags: int = 0) -> int:
-            if self._in_a_call() and not self._ledger.calling:
+            if self._in_a_call() and not self._callbacks.calling:
                 _in_the_middle(row, self)
             try:
                 with self._lock:
                     client = self._client
-                    if self._unusual or client is None or client.engine.phase is not _CONNECTED:
+                    if self._slow_path or client is None or client.engine.phase is not _CONNECTED:
                         return _unusually(row, start, self, buf, offset, completion, flags)
                     try:  # what `start` does
                         command = build(self, client.engine.limits, buf, offset, flags)
@@ -291,8 +291,8 @@ def transfer(first_version: str) -> Callable[[Callable[[C, Limits, Any, int, int
                     except CoreError as exc:
                         raise translated(name, exc) from exc
                     finally:
-                        if self._ledger.interruption is not None:
-                            self._ledger.interrupt()
+                        if self._callbacks.interruption is not None:
+                            self._callbacks.interrupt()
             finally:
                 if self._closing:
                     self._end_call()
@@ -374,7 +374,7 @@ def _debugged(row: Call, function: Callable[Concatenate[H, P], R], self: H, *arg
         self._say(name, f"leave: ret={_short(result)}")
         return result
     finally:
-        self._ledger.interrupt()
+        self._callbacks.interrupt()
 
 
 def _shown(function: Callable[..., Any], self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:

@@ -42,7 +42,7 @@ class CommandBuilders(Core):
     def _flags(self, value: int, accepted: int) -> int:
         if value.__class__ is int and not value:
             return 0
-        return arguments.flags(value, accepted if self._wishes.strict_mode & STRICT_FLAGS else _ALL_FLAGS)
+        return arguments.flags(value, accepted if self._settings.strict_mode & STRICT_FLAGS else _ALL_FLAGS)
 
     # Offsets and counts that are no 64-bit numbers are refused where commands are built.
 
@@ -80,13 +80,13 @@ class CommandBuilders(Core):
     def _status(self, count: int, offset: int, extent: Callback, flags: int) -> Command:
         callback = arguments.callback(extent, "extent")
         command = self._ranged(commands.block_status, count, offset, flags, CMD_FLAG_REQ_ONE)
-        self._ledger.reports_extents(command, callback)
+        self._callbacks.reports_extents(command, callback)
         return command
 
     def _status_64(self, count: int, offset: int, extent64: Callback, flags: int) -> Command:
         callback = arguments.callback(extent64, "extent64")
         command = self._ranged(commands.block_status, count, offset, flags, CMD_FLAG_REQ_ONE)
-        self._ledger.reports_extents_64(command, callback)
+        self._callbacks.reports_extents_64(command, callback)
         return command
 
     def _status_filter(self, count: int, offset: int, contexts: list[str], extent64: Callback, flags: int) -> Command:
@@ -94,7 +94,7 @@ class CommandBuilders(Core):
         engine = self._connection.engine
         if not engine.limits.extended:
             raise UsageError(errno.ENOTSUP, "block status can be filtered under extended headers only")
-        if self._wishes.strict_mode & STRICT_COMMANDS and not engine.limits.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD:
+        if self._settings.strict_mode & STRICT_COMMANDS and not engine.limits.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD:
             raise UsageError(errno.EINVAL, "the server does not offer to filter block status")
         numbers = {name: number for number, name in reversed(engine.agreement.contexts.items())}
         missing = [name for name in names if name not in numbers]
@@ -107,7 +107,7 @@ class CommandBuilders(Core):
             context_ids=[numbers[name] for name in names],
             flags=self._flags(flags, CMD_FLAG_REQ_ONE | CMD_FLAG_PAYLOAD_LEN),
         )
-        self._ledger.reports_extents_64(command, callback)
+        self._callbacks.reports_extents_64(command, callback)
         return command
 
 
@@ -142,7 +142,7 @@ class CommandCalls(CommandBuilders):
                             self._submit_inbox(client)
                         client.wait_for(command)
                 finally:
-                    self._ledger.interrupt()
+                    self._callbacks.interrupt()
         except BaseException:
             with contextlib.suppress(ValueError):  # another thread has submitted it
                 inbox.remove(command)
@@ -172,7 +172,7 @@ class CommandCalls(CommandBuilders):
         """Read `count` bytes at `offset`, and tell `chunk` each piece as it comes."""
         callback = arguments.callback(chunk, "chunk")
         command = self._read(None, count, offset, flags, CMD_FLAG_DF)
-        self._ledger.reports_chunks(command, callback)
+        self._callbacks.reports_chunks(command, callback)
         data = bytearray(count)
         command.target = memoryview(data)
         self._run("nbd_pread_structured", command)

@@ -1,6 +1,6 @@
 """Calls that connect. Each has two forms: `aio_connect_...` starts, `connect_...` also waits until the server is reached.
 
-A connect call makes a client of the handle's wishes and a transport's steps. One that fails leaves the handle dead; only where
+A connect call makes a client of the handle's settings and a transport's steps. One that fails leaves the handle dead; only where
 no TCP address answered is the handle newly created again, as in libnbd, so that another may be tried.
 """
 
@@ -22,7 +22,7 @@ from nbdcore.libnbd.calls import ADDRESSED, CREATED, call
 from nbdcore.libnbd.constants import TLS_REQUIRE
 from nbdcore.libnbd.core import Core, Reached
 from nbdcore.libnbd.security import start_tls
-from nbdcore.libnbd.wishes import Wishes
+from nbdcore.libnbd.settings import HandleSettings
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import Stream
@@ -51,8 +51,8 @@ class ConnectCalls(Core):
         self._reach_uri(uri)
 
     def _reach_uri(self, uri: str) -> None:
-        route, wishes = uris.obey(arguments.text(uri, "uri"), self._wishes)
-        self._reach(route, wishes)
+        route, settings = uris.obey(arguments.text(uri, "uri"), self._settings)
+        self._reach(route, settings)
 
     @call("1.0", CREATED)
     def connect_unix(self, unixsocket: Any) -> None:
@@ -102,7 +102,7 @@ class ConnectCalls(Core):
         self._reach_named("tcp", host=host, port=_port(arguments.text(port, "port"), host))
 
     def _reach_named(self, transport: str, **parts: Any) -> None:
-        self._reach(endpoint_by_name(transport, parts), self._wishes)
+        self._reach(endpoint_by_name(transport, parts), self._settings)
 
     # ------------------------------------------------------------------------------------------ by descriptor, by command
 
@@ -118,7 +118,7 @@ class ConnectCalls(Core):
         self._reach_socket(sock)
 
     def _reach_socket(self, sock: int) -> None:
-        self._begin(OpenStream(_adopted(arguments.c_int(sock, "sock"))).open(None), self._wishes)
+        self._begin(OpenStream(_adopted(arguments.c_int(sock, "sock"))).open(None), self._settings)
 
     @call("1.0", CREATED)
     def connect_command(self, argv: list[str]) -> None:
@@ -132,7 +132,7 @@ class ConnectCalls(Core):
         self._reach_command(argv)
 
     def _reach_command(self, argv: list[str]) -> None:
-        self._begin(_run(_command(argv)), self._wishes)
+        self._begin(_run(_command(argv)), self._settings)
 
     @call("1.2", CREATED)
     def connect_systemd_socket_activation(self, argv: list[str]) -> None:
@@ -147,22 +147,22 @@ class ConnectCalls(Core):
 
     def _reach_activated(self, argv: list[str]) -> None:
         command = _command(argv)
-        name = self._wishes.socket_activation_name or "unknown"
-        self._begin(run_activated(command, name=name), self._wishes)
+        name = self._settings.socket_activation_name or "unknown"
+        self._begin(run_activated(command, name=name), self._settings)
 
     # ------------------------------------------------------------------------------------------ what they share
 
-    def _reach(self, route: Endpoint, wishes: Wishes) -> None:
-        """Start connecting to a transport's address, as `wishes` say; they become the handle's own."""
+    def _reach(self, route: Endpoint, settings: HandleSettings) -> None:
+        """Start connecting to a transport's address, as `settings` say; they become the handle's own."""
         address = route.address
         host = getattr(address, "host", None) if route.transport.name == "tcp" else None
-        steps = _tuned(route.transport.connect(address), _socket_options(wishes)) if host else route.transport.connect(address)
-        self._begin(steps, wishes, Reached(host, route))
+        steps = _tuned(route.transport.connect(address), _socket_options(settings)) if host else route.transport.connect(address)
+        self._begin(steps, settings, Reached(host, route))
 
-    def _begin(self, steps: Connecting, wishes: Wishes, reached: Reached | None = None) -> None:
+    def _begin(self, steps: Connecting, settings: HandleSettings, reached: Reached | None = None) -> None:
         reached = reached or Reached()
-        client = PolledClient(wishes.settings(), strict=wishes.strict_mode, start_tls=start_tls(wishes, reached.host))
-        self._wishes, self._client, self._reached = wishes, client, reached
+        client = PolledClient(settings.to_ask(), strict=settings.strict_mode, start_tls=start_tls(settings, reached.host))
+        self._settings, self._client, self._reached = settings, client, reached
         self._process = os.getpid()
         client.connect_steps(_noted(steps, reached, client.engine))
         self._see_failure()
@@ -188,18 +188,18 @@ class ConnectCalls(Core):
         route = self._reached.route
         if route is None:
             raise UsageError(errno.EINVAL, "cannot construct a URI for this connection type")
-        wishes = self._wishes
-        uri = parse_uri(route.address.uri(wishes.export_name))
-        encrypted = wishes.tls == TLS_REQUIRE or self._connection.engine.agreement.tls
+        settings = self._settings
+        uri = parse_uri(route.address.uri(settings.export_name))
+        encrypted = settings.tls == TLS_REQUIRE or self._connection.engine.agreement.tls
         more = [
-            ("tls-certificates", wishes.tls_certificates),
-            ("tls-psk-file", wishes.tls_psk_file),
-            ("tls-hostname", wishes.tls_hostname),
-            ("tls-verify-peer", None if wishes.tls_verify_peer else "false"),
+            ("tls-certificates", settings.tls_certificates),
+            ("tls-psk-file", settings.tls_psk_file),
+            ("tls-hostname", settings.tls_hostname),
+            ("tls-verify-peer", None if settings.tls_verify_peer else "false"),
         ]
         query = [*uri.query, *((name, value) for name, value in more if value is not None)]
         scheme = uri.scheme.replace("nbd", "nbds", 1) if encrypted and not uri.tls else uri.scheme
-        return str(type(uri)(scheme, wishes.tls_username, uri.host, uri.port, uri.export, tuple(query)))
+        return str(type(uri)(scheme, settings.tls_username, uri.host, uri.port, uri.export, tuple(query)))
 
 
 def _port(text: str, host: str) -> int:
@@ -254,9 +254,9 @@ def _run(command: list[str]) -> Connecting:
     return run_command(command)
 
 
-def _socket_options(wishes: Wishes) -> list[_Option]:
-    keepalive = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] if wishes.keepalive else []
-    return keepalive + [(socket.IPPROTO_TCP, option, value) for option, value in wishes.tcp_options.items()]
+def _socket_options(settings: HandleSettings) -> list[_Option]:
+    keepalive = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] if settings.keepalive else []
+    return keepalive + [(socket.IPPROTO_TCP, option, value) for option, value in settings.tcp_options.items()]
 
 
 def _tuned(steps: Connecting, options: Iterable[_Option]) -> Connecting:

@@ -1,6 +1,6 @@
-"""What all parts of a handle stand on: its wishes, its connection, and how it waits.
+"""What all parts of a handle stand on: its settings, its connection, and how it waits.
 
-A handle is wishes until a connect call makes a PolledClient of them; from then on that client is the connection. Each other
+A handle is settings until a connect call makes a PolledClient of them; from then on that client is the connection. Each other
 module of this package adds one area of calls to the class.
 
 Every call holds the handle's lock, which its own thread can take again, for the callbacks of a call make calls of their own. So a
@@ -27,8 +27,8 @@ from typing import Any
 from nbdcore.clients.connect.target import Endpoint
 from nbdcore.clients.polled import PolledClient
 from nbdcore.errors import Disconnected, TransportError
-from nbdcore.libnbd.ledger import Ledger
-from nbdcore.libnbd.wishes import Wishes
+from nbdcore.libnbd.callbacks import Callbacks
+from nbdcore.libnbd.settings import HandleSettings
 from nbdcore.protocol.engine import Exchange
 from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission.commands import Command
@@ -81,16 +81,16 @@ class Core(ABC):
         # Whether this thread is in the middle of a call. It is how threading.Condition asks, too, and there is no other way.
         self._in_a_call: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]  # noqa: SLF001
         self._inbox: deque[Command] = deque()  # what waits, with its callers, for the lock: whoever has it submits them all
-        self._ledger = Ledger()
+        self._callbacks = Callbacks()
         # One for all commands, rather than a new bound method for each.
-        self._complete_command: Callable[[Command], None] = self._ledger.complete
-        self._wishes = Wishes()
+        self._complete_command: Callable[[Command], None] = self._callbacks.complete
+        self._settings = HandleSettings()
         self._client: PolledClient | None = None
         self._reached = Reached()
         self._disconnecting = False
         self._name = f"nbd{next(_numbers)}"
         self._debug = os.environ.get("LIBNBD_DEBUG") == "1"
-        self._unusual = self._debug  # also set once the handle is closed: calls look at this first
+        self._slow_path = self._debug  # also set once the handle is closed: calls look at this first
         self._debug_callback: Callable[..., Any] | None = None
         self._private_data = 0
 
@@ -180,6 +180,6 @@ class Core(ABC):
     def _say(self, call: str, message: str) -> None:
         """Write a debug message, to the callback where there is one, else to standard error."""
         if self._debug_callback is not None:
-            self._ledger.call(self._debug_callback, call, message)
+            self._callbacks.call(self._debug_callback, call, message)
         elif sys.stderr is not None:
             sys.stderr.write(f"libnbd: debug: {self._name}: {call}: {message}\n")

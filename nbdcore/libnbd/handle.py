@@ -19,7 +19,7 @@ from nbdcore.libnbd.core import Core
 from nbdcore.libnbd.errors import ClosedHandle
 from nbdcore.libnbd.options import OptionCalls
 from nbdcore.libnbd.queries import ConnectionQueries, ExportQueries
-from nbdcore.libnbd.settings import ConnectionSettings, ExportSettings, ProtocolSettings, TLSSettings
+from nbdcore.libnbd.setting_calls import ConnectionSettings, ExportSettings, ProtocolSettings, TLSSettings
 from nbdcore.plugins.registry import registry
 from nbdcore.protocol.handshake.agreement import Traffic
 from nbdcore.protocol.state import Phase
@@ -47,7 +47,7 @@ class DebugCalls(Core):
     @call("1.0")
     def set_debug(self, debug: bool) -> None:
         """Say whether debug messages are wanted."""
-        self._debug = self._unusual = bool(debug)
+        self._debug = self._slow_path = bool(debug)
 
     @call("1.0")
     def get_debug(self) -> bool:
@@ -226,35 +226,35 @@ class NBD(
             self._leave_to_parent()
             return
         if self._in_a_call():
-            self._closed = self._unusual = self._closing = True
+            self._closed = self._slow_path = self._closing = True
             self._hang_up()
             return
         with self._lock:
             if self._closed:
                 raise ClosedHandle
             self._finish()
-        self._ledger.interrupt()
+        self._callbacks.interrupt()
 
     def _end_call(self) -> None:
         if not self._in_a_call():
             self._finish()
-            self._ledger.interrupt()
+            self._callbacks.interrupt()
 
     def _leave_to_parent(self) -> None:
-        self._closed = self._unusual = True
+        self._closed = self._slow_path = True
         if self._reached.stream is not None:
             self._reached.stream.close()
 
     def _finish(self) -> None:
-        self._closed = self._unusual = True
+        self._closed = self._slow_path = True
         self._closing = False
         if self._debug:
             self._say("nbd_close", "closing handle")
         for callback in self._close_callbacks:
-            self._ledger.call(callback)
+            self._callbacks.call(callback)
         if self._client is not None:
             self._client.close()
-        self._ledger.finished.clear()
+        self._callbacks.finished.clear()
         if self._reached.child is not None:
             self._reached.child.join()
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from nbdcore.errors import NegotiationError, UsageError
 from nbdcore.libnbd import arguments
+from nbdcore.libnbd.callbacks import ErrorNumber
 from nbdcore.libnbd.calls import NEGOTIATING, call
 from nbdcore.libnbd.core import Core
 from nbdcore.libnbd.errors import number_of
-from nbdcore.libnbd.ledger import ErrorNumber
 from nbdcore.libnbd.security import supports_tls
 from nbdcore.protocol.engine import Exchange
 from nbdcore.protocol.handshake import negotiation
@@ -36,7 +36,7 @@ class OptionCalls(Core):
         self._complete(self._go(), callback)
 
     def _go(self) -> Exchange:
-        return self._ask(negotiation.enter, self._wishes.export_name, enters=True, anew=True)
+        return self._ask(negotiation.enter, self._settings.export_name, enters=True, anew=True)
 
     @call("1.4", NEGOTIATING)
     def opt_info(self) -> None:
@@ -50,7 +50,7 @@ class OptionCalls(Core):
         self._complete(self._info(), callback)
 
     def _info(self) -> Exchange:
-        return self._ask(negotiation.inspect, self._wishes.export_name)
+        return self._ask(negotiation.inspect, self._settings.export_name)
 
     @call("1.4", NEGOTIATING)
     def opt_abort(self) -> None:
@@ -77,7 +77,7 @@ class OptionCalls(Core):
     def _list(self, callback: Callback) -> Exchange:
         def report(exports: Iterable[Any]) -> None:
             for export in exports:
-                self._ledger.call(callback, export.name, export.description)
+                self._callbacks.call(callback, export.name, export.description)
 
         return self._ask(negotiation.list_exports, report=report)
 
@@ -126,7 +126,7 @@ class OptionCalls(Core):
     @call("1.6", NEGOTIATING)
     def opt_list_meta_context(self, context: Callback) -> int:
         """Tell `context` the names of the server's contexts that match those added, all of them where none was."""
-        return self._number(negotiation.list_meta_context, self._wishes.meta_contexts, context)
+        return self._number(negotiation.list_meta_context, self._settings.meta_contexts, context)
 
     @call("1.16", NEGOTIATING)
     def opt_list_meta_context_queries(self, queries: list[str], context: Callback) -> int:
@@ -136,7 +136,7 @@ class OptionCalls(Core):
     @call("1.16", NEGOTIATING)
     def opt_set_meta_context(self, context: Callback) -> int:
         """Select the contexts added, and tell `context` which are selected."""
-        return self._number(negotiation.set_meta_context, self._wishes.meta_contexts, context)
+        return self._number(negotiation.set_meta_context, self._settings.meta_contexts, context)
 
     @call("1.16", NEGOTIATING)
     def opt_set_meta_context_queries(self, queries: list[str], context: Callback) -> int:
@@ -146,7 +146,7 @@ class OptionCalls(Core):
     @call("1.6", NEGOTIATING)
     def aio_opt_list_meta_context(self, context: Callback, completion: Callback | None = None) -> int:
         """Start what `opt_list_meta_context` does."""
-        return self._start(negotiation.list_meta_context, self._wishes.meta_contexts, context, completion)
+        return self._start(negotiation.list_meta_context, self._settings.meta_contexts, context, completion)
 
     @call("1.16", NEGOTIATING)
     def aio_opt_list_meta_context_queries(self, queries: list[str], context: Callback, completion: Callback | None = None) -> int:
@@ -156,7 +156,7 @@ class OptionCalls(Core):
     @call("1.16", NEGOTIATING)
     def aio_opt_set_meta_context(self, context: Callback, completion: Callback | None = None) -> int:
         """Start what `opt_set_meta_context` does."""
-        return self._start(negotiation.set_meta_context, self._wishes.meta_contexts, context, completion)
+        return self._start(negotiation.set_meta_context, self._settings.meta_contexts, context, completion)
 
     @call("1.16", NEGOTIATING)
     def aio_opt_set_meta_context_queries(self, queries: list[str], context: Callback, completion: Callback | None = None) -> int:
@@ -175,9 +175,9 @@ class OptionCalls(Core):
     def _contexts(self, ask: Callable[..., Any], queries: list[str], callback: Callback) -> Exchange:
         def report(names: Iterable[str]) -> None:
             for name in names:
-                self._ledger.call(callback, name)
+                self._callbacks.call(callback, name)
 
-        return self._ask(ask, self._wishes.export_name, tuple(queries), report=report)
+        return self._ask(ask, self._settings.export_name, tuple(queries), report=report)
 
     # ------------------------------------------------------------------------------------------ what they share
 
@@ -189,10 +189,10 @@ class OptionCalls(Core):
         report: Callable[[Any], None] | None = None,
         **more: Any,
     ) -> Exchange:
-        """Start a conversation, under the wishes as they are now. `report` is given what it returned, before it is done."""
+        """Start a conversation, under the settings as they are now. `report` is given what it returned, before it is done."""
         client = self._connection
         engine = client.engine
-        engine.settings = self._wishes.settings()
+        engine.settings = self._settings.to_ask()
         conversation = ask(engine.agreement, engine.settings, *details, **more)
         return client.exchange(conversation if report is None else _reported(conversation, report), enters=enters)
 
@@ -208,7 +208,7 @@ class OptionCalls(Core):
 
         def tell(exchange: Exchange) -> None:
             if completion is not None:
-                self._ledger.call(completion, ErrorNumber(_outcome(exchange, refused)))
+                self._callbacks.call(completion, ErrorNumber(_outcome(exchange, refused)))
 
         if exchange.done:
             tell(exchange)

@@ -87,7 +87,7 @@ class ExportQueries(Core):
         """Return whether a metadata context is selected. Raises Error (EINVAL) while those added have not been asked for."""
         wanted = arguments.text(metacontext, "metacontext")
         agreement = self._connection.engine.agreement
-        if agreement.contexts_for is None and self._wishes.meta_contexts:
+        if agreement.contexts_for is None and self._settings.meta_contexts:
             raise UsageError(errno.EINVAL, "no metadata context has been selected for this export yet")
         return wanted in agreement.contexts.values()
 

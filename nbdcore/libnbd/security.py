@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from nbdcore.clients.session.session import StartTLS
-from nbdcore.libnbd.wishes import Wishes
+from nbdcore.libnbd.settings import HandleSettings
 from nbdcore.streams.base import Stream
 from nbdcore.streams.tls.credentials import TLS, supports_tls
 from nbdcore.streams.tls.starting import client_starter
@@ -18,30 +18,30 @@ _USER_FOLDERS = (".pki/libnbd", ".config/pki/libnbd")
 _ROOT_FOLDER = "/etc/pki/libnbd"
 
 
-def start_tls(wishes: Wishes, host: str | None) -> StartTLS:
-    """Return what starts TLS as a handle wishes it, to a server on `host` (None: no name is known).
+def start_tls(settings: HandleSettings, host: str | None) -> StartTLS:
+    """Return what starts TLS as a handle's settings say, to a server on `host` (None: no name is known).
 
     Files are read when the server has agreed to TLS: what is wrong with them ends that connection.
     """
 
     def start(stream: Stream) -> Stream:
-        return client_starter(credentials(wishes), host)(stream)
+        return client_starter(credentials(settings), host)(stream)
 
     return start
 
 
-def credentials(wishes: Wishes) -> TLS:
-    """Return whom to trust and what to show. Raises UsageError for wishes that contradict each other."""
+def credentials(settings: HandleSettings) -> TLS:
+    """Return whom to trust and what to show. Raises UsageError for settings that contradict each other."""
     folder = None
-    if wishes.tls_psk_file is None:
-        folder = _usual_folder() if wishes.tls_certificates is None else wishes.tls_certificates
+    if settings.tls_psk_file is None:
+        folder = _usual_folder() if settings.tls_certificates is None else settings.tls_certificates
     return TLS(
         certificates=folder,
-        verify=wishes.tls_verify_peer,
-        hostname=wishes.tls_hostname,
-        psk_file=wishes.tls_psk_file,
-        username=wishes.tls_username,
-        priority=wishes.tls_priority,
+        verify=settings.tls_verify_peer,
+        hostname=settings.tls_hostname,
+        psk_file=settings.tls_psk_file,
+        username=settings.tls_username,
+        priority=settings.tls_priority,
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from nbdcore.clients.connect.target import Endpoint
 from nbdcore.errors import TransportUnavailable, UsageError, printable
 from nbdcore.libnbd import arguments, constants
-from nbdcore.libnbd.wishes import Wishes
+from nbdcore.libnbd.settings import HandleSettings
 from nbdcore.plugins.registry import registry
 from nbdcore.uri import TLS_PARAMETERS, URI, parse_uri
 
@@ -39,8 +39,8 @@ def is_uri(text: str) -> bool:
     return text.lower().startswith(_SCHEMES)
 
 
-def obey(text: str, wishes: Wishes) -> tuple[Endpoint, Wishes]:
-    """Return the way to a URI's server, and the handle's wishes with the URI's own on top.
+def obey(text: str, settings: HandleSettings) -> tuple[Endpoint, HandleSettings]:
+    """Return the way to a URI's server, and the handle's settings with the URI's own on top.
 
     Raises UsageError: EINVAL for what is no NBD URI, EPERM for what the allow-lists forbid.
     """
@@ -51,7 +51,7 @@ def obey(text: str, wishes: Wishes) -> tuple[Endpoint, Wishes]:
         if uri.transport_scheme not in _TRANSPORTS:
             raise UsageError(errno.EINVAL, f"unknown NBD URI scheme: {uri.scheme}") from exc
         raise
-    _check_allowed(uri, wishes)
+    _check_allowed(uri, settings)
     if uri.parameter("socket") is not None and "socket" not in transport.parameters:
         raise UsageError(
             errno.EINVAL, f"socket parameter is incompatible with {uri.scheme}: did you mean nbd+unix:///?socket=...?"
@@ -61,7 +61,7 @@ def obey(text: str, wishes: Wishes) -> tuple[Endpoint, Wishes]:
     own = tuple(pair for pair in uri.query if pair[0] in transport.parameters)
     port = (uri.port or None) if "nbd-port" in transport.parameters else _port_of(uri)
     address = transport.parse(replace(uri, query=own, port=port))
-    return Endpoint(transport, address), _with(uri, wishes)
+    return Endpoint(transport, address), _with(uri, settings)
 
 
 def _port_of(uri: URI) -> int | None:
@@ -74,12 +74,12 @@ def _port_of(uri: URI) -> int | None:
     return int(text) or None
 
 
-def _check_allowed(uri: URI, wishes: Wishes) -> None:
+def _check_allowed(uri: URI, settings: HandleSettings) -> None:
     needed = _TRANSPORTS.get(uri.transport_scheme, constants.ALLOW_TRANSPORT_MASK)
-    if wishes.uri_allow_transports & needed != needed:
+    if settings.uri_allow_transports & needed != needed:
         raise UsageError(errno.EPERM, f"URI transport {uri.scheme} is not permitted")
     forbidden = constants.TLS_DISABLE if uri.tls else constants.TLS_REQUIRE
-    if wishes.uri_allow_tls == forbidden:
+    if settings.uri_allow_tls == forbidden:
         raise UsageError(errno.EPERM, f"URI TLS setting {uri.scheme} is not permitted")
 
 
@@ -90,25 +90,25 @@ def _check_spelling(uri: URI, own: tuple[str, ...]) -> None:
             raise UsageError(errno.EINVAL, f"unknown query parameter {printable(name)}; known are {', '.join(TLS_PARAMETERS)}")
 
 
-def _with(uri: URI, wishes: Wishes) -> Wishes:
-    """Return the wishes with what the URI says. Raises UsageError for what it may not say."""
+def _with(uri: URI, settings: HandleSettings) -> HandleSettings:
+    """Return the settings with what the URI says. Raises UsageError for what it may not say."""
     for name in _LOCAL:
-        if uri.parameter(name) is not None and not wishes.uri_allow_local_file:
+        if uri.parameter(name) is not None and not settings.uri_allow_local_file:
             raise UsageError(
                 errno.EPERM,
                 f"local file access ({name}) is not allowed, call nbd_set_uri_allow_local_file to enable this",
             )
-    if uri.parameter("tls-priority") is not None and not wishes.uri_allow_tls_priority:
+    if uri.parameter("tls-priority") is not None and not settings.uri_allow_tls_priority:
         raise UsageError(errno.EPERM, "tls-priority is not allowed, call nbd_set_uri_allow_tls_priority to enable this")
-    changed = replace(wishes, export_name=arguments.protocol_string(uri.export, "uri", "export name"))
+    changed = replace(settings, export_name=arguments.protocol_string(uri.export, "uri", "export name"))
     if uri.tls:
         changed.tls = constants.TLS_REQUIRE
-    changed.tls_certificates = _or(uri.parameter("tls-certificates"), wishes.tls_certificates)
-    changed.tls_psk_file = _or(uri.parameter("tls-psk-file"), wishes.tls_psk_file)
-    changed.tls_hostname = uri.parameter("tls-hostname") or wishes.tls_hostname  # an empty one would mean any name
-    changed.tls_priority = _or(uri.parameter("tls-priority"), wishes.tls_priority)
-    changed.tls_username = _or(uri.user, _or(uri.parameter("tls-username"), wishes.tls_username))
-    changed.tls_verify_peer = _verifies(uri, wishes)
+    changed.tls_certificates = _or(uri.parameter("tls-certificates"), settings.tls_certificates)
+    changed.tls_psk_file = _or(uri.parameter("tls-psk-file"), settings.tls_psk_file)
+    changed.tls_hostname = uri.parameter("tls-hostname") or settings.tls_hostname  # an empty one would mean any name
+    changed.tls_priority = _or(uri.parameter("tls-priority"), settings.tls_priority)
+    changed.tls_username = _or(uri.user, _or(uri.parameter("tls-username"), settings.tls_username))
+    changed.tls_verify_peer = _verifies(uri, settings)
     return changed
 
 
@@ -116,16 +116,16 @@ def _or(value: str | None, otherwise: str | None) -> str | None:
     return otherwise if value is None else value
 
 
-def _verifies(uri: URI, wishes: Wishes) -> bool:
+def _verifies(uri: URI, settings: HandleSettings) -> bool:
     """Return whether the server must prove itself. A URI from anywhere must not be able to say that it need not."""
     value = uri.parameter("tls-verify-peer")
     if value is None:
-        return wishes.tls_verify_peer
+        return settings.tls_verify_peer
     if value.lower() in _YES:
         return True
     if value.lower() not in _NO:
         raise UsageError(errno.EINVAL, f"tls-verify-peer is true or false, not {printable(value)!r}")
-    if wishes.tls_verify_peer and not wishes.uri_allow_local_file:
+    if settings.tls_verify_peer and not settings.uri_allow_local_file:
         raise UsageError(
             errno.EPERM,
             "tls-verify-peer=false is not allowed, call nbd_set_uri_allow_local_file or nbd_set_tls_verify_peer to enable this",

@@ -81,7 +81,7 @@ class Transport(ABC):
         """Return the host name or address that the server's certificate must be for (TLS); None where none is known."""
         return None
 
-    def may_heal(self, error: Error) -> bool:  # noqa: ARG002 (for those that can tell)
+    def is_retryable(self, error: Error) -> bool:  # noqa: ARG002 (for those that can tell)
         """Tell whether an attempt that ended like this, without a word of the server, may succeed a little later.
 
         For transports whose own programs say that it is not: `error.server_text` is the end of what they wrote.

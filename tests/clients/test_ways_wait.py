@@ -165,7 +165,7 @@ def test_tls_and_the_list_of_exports_wait_too(socket_path, tmp_path):
 @pytest.mark.parametrize("name", ["ECONNREFUSED", "ENOENT", "ETIMEDOUT", "ECONNRESET", "EAGAIN", "ENODEV", "EHOSTUNREACH"])
 def test_what_a_server_that_is_not_up_looks_like(name):
     route = endpoint_by_name("unix", {"path": "/nonexistent"})
-    assert route.may_heal(TransportError(getattr(errno, name), ""), heard=False)
+    assert route.is_retryable(TransportError(getattr(errno, name), ""), heard=False)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_what_a_server_that_is_not_up_looks_like(name):
     ids=lambda error: f"{type(error).__name__} {error.errno}",
 )
 def test_what_cannot_heal(error):
-    assert not endpoint_by_name("unix", {"path": "/nonexistent"}).may_heal(error, heard=False)
+    assert not endpoint_by_name("unix", {"path": "/nonexistent"}).is_retryable(error, heard=False)
 
 
 def test_names_that_cannot_be_looked_up_just_now():
@@ -194,14 +194,14 @@ def test_names_that_cannot_be_looked_up_just_now():
         error.__cause__ = socket.gaierror(number, "")
         return error
 
-    assert route.may_heal(failed(socket.EAI_AGAIN), heard=False)
-    assert not route.may_heal(failed(socket.EAI_NONAME), heard=False)
+    assert route.is_retryable(failed(socket.EAI_AGAIN), heard=False)
+    assert not route.is_retryable(failed(socket.EAI_NONAME), heard=False)
 
 
 def test_a_server_that_has_said_something_is_up():
     route = endpoint_by_name("unix", {"path": "/nonexistent"})
     for error in (Disconnected(0, ""), DeadlineExceeded(errno.ETIMEDOUT, "")):
-        assert (route.may_heal(error, heard=False), route.may_heal(error, heard=True)) == (True, False)
+        assert (route.is_retryable(error, heard=False), route.is_retryable(error, heard=True)) == (True, False)
 
 
 # ---------------------------------------------------------------------------------------------- what does not
@@ -381,5 +381,5 @@ def test_a_command_that_ends_without_a_word_is_run_again(tmp_path):
 
 
 def test_a_program_that_cannot_be_started_does_not_heal():
-    assert not endpoint_by_name("command", {"argv": ["x"]}).may_heal(TransportError(errno.ENOENT, ""), heard=False)
-    assert endpoint_by_name("command", {"argv": ["x"]}).may_heal(Disconnected(0, ""), heard=False)
+    assert not endpoint_by_name("command", {"argv": ["x"]}).is_retryable(TransportError(errno.ENOENT, ""), heard=False)
+    assert endpoint_by_name("command", {"argv": ["x"]}).is_retryable(Disconnected(0, ""), heard=False)

@@ -89,7 +89,7 @@ def test_callback_that_raises_is_reported_and_breaks_nothing(exception, connecte
     assert connected.aio_command_completed(cookie) is True
     reported = capsys.readouterr().err
     assert "in the callback" in reported
-    assert "ledger.py" not in reported  # the program's own frames are all that helps it
+    assert "callbacks.py" not in reported  # the program's own frames are all that helps it
     assert connected.pread(1, 0) == bytearray(1)
 
 

@@ -1,4 +1,4 @@
-"""Whom a client and a server accept, and what is said when they do not; files and wishes that cannot be used."""
+"""Whom a client and a server accept, and what is said when they do not; files and settings that cannot be used."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def test_client_shows_nothing_to_a_server_that_does_not_ask(world):
     accepted(TLS(certificates=world.client()), ServerTLS(certificates=world.good), NAME)
 
 
-# --- wishes ---
+# --- settings ---
 
 
 @pytest.mark.parametrize("ciphers", ["ECDHE-ECDSA-AES128-GCM-SHA256", "ECDHE+AESGCM:@SECLEVEL=1"])

@@ -76,7 +76,7 @@ def _wait_for_server(
         try:
             return (yield from open_session(engine, target, deadline)), deadline, begin
         except Error as exc:
-            if not target.endpoint.may_heal(exc, heard=engine.traffic.bytes_received > 0):
+            if not target.endpoint.is_retryable(exc, heard=engine.traffic.bytes_received > 0):
                 raise
             # An attempt that was cut off because the time is up says less than the one before it.
             last = last if last is not None and until.expired and isinstance(exc, DeadlineExceeded) else exc

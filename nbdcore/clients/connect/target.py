@@ -83,7 +83,7 @@ class Endpoint:
         """Open a stream, as a transport's `connect` does. `timeout` is for kernels that have a limit of their own."""
         return self.transport.connect(self.address, timeout=timeout)
 
-    def may_heal(self, error: Error, *, heard: bool) -> bool:
+    def is_retryable(self, error: Error, *, heard: bool) -> bool:
         """Tell whether the same attempt may succeed a little later: the server was not there, or had not said anything yet.
 
         `heard`: the server has said something.
@@ -93,7 +93,7 @@ class Endpoint:
         if isinstance(error, TransportError):
             # A program that cannot be started has an errno of the same kind.
             return not self.transport.runs_programs and (error.errno in _HEALING or _no_name_server(error))
-        return isinstance(error, Disconnected | DeadlineExceeded) and not heard and self.transport.may_heal(error)
+        return isinstance(error, Disconnected | DeadlineExceeded) and not heard and self.transport.is_retryable(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class OpenStream:
         yield from ()
         return self.stream
 
-    def may_heal(self, error: Error, *, heard: bool) -> bool:  # noqa: ARG002 (there is no second attempt)
+    def is_retryable(self, error: Error, *, heard: bool) -> bool:  # noqa: ARG002 (there is no second attempt)
         """Return False."""
         return False
 

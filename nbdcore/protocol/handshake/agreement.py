@@ -1,6 +1,6 @@
-"""What a client wishes of a connection, and what it and the server have agreed on so far.
+"""What a client asks of a connection, and what it and the server have agreed on so far.
 
-Settings are wishes, fixed before connecting. An Agreement starts empty and is filled by the conversations of `negotiation`; what
+Settings are fixed before connecting. An Agreement starts empty and is filled by the conversations of `negotiation`; what
 each event wipes is decided by its methods and nowhere else. Nothing in it comes from before STARTTLS (section "TLS support").
 """
 

@@ -1,6 +1,6 @@
 """What a program says about TLS: whom it trusts and what it shows, as frozen values.
 
-`TLS` is a client's, `ServerTLS` a server's. A value holds paths and wishes, no key, no open file and no `ssl` object, so it can
+`TLS` is a client's, `ServerTLS` a server's. A value holds paths and settings, no key, no open file and no `ssl` object, so it can
 be compared, printed and pickled. Its files are read when TLS is made ready to start (see `starting`), and not before.
 """
 

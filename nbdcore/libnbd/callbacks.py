@@ -17,7 +17,7 @@ from nbdcore.libnbd.errors import command_number
 from nbdcore.protocol.constants import Chunk
 from nbdcore.protocol.transmission.commands import Command, Numbers
 
-__all__ = ["ErrorNumber", "Ledger"]
+__all__ = ["Callbacks", "ErrorNumber"]
 
 _STATUS: dict[int, int] = {Chunk.OFFSET_DATA: READ_DATA, Chunk.OFFSET_HOLE: READ_HOLE, Chunk.ERROR_OFFSET: READ_ERROR}
 #: Largest number that an entry of the 32-bit block status call can hold.
@@ -38,7 +38,7 @@ class ErrorNumber:
         return f"ErrorNumber({self.value!r})"
 
 
-class Ledger:
+class Callbacks:
     """Finished commands of one handle, and the calling of callbacks.
 
     Attributes:
