@@ -448,3 +448,14 @@ print(stream.child.process.pid)
     done = subprocess.run([sys.executable, "-c", source, ECHO], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert done.stderr == ""
     assert not Path(f"/proc/{int(done.stdout)}").exists()
+
+
+def test_failed_command_says_so_behind_a_receive_that_waited():
+    room = memoryview(bytearray(8))
+    stream = run_command([sys.executable, "-c", "import sys; print('its last words', file=sys.stderr); sys.exit(3)"])
+    taken = []
+    assert stream.fill(room, taken)
+    assert not any(taken)
+    with pytest.raises(Disconnected, match="ended with status 3: its last words"):
+        stream.recv_into(room)
+    stream.close()
