@@ -172,6 +172,17 @@ def test_log_of_every_process_is_the_servers(socket_path, caplog):
         until(lambda: "unknown client flags" in caplog.text)
 
 
+def test_every_process_encrypts(socket_path, tls, pki):
+    trusted = nbdcore.TLS(ca=pki / "ca-cert.pem", hostname="localhost")
+    with serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=2, tls=tls) as (_, uri), contextlib.ExitStack() as stack:
+        one, other = [stack.enter_context(nbdcore.connect(uri, tls=trusted, timeout=PATIENCE)) for _ in range(2)]
+        assert len(children()) == 1
+        one.pwrite(b"secret", 0)
+        assert other.pread(6, 0) == b"secret"
+        with pytest.raises(nbdcore.Error):
+            nbdcore.connect(uri, tls=False, timeout=PATIENCE)
+
+
 def test_objects_that_other_processes_cannot_have_are_refused():
     with pytest.raises(nbdcore.UsageError, match="MemoryDisk, which only one process can have") as caught:
         Server({"disk": ExportSettings(MemoryDisk(MEBIBYTE))}, workers=2)
