@@ -122,7 +122,7 @@ class Server:
 
     # ------------------------------------------------------------------------------------------ life
 
-    def listen(self, transport: str, **address: Any) -> Listener:
+    def listen(self, transport: str, **address: object) -> Listener:
         """Listen on a loaded transport at the address that its parts name: `listen("tcp", host="127.0.0.1", port=0)`.
 
         Parts left out have the transport's defaults for listening. Returns the listener; its `address` is the one in effect, and
@@ -137,7 +137,7 @@ class Server:
         chosen = registry.get(transport)
         return self._listen(chosen, chosen.listening_address(**address))
 
-    def listen_uri(self, uri: str, **more: Any) -> Listener:
+    def listen_uri(self, uri: str, **more: object) -> Listener:
         """Listen at the address that an NBD URI names, on the transport of its scheme; what export it names does not matter.
 
         `more` are parts of the address that no URI can say, as `listen` takes them: `keepalive=False` for TCP.

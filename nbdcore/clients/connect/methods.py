@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from nbdcore.clients.connect import target as targets
 from nbdcore.clients.connect.establish import closed_meanwhile, establish, given_up
@@ -112,7 +112,7 @@ class ConnectMethods(Info, Generic[Connected]):
         return self._connect("connect_ssh", partial(targets.by_name, "ssh", parts), timeout, wait)
 
     def connect_transport(
-        self, name: str, /, *, timeout: float | None = None, wait: float | None = None, **address: Any
+        self, name: str, /, *, timeout: float | None = None, wait: float | None = None, **address: object
     ) -> Connected:
         """Connect over any transport by its name; the address parts are the transport's own."""
         return self._connect("connect_transport", partial(targets.by_name, name, address), timeout, wait)

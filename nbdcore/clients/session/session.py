@@ -69,7 +69,7 @@ class Session:
         self.fills: bool = type(stream).fill is not Stream.fill
         #: the stream's, into the engine's `room`; what came is for `take_in`. The one step that may be made while other threads
         #: use the session, as long as they do not receive.
-        self.fill = stream.fill
+        self.fill: Callable[..., bool] = stream.fill
 
     def fileno(self) -> int:
         """Return the descriptor to wait on; -1 when the connection is over."""
