@@ -28,6 +28,11 @@ DEFAULT_HOST = "localhost"
 
 _LAST_PORT = 65535
 _HINTS = {errno.ECONNREFUSED: "nothing listens there, or a firewall refuses"}
+_LISTEN_HINTS = {
+    errno.EACCES: "ports below 1024 need privileges",
+    errno.EADDRINUSE: "another server listens there; stop that one, or choose another port",
+    errno.EADDRNOTAVAIL: "that address is not this machine's own",
+}
 
 # A server's client is given up after five minutes of silence to eight probes: two minutes idle, then a probe each 22 seconds. The
 # kernel's own two hours would keep the places of dead clients for too long. macOS names the first option TCP_KEEPALIVE.
@@ -104,7 +109,7 @@ class TCPTransport(Transport):
     def listen(self, address: TCPAddress) -> Listener:
         """Listen on the first of the host's addresses: "0.0.0.0" and "::" stand for all of this machine's."""
         doing = f"listen on {address}"
-        with transport_errors(doing):
+        with transport_errors(doing, _LISTEN_HINTS):
             family, kind, protocol, _, name = _resolve(address, socket.AI_PASSIVE)[0]
             sock = socket.socket(family, kind, protocol)
             try:

@@ -217,7 +217,7 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
     \b
     nbdcore serve disk.img --vsock 10809
     nbdcore serve --memory 1G --unix /run/disk.sock --tcp 0.0.0.0:10809
-    nbdcore serve disk.img --tcp 0.0.0.0:10809 --tls-certificates /etc/pki/nbd --tls-verify-clients
+    nbdcore serve disk.img --tcp 0.0.0.0:10809 --tls-certificates pki
     """  # noqa: D301 (a real backspace is how click is told not to wrap)
     if (file is None) == (memory is None):
         raise click.UsageError("Name a FILE to serve, or give --memory SIZE; not both.")

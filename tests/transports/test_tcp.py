@@ -342,9 +342,15 @@ def test_listener_reports_the_port_that_the_kernel_chose():
     listener.close()
 
 
+def test_address_of_another_machine_is_told():
+    with pytest.raises(TransportError, match="that address is not this machine's own") as caught:
+        TCP.listen(TCP.address(host="192.0.2.1", port=0))
+    assert caught.value.errno == errno.EADDRNOTAVAIL
+
+
 def test_port_in_use_is_a_transport_error_that_names_it():
     listener = TCP.listen(TCP.address(port=0))
-    with pytest.raises(TransportError, match=f"cannot listen on TCP localhost port {listener.address.port}") as caught:
+    with pytest.raises(TransportError, match=f"TCP localhost port {listener.address.port}: another server") as caught:
         TCP.listen(listener.address)
     assert caught.value.errno == errno.EADDRINUSE
     listener.close()
