@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,22 @@ from typing import Any
 import pytest
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+#: A command that serves a disk of 1 MiB on its standard input.
+SERVER = [
+    sys.executable,
+    "-c",
+    """
+import os, select, socket
+from nbdcore.server import MemoryDisk, Server
+from nbdcore.streams.sockets import SocketStream
+with Server(MemoryDisk(1 << 20)) as server:
+    server.serve_stream(SocketStream(socket.socket(fileno=os.dup(0)), peer="parent"))
+    hung_up = select.poll()
+    hung_up.register(0, getattr(select, "POLLRDHUP", select.POLLHUP))
+    hung_up.poll()
+""",
+]
 
 #: Seconds that a child may take. None takes so long unless it hangs.
 _LIFETIME = 5

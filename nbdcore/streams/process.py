@@ -4,6 +4,8 @@ Programs are started from a list of arguments, never through a shell that would 
 own. What they write to standard error goes where this program's goes, and its end is kept: it says best why a server died. A
 child is reaped when its stream is closed, by a thread, so that closing does not wait for a program that takes its time. Streams
 still open when this program exits are closed, and their children waited for, while there are still threads to do it.
+
+A fork copies a stream. Closing the copy frees its descriptors and does nothing else: the program and its folder are the parent's.
 """
 
 from __future__ import annotations
@@ -94,6 +96,11 @@ class Child:
             with contextlib.suppress(RuntimeError):
                 self._reaper = _thread(self._reap)
 
+    def forget(self) -> None:
+        """Free the descriptor of the copy that a fork made, and leave the process to the parent. May be called twice."""
+        if self.process.stderr is not None:
+            self.process.stderr.close()
+
     def join(self) -> None:
         """Wait until the process has been reaped; `end` was called before."""
         if sys.is_finalizing():
@@ -178,6 +185,10 @@ class ProcessStream(SocketStream):
 
     def close(self) -> None:
         """Close the socket, and have the process end."""
+        if self._process != os.getpid():
+            super().close()
+            self.child.forget()
+            return
         if self not in _open_streams:
             return
         _open_streams.discard(self)
@@ -228,7 +239,7 @@ def run_activated(arguments: Sequence[str], *, name: str = "unknown") -> Opening
         raise TransportError(errno.ENOTSUP, "socket activation needs unix sockets, and this platform has none")
     with transport_errors("make a folder for a socket"):
         folder = tempfile.mkdtemp(prefix="nbdcore")  # only this user may enter it
-    child = None
+    child, parent = None, os.getpid()
     try:
         path = os.path.join(folder, "socket")  # noqa: PTH118 (as a socket takes it)
         with transport_errors(f"listen on {path}"), socket.socket(socket.AF_UNIX) as listener:
@@ -248,9 +259,11 @@ def run_activated(arguments: Sequence[str], *, name: str = "unknown") -> Opening
             raise
         return ProcessStream(sock, child, path=path, tidy=lambda: _remove(folder))
     except BaseException:
+        own = parent == os.getpid()  # else a fork's child drops its copy of this generator
         if child is not None:
-            child.end()
-        _remove(folder)
+            (child.end if own else child.forget)()
+        if own:
+            _remove(folder)
         raise
 
 
@@ -284,6 +297,7 @@ def _start(arguments: Sequence[str], sock: socket.socket, *, activated: dict[str
             stdin=sock.fileno(),
             stdout=None if activated is not None else sock.fileno(),
             stderr=subprocess.PIPE,
+            bufsize=0,  # no buffer has a lock, which a fork could copy while it is taken
             env=activated,
         )
     try:

@@ -9,8 +9,9 @@ import pytest
 import nbdcore
 from nbdcore import aio
 from nbdcore.server import MemoryDisk, Server
+from tests import leaks
 from tests.clients.talking import PATIENCE
-from tests.forks import busy, needs_fork, status_of_child
+from tests.forks import SERVER, busy, needs_fork, status_of_child
 
 pytestmark = needs_fork
 
@@ -42,6 +43,22 @@ def test_child_that_leaves_its_copy_ends_while_the_parent_is_busy(uri, connect, 
             statuses = [status_of_child(lambda: leave(client)) for _ in range(CHILDREN)]
         assert statuses == [0] * CHILDREN
         assert set(rounds) == {len(RANGES)}
+        assert len(client.pread(512, 0, timeout=PATIENCE)) == 512
+
+
+@pytest.mark.parametrize("leave", [lambda client: client.close(), lambda client: client.disconnect(), drop])
+@pytest.mark.parametrize("make", [nbdcore.Client, lambda: nbdcore.Pool(connections=1)])
+def test_child_that_leaves_its_copy_frees_the_descriptors_and_leaves_the_program_to_its_parent(make, leave):
+    before = leaks.open_descriptors()
+    with make().connect_command(SERVER, timeout=PATIENCE) as client:
+        opened = leaks.open_descriptors().keys() - before.keys()
+
+        def child():
+            leave(client)
+            assert not leaks.open_descriptors().keys() & opened
+
+        assert len(opened) == 2
+        assert status_of_child(child) == 0
         assert len(client.pread(512, 0, timeout=PATIENCE)) == 512
 
 

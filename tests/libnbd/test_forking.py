@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 
 import pytest
 
 import nbdcore.libnbd as nbd
-from tests.forks import busy, needs_fork, status_of_child
+from tests.forks import SERVER, busy, needs_fork, status_of_child
 
 pytestmark = needs_fork
 
 PATIENCE = 20
 CHILDREN = 10
-SERVER = """
-import os, select, socket
-from nbdcore.server import MemoryDisk, Server
-from nbdcore.streams.sockets import SocketStream
-with Server(MemoryDisk(1 << 20)) as server:
-    server.serve_stream(SocketStream(socket.socket(fileno=os.dup(0)), peer="parent"))
-    hung_up = select.poll()
-    hung_up.register(0, getattr(select, "POLLRDHUP", select.POLLHUP))
-    hung_up.poll()
-"""
 
 
 def drop(handle):
@@ -88,11 +77,18 @@ def test_child_that_leaves_its_copy_completes_nothing(leave, connected):
         assert told.read() == b"0 "
 
 
-def test_child_that_leaves_its_copy_frees_the_descriptor(connected):
-    fd = connected.aio_get_fd()
+@pytest.mark.parametrize("leave", [close, drop])
+@pytest.mark.parametrize("to", ["a server", "a command"])
+def test_child_that_leaves_its_copy_frees_the_descriptor(to, leave, handles, server):
+    handle = handles()
+    if to == "a command":
+        handle.connect_command(SERVER)
+    else:
+        handle.connect_tcp("127.0.0.1", server)
+    fd = handle.aio_get_fd()
 
     def child():
-        connected.close()
+        leave(handle)
         with contextlib.suppress(OSError):
             os.fstat(fd)
             raise AssertionError("the copy's descriptor is still open")
@@ -103,7 +99,7 @@ def test_child_that_leaves_its_copy_frees_the_descriptor(connected):
 @pytest.mark.parametrize("leave", [close, drop])
 def test_child_that_leaves_its_copy_neither_ends_nor_waits_for_the_parents_server(leave, handles):
     handle = handles()
-    handle.connect_command([sys.executable, "-c", SERVER])
+    handle.connect_command(SERVER)
     with busy(lambda: read(handle)):
         assert status_of_child(lambda: leave(handle)) == 0
     os.kill(handle.get_subprocess_pid(), 0)

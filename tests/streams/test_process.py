@@ -27,6 +27,7 @@ from nbdcore.streams.process import Child, ProcessStream, run_activated, run_com
 from nbdcore.streams.waiting import Deadline, drive, wait
 from nbdcore.testing.streams import check_stream
 from tests import leaks
+from tests.forks import needs_fork, status_of_child
 
 #: Seconds that anything here may take on a busy machine.
 PATIENCE = 30.0
@@ -459,3 +460,65 @@ def test_failed_command_says_so_behind_a_receive_that_waited():
     with pytest.raises(Disconnected, match="ended with status 3: its last words"):
         stream.recv_into(room)
     stream.close()
+
+
+# ---------------------------------------------------------------------------------------------- forks
+
+
+def is_closed(*descriptors: int) -> bool:
+    for fd in descriptors:
+        with contextlib.suppress(OSError):
+            os.fstat(fd)
+            return False
+    return True
+
+
+@needs_fork
+def test_forked_child_that_closes_its_copy_frees_the_descriptors_and_leaves_the_program_to_its_parent() -> None:
+    with running(*python(ECHO)) as stream:
+        assert stream.child.process.stderr is not None
+        descriptors = stream.fileno(), stream.child.process.stderr.fileno()
+
+        def child() -> None:
+            stream.close()
+            stream.close()
+            assert is_closed(*descriptors)
+
+        assert status_of_child(child) == 0
+        assert stream.send([memoryview(b"alive")]) == 5
+        assert stream.finish_sending()
+        assert receive_all(stream) == b"alive"
+
+
+@pytest.fixture
+def _full_backlog(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have nobody accepted by whoever listens at a unix socket: its backlog is full."""
+    listen = socket.socket.listen
+    with contextlib.ExitStack() as queued:
+
+        def listen_and_fill(sock: socket.socket) -> None:
+            listen(sock, 0)
+            while True:
+                queued.enter_context(client := socket.socket(socket.AF_UNIX)).setblocking(False)
+                if client.connect_ex(sock.getsockname()) == errno.EAGAIN:
+                    break
+
+        monkeypatch.setattr(socket.socket, "listen", listen_and_fill)
+        yield
+
+
+@needs_fork
+@pytest.mark.usefixtures("_full_backlog")
+def test_forked_child_that_drops_its_copy_of_an_activation_under_way_leaves_folder_and_program_to_its_parent(
+    folder: Path,
+) -> None:
+    before = leaks.children()
+    steps = run_activated(python("import time; time.sleep(60)"))
+    next(steps)
+    made = list(folder.rglob("*"))
+    (program,) = leaks.children().keys() - before
+    assert status_of_child(steps.close) == 0
+    assert list(folder.rglob("*")) == made != []
+    os.kill(program, 0)
+    steps.close()
+    assert list(folder.rglob("*")) == []
