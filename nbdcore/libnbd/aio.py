@@ -173,12 +173,12 @@ class AioCalls(CommandBuilders):
         """Return what to wait for: AIO_DIRECTION_READ, AIO_DIRECTION_WRITE, both or neither."""
         return 0 if self._client is None else int(self._client.direction())
 
-    @call("1.0")
+    @call("1.0", moves_bytes=True)
     def aio_notify_read(self) -> None:
         """The descriptor is readable, or both readable and writable."""
         self._notify(Want.READ, 0)
 
-    @call("1.0")
+    @call("1.0", moves_bytes=True)
     def aio_notify_write(self) -> None:
         """The descriptor is writable."""
         self._notify(Want.WRITE, 1)
@@ -192,12 +192,12 @@ class AioCalls(CommandBuilders):
         finally:
             self._back_to_created()
 
-    @call("1.0")
+    @call("1.0", moves_bytes=True)
     def poll(self, timeout: int) -> int:
         """Wait up to `timeout` milliseconds, -1 for ever. Returns 1 after progress, 0 when the time was up."""
         return self._poll(-1, timeout)
 
-    @call("1.16")
+    @call("1.16", moves_bytes=True)
     def poll2(self, fd: int, timeout: int) -> int:
         """Wait as `poll` does, and until another descriptor is readable; nothing is read from it."""
         return self._poll(arguments.c_int(fd, "fd"), timeout)

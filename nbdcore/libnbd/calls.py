@@ -59,12 +59,14 @@ class Call:
         first_version: the release of libnbd that brought it.
         permitted: the states in which it is permitted.
         lock_free: it neither waits for the handle's lock nor takes it.
+        moves_bytes: it opens a connection, or sends or receives: a signal handler that interrupted another call must not make it.
     """
 
     name: str
     first_version: str
     permitted: frozenset[Phase]
     lock_free: bool = False
+    moves_bytes: bool = True
 
     @property
     def in_order(self) -> tuple[Phase, ...]:
@@ -141,34 +143,47 @@ W = TypeVar("W", bound=WaitingHandle)
 
 
 def call(
-    first_version: str, permitted: frozenset[Phase] = ANY, *, lock_free: bool = False
+    first_version: str,
+    permitted: frozenset[Phase] = ANY,
+    *,
+    lock_free: bool = False,
+    moves_bytes: bool | None = None,
+    in_the_middle: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[Concatenate[H, P], R]], Callable[Concatenate[H, P], R]]:
-    """Make a method a call of libnbd's API."""
+    """Make a method a call of libnbd's API.
+
+    `moves_bytes`: left out, it does where only a connection permits it. `in_the_middle` is what such a call does in the middle of
+    another call of its own thread, where most are refused.
+    """
+    moves = permitted <= TALKING if moves_bytes is None else moves_bytes
 
     def decorate(function: Callable[Concatenate[H, P], R]) -> Callable[Concatenate[H, P], R]:
-        row = Call(function.__name__, first_version, permitted, lock_free)
+        row = Call(function.__name__, first_version, permitted, lock_free, moves)
         CALLS[row.name] = row
-        return _unlocked(row, function) if lock_free else _locked(row, function)
+        return _unlocked(row, function) if lock_free else _locked(row, function, in_the_middle)
 
     return decorate
 
 
-def _locked(row: Call, function: Callable[Concatenate[H, P], R]) -> Callable[Concatenate[H, P], R]:
+def _locked(
+    row: Call, function: Callable[Concatenate[H, P], R], in_the_middle: Callable[..., Any] | None = None
+) -> Callable[Concatenate[H, P], R]:
     name, permitted = f"nbd_{row.name}", row.in_order
-    limited = row.permitted != ANY
-    moves_bytes, ends = row.permitted <= TALKING, row.name == "shutdown"
+    limited, moves_bytes = row.permitted != ANY, row.moves_bytes
 
     # The commonest calls take a microsecond or two altogether: nothing is asked here that one attribute does not answer.
     @functools.wraps(function)
     def wrapper(self: H, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if moves_bytes and self._in_a_call() and (ends or not self._callbacks.calling):
-            nothing: R = _in_the_middle(row, self)
-            return nothing
+        if moves_bytes and self._in_a_call() and (in_the_middle or not self._callbacks.calling):
+            if in_the_middle is None:
+                raise _refused(row, self)
+            result: R = _made_in_the_middle(row, in_the_middle, self, *args, **kwargs)
+            return result
         try:
             with self._lock:
                 client = self._client
                 if self._slow_path or (limited and (_CREATED if client is None else client.engine.phase) not in permitted):
-                    return _unusually(row, function, self, *args, **kwargs)
+                    return _on_slow_path(row, function, self, *args, **kwargs)
                 try:
                     return function(self, *args, **kwargs)
                 except CoreError as exc:
@@ -183,16 +198,22 @@ def _locked(row: Call, function: Callable[Concatenate[H, P], R]) -> Callable[Con
     return wrapper
 
 
-def _in_the_middle(row: Call, self: Handle) -> Any:
-    """Make a call that moves bytes in the middle of another call of this handle: a signal handler may only end it."""
+def _refused(row: Call, self: Handle) -> Exception:
+    """Return the error for a call that moves bytes in a signal handler that interrupted another call of this handle."""
+    if self._closed:
+        return ClosedHandle()
+    message = "a signal handler interrupted another call of this handle, and may only end it"
+    return failure(f"nbd_{row.name}", message, errno.EDEADLK)
+
+
+def _made_in_the_middle(row: Call, in_the_middle: Callable[..., Any], self: Handle, *args: Any, **kwargs: Any) -> Any:
+    """Make a call that has a meaning of its own in the middle of another call of this handle."""
     if self._closed:
         raise ClosedHandle
-    if row.name != "shutdown":
-        raise failure(
-            f"nbd_{row.name}", "a signal handler interrupted another call of this handle, and may only end it", errno.EDEADLK
-        )
-    self._hang_up()
-    return None
+    try:
+        return in_the_middle(self, *args, **kwargs)
+    except CoreError as exc:
+        raise translated(f"nbd_{row.name}", exc) from exc
 
 
 def shared(
@@ -221,7 +242,7 @@ def shared(
             if self._slow_path or client is None or client.engine.phase is not _CONNECTED:
                 return run_alone(self, *args, **kwargs)
             if self._in_a_call() and not self._callbacks.calling:
-                _in_the_middle(row, self)
+                raise _refused(row, self)
             try:
                 command, result = build(self, *args, **kwargs)
                 self._run_with_others(client, command)
@@ -276,12 +297,12 @@ def transfer(first_version: str) -> Callable[[Callable[[C, Limits, Any, int, int
 
         def wrapper(self: C, buf: Any, offset: int, completion: Any = None, flags: int = 0) -> int:
             if self._in_a_call() and not self._callbacks.calling:
-                _in_the_middle(row, self)
+                raise _refused(row, self)
             try:
                 with self._lock:
                     client = self._client
                     if self._slow_path or client is None or client.engine.phase is not _CONNECTED:
-                        return _unusually(row, start, self, buf, offset, completion, flags)
+                        return _on_slow_path(row, start, self, buf, offset, completion, flags)
                     try:  # what `start` does
                         command = build(self, client.engine.limits, buf, offset, flags)
                         if completion is not None:
@@ -344,7 +365,7 @@ def check(function: Callable[[H], Any], self: H) -> None:
         raise _wrong_state(row, function, self, (), {})
 
 
-def _unusually(row: Call, function: Callable[Concatenate[H, P], R], self: H, *args: P.args, **kwargs: P.kwargs) -> R:
+def _on_slow_path(row: Call, function: Callable[Concatenate[H, P], R], self: H, *args: P.args, **kwargs: P.kwargs) -> R:
     """Make a call of a handle that is closed, in a wrong state, or wants debug messages."""
     if self._closed:
         raise ClosedHandle

@@ -218,7 +218,10 @@ class CommandCalls(CommandBuilders):
         """Tell `extent64` what some of the selected contexts say of a range."""
         self._run("nbd_block_status_filter", self._status_filter(count, offset, contexts, extent64, flags))
 
-    @call("1.0", TALKING)
+    def _end_the_call(self, flags: int = 0) -> None:  # noqa: ARG002 (as `shutdown` has it)
+        self._hang_up()
+
+    @call("1.0", TALKING, in_the_middle=_end_the_call)
     def shutdown(self, flags: int = 0) -> None:
         """Take leave of the server, and wait until it has hung up. Commands under way are not waited for.
 

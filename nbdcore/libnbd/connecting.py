@@ -39,13 +39,13 @@ class ConnectCalls(Core):
 
     # ------------------------------------------------------------------------------------------ by transport
 
-    @call("1.0", CREATED)
+    @call("1.0", CREATED, moves_bytes=True)
     def connect_uri(self, uri: str) -> None:
         """Connect to the server and export that an NBD URI names."""
         self._reach_uri(uri)
         self._wait_until_open()
 
-    @call("1.0", CREATED)
+    @call("1.0", CREATED, moves_bytes=True)
     def aio_connect_uri(self, uri: str) -> None:
         """Start what `connect_uri` does."""
         self._reach_uri(uri)
@@ -54,31 +54,31 @@ class ConnectCalls(Core):
         route, settings = uris.obey(arguments.text(uri, "uri"), self._settings)
         self._reach(route, settings)
 
-    @call("1.0", CREATED)
+    @call("1.0", CREATED, moves_bytes=True)
     def connect_unix(self, unixsocket: Any) -> None:
         """Connect to a unix socket."""
         self._reach_named("unix", path=arguments.path(unixsocket))
         self._wait_until_open()
 
-    @call("1.0", CREATED)
+    @call("1.0", CREATED, moves_bytes=True)
     def aio_connect_unix(self, unixsocket: Any) -> None:
         """Start what `connect_unix` does."""
         self._reach_named("unix", path=arguments.path(unixsocket))
 
-    @call("1.0", CREATED)
+    @call("1.0", CREATED, moves_bytes=True)
     def aio_connect(self, addr: str) -> None:
         """Start connecting to a unix socket; libnbd's Python module takes no other address here."""
         if not isinstance(addr, str):
             raise TypeError("get_sockaddr: unknown address type")
         self._reach_named("unix", path=arguments.path(addr))
 
-    @call("1.2", CREATED)
+    @call("1.2", CREATED, moves_bytes=True)
     def connect_vsock(self, cid: int, port: int) -> None:
         """Connect over vsock."""
         self._reach_vsock(cid, port)
         self._wait_until_open()
 
-    @call("1.2", CREATED)
+    @call("1.2", CREATED, moves_bytes=True)
     def aio_connect_vsock(self, cid: int, port: int) -> None:
         """Start what `connect_vsock` does."""
         self._reach_vsock(cid, port)
@@ -86,13 +86,13 @@ class ConnectCalls(Core):
     def _reach_vsock(self, cid: int, port: int) -> None:
         self._reach_named("vsock", cid=arguments.unsigned_32(cid, "cid"), port=arguments.unsigned_32(port, "port"))
 
-    @call("1.0", CREATED)
+    @call("1.0", CREATED, moves_bytes=True)
     def connect_tcp(self, hostname: str, port: str) -> None:
         """Connect over TCP; `port` is a number or the name of a service, as a string."""
         self._reach_tcp(hostname, port)
         self._wait_until_open()
 
-    @call("1.0", CREATED)
+    @call("1.0", CREATED, moves_bytes=True)
     def aio_connect_tcp(self, hostname: str, port: str) -> None:
         """Start what `connect_tcp` does."""
         self._reach_tcp(hostname, port)
@@ -106,13 +106,13 @@ class ConnectCalls(Core):
 
     # ------------------------------------------------------------------------------------------ by descriptor, by command
 
-    @call("1.2", CREATED)
+    @call("1.2", CREATED, moves_bytes=True)
     def connect_socket(self, sock: int) -> None:
         """Connect over a connected stream socket, by its descriptor, which belongs to the handle from here on."""
         self._reach_socket(sock)
         self._wait_until_open()
 
-    @call("1.2", CREATED)
+    @call("1.2", CREATED, moves_bytes=True)
     def aio_connect_socket(self, sock: int) -> None:
         """Start what `connect_socket` does."""
         self._reach_socket(sock)
@@ -120,13 +120,13 @@ class ConnectCalls(Core):
     def _reach_socket(self, sock: int) -> None:
         self._begin(OpenStream(_adopted(arguments.c_int(sock, "sock"))).open(None), self._settings)
 
-    @call("1.0", CREATED)
+    @call("1.0", CREATED, moves_bytes=True)
     def connect_command(self, argv: list[str]) -> None:
         """Run a server that talks on its standard input and output, and connect to it."""
         self._reach_command(argv)
         self._wait_until_open()
 
-    @call("1.0", CREATED)
+    @call("1.0", CREATED, moves_bytes=True)
     def aio_connect_command(self, argv: list[str]) -> None:
         """Start what `connect_command` does."""
         self._reach_command(argv)
@@ -134,13 +134,13 @@ class ConnectCalls(Core):
     def _reach_command(self, argv: list[str]) -> None:
         self._begin(_run(_command(argv)), self._settings)
 
-    @call("1.2", CREATED)
+    @call("1.2", CREATED, moves_bytes=True)
     def connect_systemd_socket_activation(self, argv: list[str]) -> None:
         """Run a server that takes a listening socket over by systemd's socket activation, and connect to it."""
         self._reach_activated(argv)
         self._wait_until_open()
 
-    @call("1.2", CREATED)
+    @call("1.2", CREATED, moves_bytes=True)
     def aio_connect_systemd_socket_activation(self, argv: list[str]) -> None:
         """Start what `connect_systemd_socket_activation` does."""
         self._reach_activated(argv)

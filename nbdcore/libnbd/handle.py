@@ -23,6 +23,7 @@ from nbdcore.libnbd.setting_calls import ConnectionSettings, ExportSettings, Pro
 from nbdcore.plugins.registry import registry
 from nbdcore.protocol.handshake.agreement import Traffic
 from nbdcore.protocol.state import Phase
+from nbdcore.streams.process import Child
 
 __all__ = ["NBD", "nbd"]
 
@@ -162,28 +163,31 @@ class ModuleCalls(Core):
 class ProcessCalls(Core):
     """The process behind the connection, where there is one."""
 
-    @call("1.0")
-    def kill_subprocess(self, signum: int) -> None:
-        """Send the process a signal, SIGTERM for 0. Raises Error (ESRCH) where there is none."""
+    def _kill(self, signum: int) -> None:
         number = arguments.c_int(signum, "signum")
         if number < 0:
             raise UsageError(errno.EINVAL, "signal number must be positive")
-        child = self._reached.child
-        if child is None:
-            raise UsageError(errno.ESRCH, "no subprocess exists")
-        if self._client is not None:
-            self._client.send()  # what was submitted before goes before
         try:
-            child.signal(number or signal.SIGTERM)
+            self._child().signal(number or signal.SIGTERM)
         except OSError as exc:
             raise UsageError(exc.errno or 0, "kill") from exc
+
+    def _child(self) -> Child:
+        if self._reached.child is None:
+            raise UsageError(errno.ESRCH, "no subprocess exists")
+        return self._reached.child
+
+    @call("1.0", moves_bytes=True, in_the_middle=_kill)
+    def kill_subprocess(self, signum: int) -> None:
+        """Send the process a signal, SIGTERM for 0. Raises Error (ESRCH) where there is none."""
+        if self._client is not None:
+            self._client.send()  # what was submitted before goes before
+        self._kill(signum)
 
     @call("1.22")
     def get_subprocess_pid(self) -> int:
         """Return the number of the process. Raises Error (ESRCH) where there is none."""
-        if self._reached.child is None:
-            raise UsageError(errno.ESRCH, "no subprocess exists")
-        return self._reached.child.process.pid
+        return self._child().process.pid
 
 
 class NBD(

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import signal
 import socket
+import threading
 import time
 
 import pytest
 
 import nbdcore.libnbd as nbd
-from nbdcore.testing.scripted import Negotiation, ScriptedServer, drain, greeting
+from nbdcore.server import MemoryDisk, Server
+from nbdcore.testing.scripted import Negotiation, ScriptedServer, data, drain, greeting, serve, wait_for
 from tests.alarms import alarm_after, needs_alarms, watchdog
+from tests.forks import SERVER
 
 pytestmark = needs_alarms
 
@@ -140,6 +144,84 @@ def test_other_commands_in_a_handler_are_refused_and_the_interrupted_call_goes_o
             assert connected.pread(4096, 0) == bytes(4096)
     assert set(outcomes) <= {512, errno.EDEADLK}
     assert errno.EDEADLK in outcomes
+
+
+def outcome(call, *arguments):
+    """Return the errno of a call, 0 where it succeeds."""
+    try:
+        call(*arguments)
+    except nbd.Error as exc:
+        return exc.errnum
+    return 0
+
+
+LOOP_CALLS = {"poll": (0,), "poll2": (-1, 0), "aio_notify_read": (), "aio_notify_write": ()}
+
+
+@pytest.mark.parametrize("name", LOOP_CALLS)
+def test_loops_call_in_a_handler_is_refused_and_the_interrupted_call_goes_on(name, handles):
+    asked, outcomes = threading.Event(), []
+    steps = [greeting(), Negotiation(size=1 << 20), wait_for(asked), serve(data(bytes(512)))]
+    with ScriptedServer(steps) as server:
+        handle = handles()
+        handle.connect_socket(server.socket().detach())
+
+        def handler(*_):
+            outcomes.append(outcome(getattr(handle, name), *LOOP_CALLS[name]))
+            asked.set()
+
+        with alarm_after(0.1, handler):
+            assert handle.pread(512, 0) == bytes(512)
+        handle.close()
+    assert outcomes == [errno.EDEADLK]
+
+
+class InterruptedPath:
+    """A path that a signal comes in the middle of the naming of."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def __fspath__(self):
+        signal.raise_signal(signal.SIGALRM)
+        return str(self._path)
+
+
+CONNECT_CALLS = {
+    "uri": lambda path: f"nbd+unix:///?socket={path}",
+    "unix": str,
+    "command": lambda _: SERVER,
+    "systemd_socket_activation": lambda _: SERVER,
+}
+
+
+@pytest.mark.parametrize("form", ["connect", "aio_connect"])
+@pytest.mark.parametrize("name", CONNECT_CALLS)
+def test_connect_call_in_a_handler_is_refused_and_the_interrupted_one_goes_on(name, form, handles, socket_path):
+    outcomes = []
+    with Server(MemoryDisk(1 << 20)) as server:
+        server.listen("unix", path=str(socket_path))
+        handle = handles()
+
+        def handler(*_):
+            outcomes.append(outcome(getattr(handle, f"{form}_{name}"), CONNECT_CALLS[name](socket_path)))
+
+        with alarm_after(PATIENCE, handler):
+            handle.connect_unix(InterruptedPath(socket_path))
+        assert outcomes == [errno.EDEADLK]
+        assert handle.pread(512, 0) == bytes(512)
+        handle.close()
+
+
+def test_handler_may_kill_the_process_whose_answer_the_interrupted_call_waits_for(handles):
+    handle = handles()
+    handle.connect_command(SERVER)
+    handle.kill_subprocess(signal.SIGSTOP)
+    os.waitid(os.P_PID, handle.get_subprocess_pid(), os.WSTOPPED | os.WNOWAIT)
+    outcomes = []
+    with alarm_after(0.1, lambda *_: outcomes.append(outcome(handle.kill_subprocess, signal.SIGKILL))), pytest.raises(nbd.Error):
+        handle.pread(512, 0)
+    assert outcomes == [0]
 
 
 def test_close_in_a_completion_takes_effect_when_the_call_ends(handles, server):
