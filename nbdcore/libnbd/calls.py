@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+from nbdcore.clients.session.forks import in_use_when_forked
 from nbdcore.errors import Error as CoreError
 from nbdcore.libnbd import arguments
 from nbdcore.libnbd.errors import ClosedHandle, Error, command_failure, failure, translated
@@ -103,6 +104,7 @@ class Handle(Protocol):
     _callbacks: Callbacks
     _debug: bool
     _slow_path: bool
+    _lost: bool
     _client: PolledClient | None
 
     @property
@@ -366,9 +368,11 @@ def check(function: Callable[[H], Any], self: H) -> None:
 
 
 def _on_slow_path(row: Call, function: Callable[Concatenate[H, P], R], self: H, *args: P.args, **kwargs: P.kwargs) -> R:
-    """Make a call of a handle that is closed, in a wrong state, or wants debug messages."""
+    """Make a call of a handle that is closed, lost in a fork, in a wrong state, or wants debug messages."""
     if self._closed:
         raise ClosedHandle
+    if self._lost:
+        raise failure(f"nbd_{row.name}", in_use_when_forked().message, errno.ENOTCONN)
     if self._debug:
         return _debugged(row, function, self, *args, **kwargs)
     raise _wrong_state(row, function, self, args, kwargs)

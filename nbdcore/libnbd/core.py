@@ -7,8 +7,9 @@ Every call holds the handle's lock, which its own thread can take again, for the
 signal handler can, too, that interrupts a call; but the connection may be in the middle of something then. Closing and shutting
 down only hang up there, which ends every wait, and the interrupted call does the rest when it is over. Commands are refused.
 
-A fork copies a handle, and its lock may be held by a thread that the child does not have. Closing a copy frees its descriptor and
-does nothing else: the connection, and the process at its other end, are the parent's.
+A fork copies a handle. Where another thread was in the middle of a call of it the child can only close its copy: every other call
+that takes the lock fails. Closing a copy frees its descriptor and does nothing else: the connection, and the process at its other
+end, are the parent's.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 from nbdcore.clients.connect.target import Endpoint
 from nbdcore.clients.polled import PolledClient
+from nbdcore.clients.session.forks import is_taken, when_forked
 from nbdcore.errors import Disconnected, TransportError
 from nbdcore.libnbd.callbacks import Callbacks
 from nbdcore.libnbd.settings import HandleSettings
@@ -77,9 +79,8 @@ class Core(ABC):
         self._closed = False
         self._closing = False  # it was closed in the middle of a call, which has to do the rest
         self._process = os.getpid()
-        self._lock = threading.RLock()
-        # Whether this thread is in the middle of a call. It is how threading.Condition asks, too, and there is no other way.
-        self._in_a_call: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]  # noqa: SLF001
+        self._use_new_lock()
+        self._lost = False  # to the parent, whose other thread was in the middle of a call when this process was forked
         self._inbox: deque[Command] = deque()  # what waits, with its callers, for the lock: whoever has it submits them all
         self._callbacks = Callbacks()
         # One for all commands, rather than a new bound method for each.
@@ -90,9 +91,22 @@ class Core(ABC):
         self._disconnecting = False
         self._name = f"nbd{next(_numbers)}"
         self._debug = os.environ.get("LIBNBD_DEBUG") == "1"
-        self._slow_path = self._debug  # also set once the handle is closed: calls look at this first
+        self._slow_path = self._debug  # also set once the handle is closed, or lost: calls look at this first
         self._debug_callback: Callable[..., Any] | None = None
         self._private_data = 0
+        when_forked(self, Core._forked)
+
+    def _use_new_lock(self) -> None:
+        self._lock = threading.RLock()
+        # Whether this thread is in the middle of a call. It is how threading.Condition asks, too, and there is no other way.
+        self._in_a_call: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]  # noqa: SLF001
+
+    def _forked(self) -> None:
+        """In the child of a fork: see whether a thread of the parent's is in the middle of a call, or about to begin one."""
+        if is_taken(self._lock) or self._inbox:
+            self._use_new_lock()
+            self._inbox.clear()
+            self._lost = self._slow_path = True
 
     # ------------------------------------------------------------------------------------------ state
 

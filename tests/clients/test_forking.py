@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import nbdcore
 from nbdcore import aio
 from nbdcore.server import MemoryDisk, Server
+from nbdcore.testing.scripted import Negotiation, ScriptedServer, data, greeting, serve, wait_for
 from tests import leaks
 from tests.clients.talking import PATIENCE
 from tests.forks import SERVER, busy, needs_fork, status_of_child
 
 pytestmark = needs_fork
 
+CALLS = {
+    "pread": lambda client: client.pread(512, 0),
+    "flush": lambda client: client.flush(),
+    "pread_many": lambda client: list(client.pread_many([(0, 512)])),
+}
 RANGES = [(index * 4096, 4096) for index in range(256)]
 CHILDREN = 10
 
@@ -85,6 +94,31 @@ def test_child_that_leaves_its_copy_of_an_asyncio_client_disturbs_nobody(uri, co
             assert [len(data) for data in await asyncio.wait_for(asyncio.gather(*reads), PATIENCE)] == [4096] * len(RANGES)
 
     asyncio.run(parent())
+
+
+@pytest.mark.parametrize("make", [nbdcore.Client, lambda: nbdcore.Pool(connections=1)], ids=["Client", "Pool"])
+@pytest.mark.parametrize("call", CALLS)
+def test_child_that_calls_a_client_busy_in_another_thread_of_its_parent_fails_at_once(call, make):
+    release = threading.Event()
+    steps = [greeting(), Negotiation(size=1 << 20), wait_for(release), serve(data(bytes(512)))]
+    with ScriptedServer(steps) as server, ThreadPoolExecutor(1) as pool:
+        client = make().connect_socket(server.socket(), timeout=PATIENCE)
+        answer = pool.submit(client.pread, 512, 0)
+        end = time.monotonic() + PATIENCE
+        while not client._session()._session.waited_for:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+        def child():
+            for _ in range(2):
+                with pytest.raises(nbdcore.Disconnected, match="fork"):
+                    CALLS[call](client)
+            client.close()
+
+        assert status_of_child(child) == 0
+        release.set()
+        assert answer.result(PATIENCE) == bytes(512)
+        client.close()
 
 
 def test_child_uses_the_connection_in_place_of_a_parent_that_left(uri):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import nbdcore.libnbd as nbd
+from nbdcore.testing.scripted import Negotiation, ScriptedServer, data, greeting, serve, wait_for
 from tests.forks import SERVER, busy, needs_fork, status_of_child
 
 pytestmark = needs_fork
@@ -116,6 +120,42 @@ def test_child_connects_a_handle_that_its_parent_has_made(handles, server):
 
     assert status_of_child(child) == 0
     assert handle.aio_is_created()
+
+
+CALLS = {
+    "pread": (512, 0),
+    "aio_pread": (nbd.Buffer(512), 0),
+    "poll": (0,),
+    "get_size": (),
+    "set_debug": (True,),
+    "shutdown": (),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_child_that_calls_a_handle_busy_in_another_thread_of_its_parent_fails_at_once(name, handles):
+    release = threading.Event()
+    steps = [greeting(), Negotiation(size=1 << 20), wait_for(release), serve(data(bytes(512)))]
+    with ScriptedServer(steps) as server, ThreadPoolExecutor(1) as pool:
+        handle = handles()
+        handle.connect_socket(server.socket().detach())
+        answer = pool.submit(handle.pread, 512, 0)
+        end = time.monotonic() + PATIENCE
+        while not handle._client.engine.in_flight:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+        def child():
+            for _ in range(2):
+                with pytest.raises(nbd.Error, match=f"nbd_{name}: .*fork") as caught:
+                    getattr(handle, name)(*CALLS[name])
+                assert caught.value.errnum == errno.ENOTCONN
+            close(handle)
+
+        assert status_of_child(child) == 0
+        release.set()
+        assert answer.result(PATIENCE) == bytes(512)
+        handle.close()
 
 
 def test_child_uses_the_connection_in_place_of_its_parent(connected):

@@ -17,7 +17,7 @@ thread that has it, so nothing deadlocks; but the engine may be in the middle of
 ends every wait, and leaves the rest to the interrupted call, which looks for that each time it has released the lock. Any other
 call is refused there.
 
-The copy of a session that a fork makes may have its lock taken by a thread that the child does not have. Closing a copy frees its
+A fork copies a session. Where another thread was using it just then the copy has ended (`forks`). Closing a copy frees its
 descriptor and does nothing else: the connection is the parent's.
 """
 
@@ -30,6 +30,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from nbdcore.clients.blocking.waiters import Pending, Wait, Waiters
+from nbdcore.clients.session.forks import in_use_when_forked, is_taken, when_forked
 from nbdcore.clients.session.pipeline import Pipeline
 from nbdcore.clients.session.session import Session, closed_by_program
 from nbdcore.errors import DeadlineExceeded, Error, UsageError, copied
@@ -68,13 +69,17 @@ class SharedSession:
         self.engine: Engine = session.engine
         self.loops: dict[Pipeline, None] = {}
         self.callers: dict[Command, None] = {}
-        self._lock = threading.RLock()
-        # Whether this thread has the lock. It is how threading.Condition asks, too, and there is no other way.
-        self._interrupted: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]  # noqa: SLF001
+        self._use_new_lock()
         self._closing: Error | None = None  # what a signal handler asked the call that it interrupted to end the connection with
         self._watch = Watch()
         self._waiters = Waiters()
         self._leaving = False
+        when_forked(self, SharedSession.forked)
+
+    def _use_new_lock(self) -> None:
+        self._lock = threading.RLock()
+        # Whether this thread has the lock. It is how threading.Condition asks, too, and there is no other way.
+        self._interrupted: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]  # noqa: SLF001
 
     @property
     def live(self) -> int:
@@ -159,6 +164,15 @@ class SharedSession:
     def inherited(self) -> bool:
         """Whether this is the copy that a fork made: the connection is the parent's."""
         return self._session.inherited
+
+    def forked(self) -> None:
+        """End this copy, in the child of a fork, where a call was under way: its thread is the parent's."""
+        waiters = self._waiters
+        if is_taken(self._lock) or self._session.waited_for or waiters.parked or waiters.woken or waiters.inbox:
+            self._use_new_lock()
+            self._waiters = Waiters()
+            self._session.waited_for = 0
+            self._session.fail(in_use_when_forked())
 
     def _close_if_asked(self) -> None:
         """A signal handler may have closed the connection while this thread held the lock."""
