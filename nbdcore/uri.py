@@ -15,14 +15,16 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nbdcore.errors import UsageError, printable
 
-__all__ = ["DEFAULT_PORT", "TLS_PARAMETERS", "URI", "format_uri", "is_uri", "parse_uri"]
+__all__ = ["DEFAULT_PORT", "TLS_PARAMETERS", "URI", "VSOCK_HOST", "format_uri", "is_uri", "parse_uri"]
 
 #: The port of NBD that IANA assigned (doc/uri.md), for TCP; every NBD server on vsock uses it too.
 DEFAULT_PORT = 10809
+#: VMADDR_CID_HOST: seen from a virtual machine, the machine that runs it; what vsock connects to where no other CID is named.
+VSOCK_HOST = 2
 
 #: Query parameters about TLS. Every transport accepts them: what they mean is not the transport's business. The first three are
 #: doc/uri.md's, the others libnbd's.
@@ -85,6 +87,11 @@ class URI:
     def tls(self) -> bool:
         """Whether the scheme demands TLS: "nbds" or "nbds+anything"."""
         return self.scheme.partition("+")[0] == "nbds"
+
+    @property
+    def with_tls(self) -> URI:
+        """The same URI with a scheme that demands TLS."""
+        return self if self.tls else replace(self, scheme=self.scheme.replace("nbd", "nbds", 1))
 
     @property
     def transport_scheme(self) -> str:

@@ -19,15 +19,14 @@ from nbdcore.plugins.spec import Connecting, Listener, Transport, hookimpl
 from nbdcore.streams.base import from_signal_handler
 from nbdcore.streams.connecting import connect_socket
 from nbdcore.streams.sockets import SocketListener, SocketStream, transport_errors
-from nbdcore.uri import DEFAULT_PORT, URI, format_uri
+from nbdcore.uri import DEFAULT_PORT, URI, VSOCK_HOST, format_uri
 
 if not hasattr(socket, "AF_VSOCK"):
     raise TransportUnavailable("this Python has no vsock sockets (socket.AF_VSOCK): they are Linux's")
 
-#: CIDs with a meaning of their own (vsock(7)); not all Pythons have all of them.
+#: CIDs with a meaning of their own (vsock(7)), beside the host's; not all Pythons have all of them.
 VMADDR_CID_ANY = 2**32 - 1
 VMADDR_CID_LOCAL = 1
-VMADDR_CID_HOST = 2
 #: Listening on this port lets the kernel choose one.
 VMADDR_PORT_ANY = 2**32 - 1
 
@@ -65,7 +64,7 @@ class VsockAddress:
         port: 32 bits. Where it is listened on, 0 and VMADDR_PORT_ANY let the kernel choose.
     """
 
-    cid: int = VMADDR_CID_HOST
+    cid: int = VSOCK_HOST
     port: int = DEFAULT_PORT
 
     def __post_init__(self) -> None:
@@ -102,7 +101,7 @@ class VsockTransport(Transport):
     def parse(self, uri: URI) -> VsockAddress:
         """Return the address of `nbd+vsock://`, `nbd+vsock://CID` or `nbd+vsock://CID:PORT`; a CID is a decimal number."""
         port = DEFAULT_PORT if uri.port is None else uri.port
-        return VsockAddress(VMADDR_CID_HOST if uri.host is None else _cid(uri.host), port)
+        return VsockAddress(VSOCK_HOST if uri.host is None else _cid(uri.host), port)
 
     def connect(self, address: VsockAddress, *, timeout: float | None = None) -> Connecting:
         """Connect. The kernel gives up by itself: some time after `timeout`, or after 10 seconds where there is none."""

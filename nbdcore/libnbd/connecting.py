@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from nbdcore.clients.connect.target import Endpoint, OpenStream, endpoint_by_name
@@ -198,8 +199,7 @@ class ConnectCalls(Core):
             ("tls-verify-peer", None if settings.tls_verify_peer else "false"),
         ]
         query = [*uri.query, *((name, value) for name, value in more if value is not None)]
-        scheme = uri.scheme.replace("nbd", "nbds", 1) if encrypted and not uri.tls else uri.scheme
-        return str(type(uri)(scheme, settings.tls_username, uri.host, uri.port, uri.export, tuple(query)))
+        return str(replace(uri.with_tls if encrypted else uri, user=settings.tls_username, query=tuple(query)))
 
 
 def _port(text: str, host: str) -> int:

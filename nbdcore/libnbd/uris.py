@@ -10,6 +10,7 @@ import errno
 from dataclasses import replace
 
 from nbdcore.clients.connect.target import Endpoint
+from nbdcore.clients.connect.tls import LOCAL_FILES, verifies
 from nbdcore.errors import TransportUnavailable, UsageError, printable
 from nbdcore.libnbd import arguments, constants
 from nbdcore.libnbd.settings import HandleSettings
@@ -28,10 +29,6 @@ _TRANSPORTS = {
 _SCHEMES = tuple(f"{scheme.replace('nbd', name, 1)}://" for scheme in _TRANSPORTS for name in ("nbd", "nbds"))
 # Ports of vsock have 32 bits.
 _PORT_DIGITS = 10
-#: Parameters that name files of this machine, or turn a check off.
-_LOCAL = ("tls-certificates", "tls-psk-file")
-_YES = frozenset({"1", "true", "t", "yes", "y", "on"})
-_NO = frozenset({"0", "false", "f", "no", "n", "off"})
 
 
 def is_uri(text: str) -> bool:
@@ -92,7 +89,7 @@ def _check_spelling(uri: URI, own: tuple[str, ...]) -> None:
 
 def _with(uri: URI, settings: HandleSettings) -> HandleSettings:
     """Return the settings with what the URI says. Raises UsageError for what it may not say."""
-    for name in _LOCAL:
+    for name in LOCAL_FILES:
         if uri.parameter(name) is not None and not settings.uri_allow_local_file:
             raise UsageError(
                 errno.EPERM,
@@ -118,13 +115,9 @@ def _or(value: str | None, otherwise: str | None) -> str | None:
 
 def _verifies(uri: URI, settings: HandleSettings) -> bool:
     """Return whether the server must prove itself. A URI from anywhere must not be able to say that it need not."""
-    value = uri.parameter("tls-verify-peer")
-    if value is None:
-        return settings.tls_verify_peer
-    if value.lower() in _YES:
-        return True
-    if value.lower() not in _NO:
-        raise UsageError(errno.EINVAL, f"tls-verify-peer is true or false, not {printable(value)!r}")
+    value = verifies(uri.parameter("tls-verify-peer"))
+    if value is not False:
+        return settings.tls_verify_peer if value is None else value
     if settings.tls_verify_peer and not settings.uri_allow_local_file:
         raise UsageError(
             errno.EPERM,

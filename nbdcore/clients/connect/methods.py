@@ -24,12 +24,10 @@ from nbdcore.errors import UsageError
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import Stream
-from nbdcore.uri import DEFAULT_PORT, parse_uri
+from nbdcore.uri import DEFAULT_PORT, VSOCK_HOST, parse_uri
 
 # The defaults of the connect calls, for those who write them out again.
 __all__ = ["DEFAULT_PORT", "VSOCK_HOST", "ConnectMethods", "Connected"]
-
-VSOCK_HOST = 2  # VMADDR_CID_HOST: seen from a virtual machine, the machine that runs it
 
 #: What a connect call returns.
 Connected = TypeVar("Connected")
@@ -213,8 +211,7 @@ class ConnectMethods(Info, Generic[Connected]):
             uri = parse_uri(self._target.endpoint.address.uri(self._engine.settings.export if export is None else export.name))
         except UsageError:  # a URI must not name a program to run
             return None
-        encrypted = self._engine.agreement.tls and not uri.tls
-        return str(replace(uri, scheme=uri.scheme.replace("nbd", "nbds", 1)) if encrypted else uri)
+        return str(uri.with_tls if self._engine.agreement.tls else uri)
 
     def __repr__(self) -> str:
         parts = [f"<{self._shown_as} {self.phase.value}", *filter(None, [self._connected_to()])]

@@ -19,11 +19,14 @@ from nbdcore.streams.tls.credentials import TLS, supports_tls
 from nbdcore.streams.tls.starting import client_starter
 from nbdcore.uri import TLS_PARAMETERS, URI
 
-__all__ = ["Encryption", "Permissions"]
+__all__ = ["LOCAL_FILES", "Encryption", "Permissions", "verifies"]
 
 #: doc/uri.md says 0 or 1; the other words are libnbd's.
 _YES = frozenset({"1", "true", "t", "yes", "y", "on"})
 _NO = frozenset({"0", "false", "f", "no", "n", "off"})
+
+#: The parameters of a URI that name files of this machine.
+LOCAL_FILES = ("tls-certificates", "tls-psk-file")
 
 #: The parameters of a URI that say what a field of TLS says.
 _FIELDS = {
@@ -99,7 +102,7 @@ class Encryption:
         if demanded.settled is TLSPolicy.DISABLE and self.credentials is None:
             if said:
                 named = ", ".join(said)
-                raise _wrong(f"{named} in a URI without TLS: write {uri.scheme.replace('nbd', 'nbds', 1)}, or pass tls=True")
+                raise _wrong(f"{named} in a URI without TLS: write {uri.with_tls.scheme}, or pass tls=True")
             return demanded
         if self.start_tls is not None:
             if said:
@@ -152,7 +155,7 @@ def _later(server_name: str | None) -> StartTLS:
 
 
 def _check_permitted(said: Mapping[str, str], permissions: Permissions) -> None:
-    for name in ("tls-certificates", "tls-psk-file"):
+    for name in LOCAL_FILES:
         if name in said and not permissions.local_files:
             raise _not_permitted(f"{name} names files of this machine", "allow_local_files")
     if "tls-priority" in said and not permissions.priority:
@@ -168,13 +171,14 @@ def _joined(credentials: TLS, said: Mapping[str, str], user: str | None, *, unve
     if user is not None:
         fields.setdefault("username", user)
     fields = {field: value for field, value in fields.items() if getattr(credentials, field) is None}
-    verify = _truth(said.get("tls-verify-peer"))
+    verify = verifies(said.get("tls-verify-peer"))
     if verify is False and credentials.verify and not unverified:
         raise _not_permitted("tls-verify-peer=0 has the server's certificate not verified", "allow_unverified")
     return replace(credentials, **fields, verify=credentials.verify if verify is None else verify)
 
 
-def _truth(value: str | None) -> bool | None:
+def verifies(value: str | None) -> bool | None:
+    """Return what a URI's `tls-verify-peer` says, None where it is absent. Raises UsageError (EINVAL) for neither yes nor no."""
     if value is None:
         return None
     if value.lower() in _YES:
