@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from nbdcore.clients.connect.target import Endpoint, OpenStream, endpoint_by_name
+from nbdcore.clients.connect.target import Endpoint, OpenStream, adopt, endpoint_by_name
 from nbdcore.clients.polled import Connecting, PolledClient
 from nbdcore.errors import Error as CoreError
 from nbdcore.errors import TransportError, UsageError
@@ -28,7 +28,6 @@ from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import Stream
 from nbdcore.streams.process import ProcessStream, run_activated, run_command
-from nbdcore.streams.sockets import SocketStream
 from nbdcore.uri import parse_uri
 
 #: A socket option to set: level, option, value.
@@ -220,20 +219,12 @@ def _command(argv: object) -> list[str]:
 
 
 def _adopted(fd: int) -> Stream:
-    """Return a stream over a descriptor, which is the stream's from here on. Raises UsageError for what is no such socket."""
-    if fd < 0:
-        raise UsageError(errno.EBADF, f"sock: {fd} is no descriptor")
+    """Return a stream over a descriptor, which is closed where that cannot be. Raises UsageError for what is no such socket."""
     try:
-        sock = socket.socket(fileno=fd)
-    except OSError as exc:
+        return adopt(fd)
+    except BaseException:
         with contextlib.suppress(OSError):
             os.close(fd)
-        raise UsageError(exc.errno or errno.EBADF, f"sock: descriptor {fd} is no socket: {exc.strerror}") from exc
-    try:
-        sock.set_inheritable(False)
-        return SocketStream(sock)
-    except BaseException:
-        sock.close()
         raise
 
 

@@ -246,7 +246,7 @@ def adopt(sock: Any) -> Stream:
     try:
         adopted = socket.socket(fileno=sock)
     except (OSError, ValueError) as exc:
-        raise UsageError(getattr(exc, "errno", 0) or errno.EBADF, f"connect_socket: {sock} is no descriptor of a socket") from exc
+        raise UsageError(getattr(exc, "errno", 0) or errno.EBADF, f"{sock} is no descriptor of a socket") from exc
     try:
         stream = SocketStream(adopted)
     except BaseException:
