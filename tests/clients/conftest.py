@@ -17,7 +17,7 @@ from tests import leaks
 
 collect_ignore = [] if hasattr(signal, "pthread_kill") else ["test_interrupts.py"]
 if not hasattr(socket, "AF_UNIX"):  # through which programs are talked to
-    collect_ignore += ["test_ways.py", "test_ways_alike.py"]
+    collect_ignore += ["test_connect_methods.py", "test_connect_methods_alike.py"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -267,7 +267,7 @@ def test_a_login_that_fails_for_good_is_not_tried_again(ssh):
 
 
 @pytest.mark.parametrize(
-    ("said", "heals"),
+    ("said", "retryable"),
     [
         ("bob@db.example: Permission denied (publickey,password).", False),
         (
@@ -293,9 +293,12 @@ def test_a_login_that_fails_for_good_is_not_tried_again(ssh):
         ("", True),
     ],
 )
-def test_what_ssh_says_tells_a_login_that_fails_for_good_from_a_machine_that_is_not_up(said, heals):
+def test_what_ssh_says_tells_a_login_that_fails_for_good_from_a_machine_that_is_not_up(said, retryable):
     endpoint = endpoint_by_name("ssh", {"host": "db"})
-    assert endpoint.is_retryable(Disconnected(0, "the command ssh ended with status 255", server_text=said), heard=False) is heals
+    assert (
+        endpoint.is_retryable(Disconnected(0, "the command ssh ended with status 255", server_text=said), heard=False)
+        is retryable
+    )
 
 
 def test_without_the_program_ssh_it_is_a_transport_error(monkeypatch, tmp_path):

@@ -2,7 +2,7 @@
 
 It asks its driver to wait (see `steps`), and never waits itself. Whatever it has opened is closed when it fails or is closed.
 
-An attempt that failed is made again, with a new engine, only where the caller waits for a server and the failure may heal by
+An attempt that failed is made again, with a new engine, only where the caller waits for a server and the failure may pass by
 itself. The further connections of a pool are opened all at once, within a time, and only those that fit are kept: a server may
 refuse one, take it and never greet, or show another export than it did on the first. None of that is an error here; there are
 only fewer.

@@ -4,7 +4,7 @@ A target is found by a URI, by a transport's name, or in a stream that is open a
 that knows the registry of transports, so the front ends name transports and never import one. Finding is a generator, as
 `establish` drives it: looking for plugins and reading certificates take time, and an event loop leaves them to a thread.
 
-What may heal by itself while a server is waited for is decided here too.
+It also decides after which errors an attempt may be made again, while a server is waited for.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 #: What a server that is not up yet looks like. ENOENT: its socket is not there; ENODEV: a virtual machine that vsock leads to has
 #: not been started; the last three: its machine is not on the network.
-_HEALING = frozenset(
+_RETRYABLE = frozenset(
     getattr(errno, name)
     for name in (
         "ECONNREFUSED",
@@ -92,7 +92,7 @@ class Endpoint:
             return False
         if isinstance(error, TransportError):
             # A program that cannot be started has an errno of the same kind.
-            return not self.transport.runs_programs and (error.errno in _HEALING or _no_name_server(error))
+            return not self.transport.runs_programs and (error.errno in _RETRYABLE or _no_name_server(error))
         return isinstance(error, Disconnected | DeadlineExceeded) and not heard and self.transport.is_retryable(error)
 
 

@@ -1,4 +1,4 @@
-"""Waiting for a server: attempts are made again while it is not up, and not a single time after what cannot heal."""
+"""Waiting for a server: attempts are made again while it is not up, and not once after an error that waiting does not mend."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def check_open(client: Client) -> None:
     client.disconnect(timeout=PATIENCE)
 
 
-# ---------------------------------------------------------------------------------------------- what heals
+# ---------------------------------------------------------------------------------------------- retryable errors
 
 
 def test_a_unix_socket_that_is_not_there_yet(socket_path):

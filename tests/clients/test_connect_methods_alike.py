@@ -1,4 +1,4 @@
-"""Every way to connect, by every front end: blocking, polled by a loop of a stranger, and asyncio. vsock is tests/vm's."""
+"""Every connect method of every front end: blocking, polled by a loop of a stranger, and asyncio. vsock is tested in tests/vm."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _sorted(where: tuple, how: dict[str, Any]) -> tuple[tuple, dict[str, Any], d
     return where, {k: v for k, v in how.items() if k not in _OPTIONS}, {k: v for k, v in how.items() if k in _OPTIONS}
 
 
-# ---------------------------------------------------------------------------------------------- the ways
+# ---------------------------------------------------------------------------------------------- connecting
 
 
 @pytest.fixture
@@ -200,14 +200,14 @@ def test_what_is_open_already(use, path):
 
 
 @each_front_end
-@pytest.mark.parametrize("way", ["tcp", "unix", "uri", "socket", "stream", "ssh"])
-def test_tls_over_every_way(use, way, tmp_path, socket_path, program):
+@pytest.mark.parametrize("method", ["tcp", "unix", "uri", "socket", "stream", "ssh"])
+def test_tls_over_every_method(use, method, tmp_path, socket_path, program):
     ca = CertificateAuthority()
     pki = ca.write(tmp_path / "pki", server=ca.issue("server", "127.0.0.1"))
     with Server({EXPORT: MemoryDisk(DISK)}, tls=ServerTLS(certificates=pki)) as server:
         server.listen("unix", path=str(socket_path))
         port = server.listen("tcp", host="127.0.0.1", port=0).address.port
-        ways: dict[str, Callable[[], tuple]] = {
+        methods: dict[str, Callable[[], tuple]] = {
             "tcp": lambda: ("connect_tcp", "127.0.0.1", port),
             "unix": lambda: ("connect_unix", socket_path),
             "uri": lambda: ("connect", f"nbds://127.0.0.1:{port}/{EXPORT}"),
@@ -215,11 +215,11 @@ def test_tls_over_every_way(use, way, tmp_path, socket_path, program):
             "stream": lambda: ("connect_stream", SocketStream(connected(socket_path))),
             "ssh": lambda: ("connect_transport", "ssh"),
         }
-        more = {"host": "db.example", "socket": str(socket_path)} if way == "ssh" else {}
+        more = {"host": "db.example", "socket": str(socket_path)} if method == "ssh" else {}
         tls = TLS(ca=pki / "ca-cert.pem")
-        assert use(*ways[way](), **more, tls=tls, export=EXPORT) == (DISK, bytes(8), True)
+        assert use(*methods[method](), **more, tls=tls, export=EXPORT) == (DISK, bytes(8), True)
         with pytest.raises(TLSError, match="a CA that is not trusted here"):
-            use(*ways[way](), **more, tls=True, export=EXPORT)
+            use(*methods[method](), **more, tls=True, export=EXPORT)
 
 
 @each_front_end

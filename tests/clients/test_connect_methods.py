@@ -1,4 +1,4 @@
-"""The ways to connect that open nothing on a network: programs that this one runs, and sockets that are open already."""
+"""The connect methods that open nothing on a network: over a program that this one runs, and over a socket already open."""
 
 from __future__ import annotations
 
