@@ -9,10 +9,11 @@ from typing import Any
 from nbdcore.errors import UsageError
 from nbdcore.libnbd import arguments
 from nbdcore.libnbd.buffer import Buffer
-from nbdcore.libnbd.calls import CONNECTED, COUNTING, call, check, listed, question, transfer
+from nbdcore.libnbd.calls import CONNECTED, COUNTING, call
 from nbdcore.libnbd.commands import CommandBuilders
 from nbdcore.libnbd.constants import CMD_FLAG_DF
 from nbdcore.libnbd.errors import command_failure
+from nbdcore.libnbd.fast_calls import check, listed, question, transfer
 from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission import commands
 from nbdcore.protocol.transmission.commands import Command, Limits

@@ -1,9 +1,9 @@
 """One table of libnbd's calls: which release brought each, in which states it is permitted, and what every call has in common.
 
-A method of NBD that is a call of libnbd's API is decorated with `call`, and so gets its row in CALLS; the documentation and the
-tests read that table. What all calls share happens in the decorator, in this order: the handle is not closed, the handle's lock
-is held, its state permits the call, and any error of nbdcore leaves as libnbd's `Error`, named after the call. Calls that libnbd
-promises never to block take no lock; those that wait for one command, and call nothing back, share it (`shared`).
+A method of NBD that is a call of libnbd's API is decorated with `call`, or with a decorator of `fast_calls`, and so gets its row
+in CALLS. The documentation and the tests read that table. The decorator does what all calls share, in this order: the handle is
+not closed; its lock is held; its state permits the call; any error of nbdcore leaves as libnbd's `Error`, named after the call.
+Calls that libnbd promises never to block take no lock.
 """
 
 from __future__ import annotations
@@ -18,18 +18,16 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from nbdcore.clients.session.forks import in_use_when_forked
 from nbdcore.errors import Error as CoreError
-from nbdcore.libnbd import arguments
-from nbdcore.libnbd.errors import ClosedHandle, Error, command_failure, failure, translated
+from nbdcore.libnbd.errors import ClosedHandle, Error, failure, translated
 from nbdcore.protocol.state import Phase
 
 if TYPE_CHECKING:
     from nbdcore.clients.polled import PolledClient
     from nbdcore.libnbd.callbacks import Callbacks
-    from nbdcore.protocol.transmission.commands import Command, Limits
 
-__all__ = ["ANY", "CALLS", "ELSEWHERE", "Call", "call", "check", "listed", "question", "shared", "transfer"]
+__all__ = ["ANY", "CALLS", "ELSEWHERE", "Call", "Handle", "call", "locked", "on_slow_path", "refused", "wrong_state"]
 
-_CREATED, _CONNECTED = Phase.CREATED, Phase.CONNECTED
+_CREATED = Phase.CREATED
 CREATED = frozenset({_CREATED})
 NEGOTIATING = frozenset({Phase.NEGOTIATING})
 CONNECTED = frozenset({Phase.CONNECTED})
@@ -67,7 +65,7 @@ class Call:
     first_version: str
     permitted: frozenset[Phase]
     lock_free: bool = False
-    moves_bytes: bool = True
+    moves_bytes: bool = False
 
     @property
     def in_order(self) -> tuple[Phase, ...]:
@@ -120,28 +118,7 @@ class Handle(Protocol):
     def _end_call(self) -> None: ...
 
 
-class CommandHandle(Handle, Protocol):
-    """What the decorator of calls that start a command needs of it."""
-
-    _complete_command: Callable[[Command], None]
-
-    @property
-    def _connection(self) -> PolledClient: ...
-
-    def _queue(self, command: Command, completion: Any) -> int: ...
-
-
-class WaitingHandle(Handle, Protocol):
-    """What the decorator of calls that run a command needs of it."""
-
-    def _run(self, call: str, command: Command) -> None: ...
-
-    def _run_with_others(self, client: PolledClient, command: Command) -> None: ...
-
-
 H = TypeVar("H", bound=Handle)
-C = TypeVar("C", bound=CommandHandle)
-W = TypeVar("W", bound=WaitingHandle)
 
 
 def call(
@@ -162,14 +139,15 @@ def call(
     def decorate(function: Callable[Concatenate[H, P], R]) -> Callable[Concatenate[H, P], R]:
         row = Call(function.__name__, first_version, permitted, lock_free, moves)
         CALLS[row.name] = row
-        return _unlocked(row, function) if lock_free else _locked(row, function, in_the_middle)
+        return _unlocked(row, function) if lock_free else locked(row, function, in_the_middle)
 
     return decorate
 
 
-def _locked(
+def locked(
     row: Call, function: Callable[Concatenate[H, P], R], in_the_middle: Callable[..., Any] | None = None
 ) -> Callable[Concatenate[H, P], R]:
+    """Wrap a method in what calls that take the lock have in common."""
     name, permitted = f"nbd_{row.name}", row.in_order
     limited, moves_bytes = row.permitted != ANY, row.moves_bytes
 
@@ -178,14 +156,14 @@ def _locked(
     def wrapper(self: H, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if moves_bytes and self._in_a_call() and (in_the_middle or not self._callbacks.calling):
             if in_the_middle is None:
-                raise _refused(row, self)
+                raise refused(row, self)
             result: R = _made_in_the_middle(row, in_the_middle, self, *args, **kwargs)
             return result
         try:
             with self._lock:
                 client = self._client
                 if self._slow_path or (limited and (_CREATED if client is None else client.engine.phase) not in permitted):
-                    return _on_slow_path(row, function, self, *args, **kwargs)
+                    return on_slow_path(row, function, self, *args, **kwargs)
                 try:
                     return function(self, *args, **kwargs)
                 except CoreError as exc:
@@ -200,7 +178,7 @@ def _locked(
     return wrapper
 
 
-def _refused(row: Call, self: Handle) -> Exception:
+def refused(row: Call, self: Handle) -> Exception:
     """Return the error for a call that moves bytes in a signal handler that interrupted another call of this handle."""
     if self._closed:
         return ClosedHandle()
@@ -218,52 +196,6 @@ def _made_in_the_middle(row: Call, in_the_middle: Callable[..., Any], self: Hand
         raise translated(f"nbd_{row.name}", exc) from exc
 
 
-def shared(
-    first_version: str,
-) -> Callable[[Callable[Concatenate[W, P], tuple[Command, R]]], Callable[Concatenate[W, P], R]]:
-    """Make a method that builds a command, and what to return, libnbd's call that runs it, permitted while connected.
-
-    As `call` has it, but that the lock is not held before the command is built: what several threads ask is sent together.
-    """
-
-    def decorate(build: Callable[Concatenate[W, P], tuple[Command, R]]) -> Callable[Concatenate[W, P], R]:
-        row = CALLS[build.__name__] = Call(build.__name__, first_version, CONNECTED)
-        name = f"nbd_{row.name}"
-
-        @functools.wraps(build)
-        def run(self: W, /, *args: P.args, **kwargs: P.kwargs) -> R:
-            command, result = build(self, *args, **kwargs)
-            self._run(name, command)
-            return result
-
-        run_alone = _locked(row, run)
-
-        @functools.wraps(build)
-        def wrapper(self: W, /, *args: P.args, **kwargs: P.kwargs) -> R:
-            client = self._client
-            if self._slow_path or client is None or client.engine.phase is not _CONNECTED:
-                return run_alone(self, *args, **kwargs)
-            if self._in_a_call() and not self._callbacks.calling:
-                raise _refused(row, self)
-            try:
-                command, result = build(self, *args, **kwargs)
-                self._run_with_others(client, command)
-            except CoreError as exc:
-                raise translated(name, exc) from exc
-            finally:
-                if self._closing:
-                    self._end_call()
-            if command.error is not None and not command.cookie:  # it was not sent: the state has changed meanwhile
-                return run_alone(self, *args, **kwargs)
-            if command.error is not None:
-                raise command_failure(name, command) from command.error
-            return result
-
-        return wrapper
-
-    return decorate
-
-
 def _unlocked(row: Call, function: Callable[Concatenate[H, P], R]) -> Callable[Concatenate[H, P], R]:
     permitted = row.in_order
     limited = row.permitted != ANY
@@ -274,100 +206,13 @@ def _unlocked(row: Call, function: Callable[Concatenate[H, P], R]) -> Callable[C
             raise ClosedHandle
         client = self._client
         if limited and (_CREATED if client is None else client.engine.phase) not in permitted:
-            raise _wrong_state(row, function, self, args, kwargs)
+            raise wrong_state(row, function, self, args, kwargs)
         return function(self, *args, **kwargs)
 
     return wrapper
 
 
-# To hand any arguments on costs as much as the shortest calls themselves. Those that a program makes for each block have their
-# parameters in the wrapper, or none, or not even a wrapper.
-
-
-def transfer(first_version: str) -> Callable[[Callable[[C, Limits, Any, int, int], Command]], Callable[..., int]]:
-    """Make a method that builds the command to move a block libnbd's call that starts it, permitted while connected.
-
-    The method gets the limits of the connection, the buffer, the offset and the flags. All else is as `call` has it.
-    """
-
-    def decorate(build: Callable[[C, Limits, Any, int, int], Command]) -> Callable[..., int]:
-        row = CALLS[build.__name__] = Call(build.__name__, first_version, CONNECTED)
-        name = f"nbd_{row.name}"
-
-        def start(self: C, buf: Any, offset: int, completion: Any = None, flags: int = 0) -> int:
-            return self._queue(build(self, self._connection.engine.limits, buf, offset, flags), completion)
-
-        def wrapper(self: C, buf: Any, offset: int, completion: Any = None, flags: int = 0) -> int:
-            if self._in_a_call() and not self._callbacks.calling:
-                raise _refused(row, self)
-            try:
-                with self._lock:
-                    client = self._client
-                    if self._slow_path or client is None or client.engine.phase is not _CONNECTED:
-                        return _on_slow_path(row, start, self, buf, offset, completion, flags)
-                    try:  # what `start` does
-                        command = build(self, client.engine.limits, buf, offset, flags)
-                        if completion is not None:
-                            command.tag = completion if callable(completion) else arguments.callback(completion, "completion")
-                        command.completion = self._complete_command
-                        return client.submit(command)
-                    except CoreError as exc:
-                        raise translated(name, exc) from exc
-                    finally:
-                        if self._callbacks.interruption is not None:
-                            self._callbacks.interrupt()
-            finally:
-                if self._closing:
-                    self._end_call()
-
-        # Not `functools.wraps`: the arguments are the wrapper's own.
-        wrapper.__name__, wrapper.__qualname__, wrapper.__doc__ = build.__name__, build.__qualname__, build.__doc__
-        return wrapper
-
-    return decorate
-
-
-def question(first_version: str, permitted: frozenset[Phase] = ANY) -> Callable[[Callable[[H], R]], Callable[[H], R]]:
-    """Make a method without arguments a call of libnbd's API that takes no lock."""
-
-    def decorate(function: Callable[[H], R]) -> Callable[[H], R]:
-        row = CALLS[function.__name__] = Call(function.__name__, first_version, permitted, lock_free=True)
-        in_order, limited = row.in_order, permitted != ANY
-
-        @functools.wraps(function)
-        def wrapper(self: H, /) -> R:
-            if self._closed:
-                raise ClosedHandle
-            client = self._client
-            if limited and (_CREATED if client is None else client.engine.phase) not in in_order:
-                raise _wrong_state(row, function, self, (), {})
-            return function(self)
-
-        return wrapper
-
-    return decorate
-
-
-def listed(first_version: str, permitted: frozenset[Phase] = ANY) -> Callable[[Callable[[H], R]], Callable[[H], R]]:
-    """Make a method without arguments a call that takes no lock, and has no wrapper: it has to call `check` by itself."""
-
-    def decorate(function: Callable[[H], R]) -> Callable[[H], R]:
-        CALLS[function.__name__] = Call(function.__name__, first_version, permitted, lock_free=True)
-        return function
-
-    return decorate
-
-
-def check(function: Callable[[H], Any], self: H) -> None:
-    """Raise as the wrapper of a `listed` call would: ClosedHandle, and Error where the handle's state does not permit it."""
-    row = CALLS[function.__name__]
-    if self._closed:
-        raise ClosedHandle
-    if self._phase not in row.permitted:
-        raise _wrong_state(row, function, self, (), {})
-
-
-def _on_slow_path(row: Call, function: Callable[Concatenate[H, P], R], self: H, *args: P.args, **kwargs: P.kwargs) -> R:
+def on_slow_path(row: Call, function: Callable[Concatenate[H, P], R], self: H, *args: P.args, **kwargs: P.kwargs) -> R:
     """Make a call of a handle that is closed, lost in a fork, in a wrong state, or wants debug messages."""
     if self._closed:
         raise ClosedHandle
@@ -375,17 +220,17 @@ def _on_slow_path(row: Call, function: Callable[Concatenate[H, P], R], self: H, 
         raise failure(f"nbd_{row.name}", in_use_when_forked().message, errno.ENOTCONN)
     if self._debug:
         return _debugged(row, function, self, *args, **kwargs)
-    raise _wrong_state(row, function, self, args, kwargs)
+    raise wrong_state(row, function, self, args, kwargs)
 
 
 def _debugged(row: Call, function: Callable[Concatenate[H, P], R], self: H, *args: P.args, **kwargs: P.kwargs) -> R:
-    """Make a call as `_locked` does, and say so."""
+    """Make a call as `locked` does, and say so."""
     name = f"nbd_{row.name}"
     before = self._state_name
     self._say(name, " ".join(["enter:", *_shown(function, self, args, kwargs)]))
     try:
         if self._phase not in row.permitted:
-            raise _wrong_state(row, function, self, args, kwargs)
+            raise wrong_state(row, function, self, args, kwargs)
         try:
             result = function(self, *args, **kwargs)
         except CoreError as exc:
@@ -419,7 +264,7 @@ def _short(value: object) -> str:
     return repr(value)[:100] if isinstance(value, str | list) else f"<{type(value).__name__}>"
 
 
-def _wrong_state(row: Call, function: Callable[..., Any], self: Any, args: Any, kwargs: Any) -> Error:
+def wrong_state(row: Call, function: Callable[..., Any], self: Any, args: Any, kwargs: Any) -> Error:
     """Return the error for a call that the state does not permit. Raises TypeError first for one with the wrong arguments."""
     inspect.signature(function).bind(self, *args, **kwargs)
     number = errno.ENOTCONN if self._phase is Phase.CREATED else errno.EINVAL

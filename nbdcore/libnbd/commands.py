@@ -10,7 +10,7 @@ from typing import Any
 from nbdcore.clients.polled import PolledClient
 from nbdcore.errors import Disconnected, UsageError
 from nbdcore.libnbd import arguments
-from nbdcore.libnbd.calls import CONNECTED, TALKING, call, shared
+from nbdcore.libnbd.calls import CONNECTED, TALKING, call
 from nbdcore.libnbd.constants import (
     CMD_FLAG_DF,
     CMD_FLAG_FAST_ZERO,
@@ -25,6 +25,7 @@ from nbdcore.libnbd.constants import (
 )
 from nbdcore.libnbd.core import Core
 from nbdcore.libnbd.errors import command_failure
+from nbdcore.libnbd.fast_calls import shared
 from nbdcore.protocol.constants import TransmissionFlag
 from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission import commands

@@ -12,11 +12,12 @@ from typing import Any
 from nbdcore.errors import UsageError
 from nbdcore.libnbd import arguments, security, uris
 from nbdcore.libnbd.aio import AioCalls, AioCommandCalls
-from nbdcore.libnbd.calls import call, question
+from nbdcore.libnbd.calls import call
 from nbdcore.libnbd.commands import CommandCalls
 from nbdcore.libnbd.connecting import ConnectCalls
 from nbdcore.libnbd.core import Core
 from nbdcore.libnbd.errors import ClosedHandle
+from nbdcore.libnbd.fast_calls import question
 from nbdcore.libnbd.options import OptionCalls
 from nbdcore.libnbd.queries import ConnectionQueries, ExportQueries
 from nbdcore.libnbd.setting_calls import ConnectionSettings, ExportSettings, ProtocolSettings, TLSSettings
