@@ -235,15 +235,18 @@ class NBD(
             self._hang_up()
             return
         with self._lock:
-            if self._closed:
+            if self._closed and not self._closing:  # closing: by a signal handler in between
                 raise ClosedHandle
             self._finish()
         self._callbacks.interrupt()
 
     def _end_call(self) -> None:
-        if not self._in_a_call():
-            self._finish()
-            self._callbacks.interrupt()
+        if self._in_a_call():
+            return
+        with self._lock:  # a call of another thread may be over first
+            if self._closing:
+                self._finish()
+        self._callbacks.interrupt()
 
     def _leave_to_parent(self) -> None:
         self._closed = self._slow_path = True

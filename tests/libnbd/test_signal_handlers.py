@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 
@@ -241,6 +242,77 @@ def test_close_in_a_completion_takes_effect_when_the_call_ends(handles, server):
     assert len(told) == 3
     with pytest.raises(nbd.ClosedHandle):
         handle.poll(-1)
+
+
+class SlowNumber:
+    """A count that another thread is asked for while a handler closes the handle."""
+
+    def __init__(self):
+        self.asked, self.answer = threading.Event(), threading.Event()
+
+    def __index__(self):
+        self.asked.set()
+        assert self.answer.wait(PATIENCE)
+        return -1
+
+
+def test_wrong_call_of_another_thread_leaves_closing_to_the_interrupted_call(handles):
+    count, order = SlowNumber(), []
+    with ScriptedServer([greeting(), Negotiation(size=1 << 20), drain]) as silent:
+        handle = handles()
+        handle.connect_socket(silent.socket().detach())
+        handle.add_close_callback(lambda: order.append("closed"))
+        other = threading.Thread(target=outcome, args=(handle.pread, count, 0))
+        other.start()
+        assert count.asked.wait(PATIENCE)
+
+        def handler(*_):
+            handle.close()
+            count.answer.set()
+            other.join(0.5)
+            order.append("the handler has returned")
+
+        with alarm_after(0.1, handler), pytest.raises(nbd.Error):
+            handle.pread(512, 512)
+        other.join(PATIENCE)
+    assert order == ["the handler has returned", "closed"]
+
+
+@contextlib.contextmanager
+def handler_at_line(number, function, handler):
+    """Call a handler where a signal's might come: before the line of a function that is its number-th to be run."""
+    lines = iter(range(1000))
+
+    def trace_lines(_frame, event, _):
+        if event == "line" and next(lines) == number:
+            handler()
+        return trace_lines
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, *_: trace_lines if frame.f_code is function else None)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_close_in_a_handler_that_interrupts_close_closes_once(number, handles, server):
+    handle, told = handles(), []
+    handle.connect_tcp("127.0.0.1", server)
+    fd = handle.aio_get_fd()
+    handle.aio_pread(nbd.Buffer(512), 0, lambda error: told.append(error.value))
+    handle.add_close_callback(lambda: told.append("closing"))
+
+    def close():
+        with contextlib.suppress(nbd.ClosedHandle):
+            handle.close()
+
+    with handler_at_line(number, nbd.NBD.close.__wrapped__.__code__, close):
+        close()
+    assert told == ["closing", errno.ENOTCONN]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
 
 
 class AlarmError(TimeoutError):
