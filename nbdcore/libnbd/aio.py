@@ -1,4 +1,4 @@
-"""Calls that only start a command, and those with which a program's own loop finds out what became of it."""
+"""Calls that start a command and do not wait, and calls for a program's own event loop, which tell it the outcome."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class AioCalls(CommandBuilders):
 
     @call("1.0")
     def aio_peek_command_completed(self) -> int:
-        """Return the cookie of the command that has been done for longest; 0 where all are under way.
+        """Return the cookie of the command that was done first, of those not yet retired; 0 where all are under way.
 
         Raises Error (EINVAL) where there is none.
         """

@@ -1,4 +1,4 @@
-"""How a program that says `import nbd` is given this module: only when somebody says so."""
+"""`install`: have `import nbd` find this module. Nothing else does that, and importing nbdcore does not."""
 
 from __future__ import annotations
 

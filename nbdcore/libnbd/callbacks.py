@@ -1,7 +1,7 @@
-"""The account of asynchronous commands: which are done and not yet retired, and what a program's callbacks had to say.
+"""The calling of a program's callbacks, and the commands that are done and not yet retired.
 
-It belongs to one handle and does not know it, so that commands in flight do not keep a dropped handle alive. Callbacks are called
-from here only: one that raises is reported by `sys.excepthook`, counts as -1, and never breaks the decoder that called it.
+Every callback is called from here. One that raises is reported by `sys.excepthook` and counts as -1: it never breaks the decoder
+that called it. A `Callbacks` does not know the handle it belongs to, so commands in flight do not keep a dropped handle alive.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Callbacks:
 
     Attributes:
         finished: commands that are done and not retired, by cookie, in the order in which they were done.
-        interruption: what a callback was interrupted by (KeyboardInterrupt and its kind), else None.
-        calling: a callback is at work.
+        interruption: what interrupted a callback (KeyboardInterrupt or the like), else None.
+        calling: whether a callback is being called.
     """
 
     def __init__(self) -> None:
@@ -66,16 +66,16 @@ class Callbacks:
         return result if isinstance(result, int) else 0
 
     def _raised(self, exc: BaseException) -> int:
-        """A callback raised: report it and go on, as libnbd does, but for what is to interrupt the program."""
+        """Report what a callback raised and go on, as libnbd does. What is to interrupt the program is kept for `interrupt`."""
         if isinstance(exc, Exception):
             own = exc.with_traceback(exc.__traceback__ and exc.__traceback__.tb_next)  # the program's frames, without ours
             sys.excepthook(type(own), own, own.__traceback__)
-        else:  # KeyboardInterrupt and its kind: raised once the bytes at hand are dealt with
+        else:  # KeyboardInterrupt and the like: raised once the bytes received have been dealt with
             self.interruption = self.interruption or exc
         return -1
 
     def interrupt(self) -> None:
-        """Raise what a callback was interrupted by, if one was."""
+        """Raise what interrupted a callback, if anything did."""
         if self.interruption is not None:
             interruption, self.interruption = self.interruption, None
             raise interruption

@@ -35,7 +35,7 @@ _Option = tuple[int, int, int]
 
 
 class ConnectCalls(Core):
-    """Every way to a server."""
+    """Every connect call."""
 
     # ------------------------------------------------------------------------------------------ by transport
 
@@ -51,7 +51,7 @@ class ConnectCalls(Core):
         self._reach_uri(uri)
 
     def _reach_uri(self, uri: str) -> None:
-        route, settings = uris.obey(arguments.text(uri, "uri"), self._settings)
+        route, settings = uris.resolve(arguments.text(uri, "uri"), self._settings)
         self._reach(route, settings)
 
     @call("1.0", CREATED, moves_bytes=True)
@@ -161,7 +161,7 @@ class ConnectCalls(Core):
 
     def _begin(self, steps: Connecting, settings: HandleSettings, reached: Reached | None = None) -> None:
         reached = reached or Reached()
-        client = PolledClient(settings.to_ask(), strict=settings.strict_mode, start_tls=start_tls(settings, reached.host))
+        client = PolledClient(settings.for_handshake(), strict=settings.strict_mode, start_tls=start_tls(settings, reached.host))
         self._settings, self._client, self._reached = settings, client, reached
         self._process = os.getpid()
         client.connect_steps(_noted(steps, reached, client.engine))
@@ -229,7 +229,7 @@ def _adopted(fd: int) -> Stream:
 
 
 def _noted(steps: Connecting, reached: Reached, engine: Engine) -> Connecting:
-    """Connect, and note what was reached."""
+    """Connect, and note in `reached` what was reached."""
     reached.stream = stream = yield from steps
     if isinstance(stream, ProcessStream):
         reached.child = stream.child

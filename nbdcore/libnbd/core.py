@@ -42,11 +42,11 @@ from nbdcore.streams.waiting import Deadline
 _FIRST_HANDLE = 3
 _numbers = itertools.count(_FIRST_HANDLE)
 
-# Seconds after which a call that waits for the way to the server looks whether a signal handler has closed the handle: there is
-# nothing yet that hanging up would end.
+# While a connection is being opened there is no stream that a signal handler could hang up. A call that waits then looks every so
+# many seconds whether the handle was closed.
 _LOOK_AGAIN = 0.1
 
-#: Stable names of libnbd's, which programs look for in `connection_state`.
+#: libnbd's names of the states that last, which programs look for in `connection_state`.
 _STABLE_STATES = {
     Phase.CREATED: "START",
     Phase.NEGOTIATING: "NEGOTIATING",
@@ -57,12 +57,12 @@ _STABLE_STATES = {
 
 @dataclass(slots=True)
 class Reached:
-    """The other end of a connection, as far as a connect call has got. It knows no handle, so that it keeps none alive.
+    """What a connect call has reached so far. It does not know its handle, so it does not keep a dropped one alive.
 
     Attributes:
-        host: of this very connection, for TLS: never one of an attempt before.
-        route: where the server is; None where a URI cannot say it.
-        stream: open; without TLS, which may lie over it.
+        host: the TCP host of this connection, for TLS; never that of an earlier attempt.
+        route: where the server is; None where no URI leads there.
+        stream: the open stream; TLS, if any, lies over it.
         child: the process at the other end, where this program started it.
     """
 
@@ -77,11 +77,11 @@ class Core(ABC):
 
     def __init__(self) -> None:
         self._closed = False
-        self._closing = False  # it was closed in the middle of a call, which has to do the rest
+        self._closing = False  # closed in the middle of a call, which has to do the rest
         self._process = os.getpid()
         self._use_new_lock()
         self._lost = False  # to the parent, whose other thread was in the middle of a call when this process was forked
-        self._inbox: deque[Command] = deque()  # what waits, with its callers, for the lock: whoever has it submits them all
+        self._inbox: deque[Command] = deque()  # commands whose callers wait for the lock: the next to get it submits all
         self._callbacks = Callbacks()
         # One for all commands, rather than a new bound method for each.
         self._complete_command: Callable[[Command], None] = self._callbacks.complete

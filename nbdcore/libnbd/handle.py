@@ -1,4 +1,4 @@
-"""The handle: all areas of calls in one class, its life cycle, and what is said about it and this module."""
+"""The handle: the class that has every call, how it is closed, and the calls about debugging, the module and a server process."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ class NBD(
     ModuleCalls,
     ProcessCalls,
 ):
-    """A handle of libnbd's API: one connection to an NBD server, or the wish for one."""
+    """A handle of libnbd's API: one connection to an NBD server, or the settings of one to come."""
 
     def __init__(self) -> None:
         super().__init__()

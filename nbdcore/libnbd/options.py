@@ -26,7 +26,7 @@ class OptionCalls(Core):
 
     @call("1.4", NEGOTIATING)
     def opt_go(self) -> None:
-        """Open the export, after selecting the contexts wished for."""
+        """Open the export, after selecting the contexts added."""
         self._exchange(self._go)
 
     @call("1.4", NEGOTIATING)
@@ -192,12 +192,12 @@ class OptionCalls(Core):
         """Start a conversation, under the settings as they are now. `report` is given what it returned, before it is done."""
         client = self._connection
         engine = client.engine
-        engine.settings = self._settings.to_ask()
+        engine.settings = self._settings.for_handshake()
         conversation = ask(engine.agreement, engine.settings, *details, **more)
         return client.exchange(conversation if report is None else _reported(conversation, report), enters=enters)
 
     def _count(self, start: Callable[[], Exchange]) -> int:
-        """Run an exchange that lists something, and return how much. libnbd knows only one kind of refusal of these."""
+        """Run an exchange that lists something, and return how many there are. Every refusal of one is ENOTSUP, as in libnbd."""
         try:
             return len(self._exchange(start))
         except NegotiationError as exc:

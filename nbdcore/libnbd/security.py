@@ -1,4 +1,4 @@
-"""TLS as libnbd's settings describe it, made into what the streams understand."""
+"""libnbd's settings of TLS, made into those of the streams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a program asks of a handle before it connects, as plain values, and the settings of a connection made of them."""
+"""The settings of a handle as plain values, and those of a handshake that are made of them."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class HandleSettings:
     tcp_options: dict[int, int] = field(default_factory=dict)
     socket_activation_name: str = ""
 
-    def to_ask(self) -> Settings:
-        """Return what a connection is to ask the server for."""
+    def for_handshake(self) -> Settings:
+        """Return what a handshake is to ask the server for."""
         return Settings(
             export=self.export_name,
             contexts=tuple(self.meta_contexts),

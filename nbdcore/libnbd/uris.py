@@ -1,7 +1,7 @@
-"""NBD URIs under libnbd's rules: what they may do is limited by allow-lists, and what a refused one asks for is not done.
+"""NBD URIs under libnbd's rules: allow-lists limit what a URI may do.
 
-Stricter than libnbd in what could be read in two ways (see the page of differences): a URI that is wrong in any part is refused
-before a single setting of the handle is touched.
+A URI that is wrong in any part is refused before any setting of the handle is changed. What could be read in two ways is wrong:
+that is stricter than libnbd (the documentation's page of differences has all of it).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from nbdcore.libnbd.settings import HandleSettings
 from nbdcore.plugins.registry import registry
 from nbdcore.uri import TLS_PARAMETERS, URI, parse_uri
 
-__all__ = ["is_uri", "obey"]
+__all__ = ["is_uri", "resolve"]
 
-#: Which bit of the allow-list is for the transport of a scheme. One without a bit needs them all: nobody forbade anything.
+#: The bit of the allow-list for the transport of each scheme. Any other transport needs all bits: nothing may be forbidden then.
 _TRANSPORTS = {
     "nbd": constants.ALLOW_TRANSPORT_TCP,
     "nbd+unix": constants.ALLOW_TRANSPORT_UNIX,
@@ -36,8 +36,8 @@ def is_uri(text: str) -> bool:
     return text.lower().startswith(_SCHEMES)
 
 
-def obey(text: str, settings: HandleSettings) -> tuple[Endpoint, HandleSettings]:
-    """Return the way to a URI's server, and the handle's settings with the URI's own on top.
+def resolve(text: str, settings: HandleSettings) -> tuple[Endpoint, HandleSettings]:
+    """Return the endpoint of a URI's server, and the handle's settings changed as the URI says.
 
     Raises UsageError: EINVAL for what is no NBD URI, EPERM for what the allow-lists forbid.
     """
