@@ -62,6 +62,9 @@ def test_read_in_pieces_takes_no_more_memory_than_its_data(uri, front_end, name)
     assert peak < 1.5 * SIZE  # a few pieces of the server's are in it
 
 
+@pytest.mark.skipif(
+    sys.version_info < (3, 13), reason="before, nothing was said; and CPython 3.12.1 crashes on such a circle by itself"
+)
 def test_memory_that_is_collected_with_a_view_of_it_goes_without_a_word(monkeypatch):
     said = []
     monkeypatch.setattr(sys, "unraisablehook", said.append)
