@@ -133,16 +133,16 @@ class _Worker:
         with far_orders, far_reports:
             process.start()
         self._process: BaseProcess = process
+        assert process.pid is not None, "it was started"
+        self._pid: int = process.pid  # which the process, once it has ended and is closed, does not tell any more
         self._thread = threading.Thread(target=self._listen, name="nbdcore-worker", daemon=True)
         self._thread.start()
 
     def take(self, stream: SocketStream) -> bool:
         """Hand a client over. Returns False where the process has died; then the client is still the caller's."""
-        pid = self._process.pid
-        assert pid is not None, "it was started"
         try:
             self._orders.send(Handed(str(stream)))
-            reduction.send_handle(self._orders, stream.fileno(), pid)
+            reduction.send_handle(self._orders, stream.fileno(), self._pid)
         except OSError:
             self.alive = False
             return False
@@ -168,7 +168,7 @@ class _Worker:
         if not self._stopping:
             status = self._process.exitcode or 0
             how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-            _log.error("process %d of this server %s, and its %d clients with it", self._process.pid, how, self.clients)
+            _log.error("process %d of this server %s, and its %d clients with it", self._pid, how, self.clients)
         self._process.close()
         self._orders.close()
         self._reports.close()
@@ -186,6 +186,6 @@ class _Worker:
         left = deadline.remaining()
         self._thread.join(None if left is None else left + _LAST_MOMENT)
         if self._thread.is_alive():
-            _log.warning("process %d did not stop in time, and was killed", self._process.pid)
+            _log.warning("process %d did not stop in time, and was killed", self._pid)
             self._process.kill()
             self._thread.join(_LAST_MOMENT)
