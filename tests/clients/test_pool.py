@@ -368,6 +368,38 @@ def test_a_loop_that_lost_a_connection_yields_the_rest_then_raises():
         assert pool.connections == 2
 
 
+def end_the_next_choice(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the next call choose the first connection, which ends before it gets the command."""
+    shared = pool._shared
+    choose = shared._choose
+
+    def choose_one_that_ends(_: object) -> object:
+        monkeypatch.setattr(shared, "_choose", choose)
+        first = shared._connections[0]
+        first.close(Disconnected(errno.ECONNRESET, "it ended just now"))
+        return first
+
+    monkeypatch.setattr(shared, "_choose", choose_one_that_ends)
+
+
+@pytest.mark.parametrize("count", [8, 20_000, 200_000])
+def test_a_command_whose_connection_ends_before_it_has_it_arrives_whole_on_another(monkeypatch, count):
+    with pooled(script(unless_gone(drain)), script(serve(good))) as (pool, server):
+        contents = random.Random(count).randbytes(count)
+        end_the_next_choice(pool, monkeypatch)
+        pool.pwrite(contents, 7, timeout=PATIENCE)
+        (written,) = server.connections[1].requests
+        assert (written.offset, bytes(written.payload)) == (7, contents)
+
+
+def test_a_read_whose_connection_ends_before_it_has_it_is_made_on_another(monkeypatch):
+    with pooled(script(unless_gone(drain)), script(serve(good))) as (pool, _):
+        buffer = bytearray(200_000)
+        end_the_next_choice(pool, monkeypatch)
+        assert pool.pread_into(buffer, 5, timeout=PATIENCE) == len(buffer)
+        assert buffer == expected(5, len(buffer))
+
+
 def test_idle_connections_that_are_lost_are_noticed_by_whoever_waits():
     gone = threading.Event()
     with pooled(script(serve(good)), script(hang_up, lambda _: gone.set())) as (pool, _):
@@ -460,6 +492,18 @@ def test_leaving_a_loop_early_leaves_every_connection_usable():
             assert pool.pread(8, 3, timeout=PATIENCE) == expected(3, 8)
             assert [bytes(buffer) for _, buffer in buffers] == left
         assert pool.connections == 3
+        pool.disconnect(timeout=PATIENCE)  # what the servers still send is taken in, as the last of it
+
+
+def test_late_answers_on_a_connection_that_nobody_uses_are_taken_in():
+    with pooled(*[script(serve(good))] * 3) as (pool, _):
+        for _ in pool.pread_into_many([(n, bytearray(100)) for n in range(200)], depth=100, timeout=PATIENCE):
+            break
+        until = time.monotonic() + PATIENCE
+        while any(connection.engine.pending for connection in pool._shared._connections):
+            assert time.monotonic() < until, "a connection is taken for busy for ever"
+            assert pool.pread(8, 3, timeout=PATIENCE) == expected(3, 8)
+        pool.disconnect(timeout=PATIENCE)
 
 
 def test_a_loop_with_an_error_of_the_server_yields_the_rest_then_raises():

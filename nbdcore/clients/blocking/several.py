@@ -10,8 +10,8 @@ So one loop has all connections; as many loops as there are connections soon hav
 A loop on one connection waits as any caller does. On several it watches those that nobody watches, and is parked at the others,
 where it is not woken by a lock but by a bell: a descriptor that it waits for together with those that it watches.
 
-The end of a connection is the end of its own commands only. One that ends while it is idle is noticed by the next call after a
-moment, before a command goes there.
+The end of a connection is the end of its own commands only. One that ends while nobody watches it is noticed by the next call
+after a moment, before a command goes there. So are answers to commands that were given up.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from nbdcore.streams.base import WANTS, Want
 from nbdcore.streams.bell import Bell
 from nbdcore.streams.waiting import Deadline, Watch, wait_any
 
-# Seconds after which a call looks whether idle connections have ended: often enough that few commands go to one that has, and
-# rarely enough to cost a busy pool nothing.
-_LOOK_AT_IDLE = 0.1
+# Seconds after which a call looks at connections that nobody watches: often enough that few commands go to one that has ended,
+# and that one with late answers is not taken for busy; rarely enough to cost a busy pool nothing.
+_LOOK_AT_UNWATCHED = 0.1
 _READ = int(Want.READ)
 # Seconds after which a loop looks again at what it only sends on, as in `threads`; and where the system gives it no bell.
 _LOOK_AGAIN = 0.1
@@ -53,7 +53,7 @@ class SharedSessions:
         self._connections = [SharedSession(session) for session in sessions]
         self._group = Group([connection.engine for connection in self._connections])
         self._loops: dict[Pipeline, _Loop] = {}
-        self._looked = 0.0  # when idle connections were looked at, by the clock of time.monotonic
+        self._looked = 0.0  # when unwatched connections were looked at, by the clock of time.monotonic
 
     @property
     def engine(self) -> Engine:
@@ -78,10 +78,13 @@ class SharedSessions:
             connection = self._choose(command)
             try:
                 connection.callers[command] = None
-                connection.run_command(command, deadline)
-            except Error:
+                connection.run_command(command, deadline, may_move=True)
+            except Error as exc:
+                if command.mark is not None:
+                    raise
                 # Where it ended before it had the command, another one takes that.
-                if command.mark is not None or not connection.over or not self._group.live:
+                if not connection.over or not self._group.live:
+                    connection.abandon((command,), exc)
                     raise
                 command.error, command.done = None, False
             else:
@@ -92,8 +95,8 @@ class SharedSessions:
     def _choose(self, command: Command) -> SharedSession:
         """Return the connection for one more command: an idle one, or the one with the fewest under way."""
         self._refuse_if_interrupted(command)
-        if time.monotonic() - self._looked > _LOOK_AT_IDLE:
-            self._look_at_idle()
+        if time.monotonic() - self._looked > _LOOK_AT_UNWATCHED:
+            self._look_at_unwatched()
         best, fewest = None, 0
         for connection in self._connections:
             engine = connection.engine
@@ -117,10 +120,10 @@ class SharedSessions:
         for connection in self._connections:
             connection.refuse_if_interrupted(what)
 
-    def _look_at_idle(self) -> None:
+    def _look_at_unwatched(self) -> None:
         self._looked = time.monotonic()
         for connection in self._connections:
-            connection.look_if_idle()
+            connection.look_if_unwatched()
 
     # ------------------------------------------------------------------------------------------ the end
 
@@ -151,8 +154,8 @@ class SharedSessions:
     def wait_for_any(self, pipeline: Pipeline, commands: Sequence[Command], deadline: Deadline) -> None:
         """Submit a loop's commands, and wait until there is something for it to settle."""
         self._refuse_if_interrupted(pipeline)
-        if time.monotonic() - self._looked > _LOOK_AT_IDLE:
-            self._look_at_idle()
+        if time.monotonic() - self._looked > _LOOK_AT_UNWATCHED:
+            self._look_at_unwatched()
         loop = self._loops.get(pipeline)
         if loop is None:
             loop = self._loops[pipeline] = _Loop(pipeline)

@@ -103,14 +103,19 @@ class SharedSession:
         self.wait(pending, deadline, what)
         return pending
 
-    def run_command(self, command: Command, deadline: Deadline) -> None:
-        """Run one command and raise its error. At the deadline, or when the caller is interrupted, it is abandoned."""
+    def run_command(self, command: Command, deadline: Deadline, *, may_move: bool = False) -> None:
+        """Run one command and raise its error. At the deadline, or when the caller is interrupted, it is abandoned.
+
+        `may_move`: where the connection has ended before it had the command, that is left as it is, payload and all, so that
+        another connection can have it; `command.mark` tells.
+        """
         try:
             submit = self._run_alone(command, deadline)
             if not command.done:
                 self.wait(command, deadline, command, submit=submit)
         except BaseException as exc:
-            self.abandon((command,), exc)
+            if not (may_move and command.mark is None and isinstance(exc, Error)):
+                self.abandon((command,), exc)
             raise
         if command.error is not None:
             raise self.own(command.error)
@@ -133,13 +138,11 @@ class SharedSession:
         """Wait until the connection has ended."""
         self.wait(_End(self._session), deadline, "the server was to hang up")
 
-    def look_if_idle(self) -> None:
-        """Find out whether the connection has ended, where no command would."""
-        if self.engine.pending or self._interrupted():
-            return
+    def look_if_unwatched(self) -> None:
+        """Take in what has come where nobody watches: the connection's end, or answers to commands that were given up."""
         try:
             with self._lock:
-                if not (self._session.over or self._session.waited_for or self.engine.pending):
+                if not (self._session.over or self._session.waited_for):
                     self._move(self._session.receive)
                     self._hand_over()
         finally:
