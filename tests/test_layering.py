@@ -52,6 +52,7 @@ TABLE = {
     "nbdcore.__main__": May(("nbdcore.cli",)),
     "nbdcore.errors": May(),
     "nbdcore.uri": May(("nbdcore.errors",)),
+    "nbdcore.processes": May(),
     # It knows no stream at all.
     "nbdcore.protocol": May(("nbdcore.errors",)),
     # The one interface that the core stands on.
@@ -64,7 +65,8 @@ TABLE = {
     "nbdcore.streams.tls": May(("nbdcore.streams.base", "nbdcore.errors")),
     # A child process behind a socket, or one that is connected to by its path.
     "nbdcore.streams.process": May(
-        ("nbdcore.streams.base", "nbdcore.streams.sockets", "nbdcore.streams.connecting", "nbdcore.errors"), itself=False
+        ("nbdcore.streams.base", "nbdcore.streams.sockets", "nbdcore.streams.connecting", "nbdcore.processes", "nbdcore.errors"),
+        itself=False,
     ),
     "nbdcore.plugins": May(("nbdcore.streams", "nbdcore.uri", "nbdcore.errors"), ("pluggy", "importlib_metadata")),
     "nbdcore.clients": May(itself=False),
@@ -101,7 +103,7 @@ TABLE = {
     "nbdcore.libnbd": May(
         ("nbdcore.clients", "nbdcore.protocol", "nbdcore.plugins", "nbdcore.streams", "nbdcore.uri", "nbdcore.errors")
     ),
-    "nbdcore.disk": May(("nbdcore.clients", "nbdcore.errors")),
+    "nbdcore.disk": May(("nbdcore.clients", "nbdcore.processes", "nbdcore.errors")),
     "nbdcore.server": May(
         (
             "nbdcore.protocol.constants",
@@ -109,10 +111,11 @@ TABLE = {
             "nbdcore.streams",
             "nbdcore.plugins",
             "nbdcore.uri",
+            "nbdcore.processes",
             "nbdcore.errors",
         ),
     ),
-    "nbdcore.cli": May((*PUBLIC, "nbdcore.libnbd", "nbdcore.disk", "nbdcore.server"), ("click", "rich")),
+    "nbdcore.cli": May((*PUBLIC, "nbdcore.libnbd", "nbdcore.disk", "nbdcore.processes", "nbdcore.server"), ("click", "rich")),
     # Kits for the tests of others: they may use whatever those could.
     "nbdcore.testing": May((*PUBLIC, "nbdcore.server")),
     # Shaped as a stranger's: alone in its module, on what plugins are offered. Nobody imports one.

@@ -25,6 +25,7 @@ from nbdcore import DEFAULT_PORT, URI, UsageError, parse_uri
 from nbdcore.cli.output import escaped, say, warn
 from nbdcore.cli.signals import stopped_by_signals
 from nbdcore.cli.sizes import parsed, rounded
+from nbdcore.processes import available_processors
 from nbdcore.server import Backend, ExportSettings, FileDisk, MemoryDisk, Server, ServerTLS, SharedMemoryDisk
 from nbdcore.streams.base import Listener
 
@@ -236,7 +237,7 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
             require_tls=encryption.required,
             max_clients=max_clients,
             memory_budget=memory_budget,
-            workers=(workers or _processors()) if getattr(disk, "shareable", False) else 1,
+            workers=(workers or available_processors()) if getattr(disk, "shareable", False) else 1,
         )
         stack.callback(server.stop)
         listeners = [place.listen(server, keepalive=keepalive) for place in places]
@@ -247,12 +248,6 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
         what += f"{', read-only' if read_only else ''}{encryption.words}"
         _announce(what, list(zip(places, uris, strict=True)), encryption.client_options)
         wait_for_signal()
-
-
-def _processors() -> int:
-    """Return how many processors this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def _opened(file: str | None, memory: int, *, read_only: bool) -> tuple[Backend, str]:

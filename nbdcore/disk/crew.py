@@ -15,6 +15,7 @@ from typing import Any
 from nbdcore.disk.shared import SharedMemory
 from nbdcore.disk.worker import Connected, Failure, Task, work
 from nbdcore.errors import Error
+from nbdcore.processes import how_it_ended
 
 __all__ = ["Crew", "Range", "WorkerLost"]
 
@@ -177,7 +178,7 @@ class Worker:
         assert self._process is not None, "it was started"
         self._process.join(_PATIENCE)
         status = self._process.exitcode
-        how = f"was killed by signal {-status}" if status is not None and status < 0 else f"ended with status {status}"
+        how = how_it_ended(status)
         one = next(iter(self._begun.values()), None)  # it works on the first that it was given
         if one is None:
             return WorkerLost(errno.ECHILD, f"a worker {how} before it had a range", status=status)

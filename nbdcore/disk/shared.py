@@ -53,7 +53,6 @@ class SharedMemory:
 
     def close(self) -> None:
         """Let go of the memory; where the caller has kept a view, it goes with that."""
-        self.forget_name()
         with suppress(BufferError):
             self._map.close()
         self.forget_name()

@@ -29,7 +29,6 @@ class Task:
     connections: int
     timeout: float | None
     options: Mapping[str, Any]
-    with_memory: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ leave Ctrl-C to the program, which ends them all. A worker whose program is gone
 from __future__ import annotations
 
 import errno
-import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -27,6 +26,7 @@ from nbdcore.clients.connect.options import ClientOptions
 from nbdcore.disk.crew import Crew, Range
 from nbdcore.disk.worker import Task
 from nbdcore.errors import UsageError
+from nbdcore.processes import available_processors
 
 __all__ = ["Outcome", "map_ranges"]
 
@@ -92,12 +92,12 @@ def map_ranges(
     raised; WorkerLost for a worker that was killed; UsageError for wrong arguments. Leaving the loop ends the workers too.
     """
     if workers is None:
-        workers = _processors()
+        workers = available_processors()
     if workers < 1 or connections < 1 or room < 0:
         raise UsageError(
             errno.EINVAL, f"workers and connections are 1 or more, room is 0 or more: not {workers}, {connections}, {room}"
         )
-    task = Task(uri, function, connections, timeout, dict(options), with_memory=room > 0)
+    task = Task(uri, function, connections, timeout, dict(options))
     try:
         pickle.dumps(task)
     except (pickle.PicklingError, AttributeError, TypeError) as exc:
@@ -105,12 +105,6 @@ def map_ranges(
             errno.EINVAL, f"function and options must be picklable, for another process to have them: {exc}"
         ) from exc
     return _run(Crew(task, workers, room), ranges, ordered=ordered, most=_MOST_WAITING * workers)
-
-
-def _processors() -> int:
-    """Return how many processors this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def _run(crew: Crew, ranges: Iterable[tuple[int, int]] | None, *, ordered: bool, most: int) -> Iterator[Outcome[Any]]:

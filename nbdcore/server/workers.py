@@ -25,6 +25,7 @@ from dataclasses import replace
 from multiprocessing import reduction
 from multiprocessing.process import BaseProcess
 
+from nbdcore.processes import how_it_ended
 from nbdcore.server.worker import Handed, ServerSettings, Stop, work
 from nbdcore.streams.base import Stream
 from nbdcore.streams.sockets import SocketStream
@@ -166,8 +167,7 @@ class _Worker:
         self.alive = False
         self._process.join()
         if not self._stopping:
-            status = self._process.exitcode or 0
-            how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+            how = how_it_ended(self._process.exitcode)
             _log.error("process %d of this server %s, and its %d clients with it", self._pid, how, self.clients)
         self._process.close()
         self._orders.close()

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import IO
 
 from nbdcore.errors import Disconnected, TransportError, UsageError, printable
+from nbdcore.processes import how_it_ended
 from nbdcore.streams.base import Opening
 from nbdcore.streams.connecting import connect_socket
 from nbdcore.streams.sockets import SocketStream, transport_errors
@@ -78,9 +79,8 @@ class Child:
         if not status:
             return None
         self._listener.join(_LAST_MOMENT)
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         last_words = self._tail.decode("utf-8", "surrogateescape").strip()
-        return Disconnected(number, f"the command {_shown(self.process.args)} {how}", server_text=last_words)
+        return Disconnected(number, f"the command {_shown(self.process.args)} {how_it_ended(status)}", server_text=last_words)
 
     def signal(self, number: int) -> None:
         """Send the process a signal; one that has ended gets none. Raises OSError where that is not allowed."""

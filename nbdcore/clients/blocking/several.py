@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
-from nbdcore.clients.blocking.threads import SharedSession
+from nbdcore.clients.blocking.threads import LOOK_AGAIN, SharedSession
 from nbdcore.clients.blocking.waiters import Wait
 from nbdcore.clients.session.group import Group
 from nbdcore.clients.session.pipeline import Pipeline
@@ -32,14 +32,12 @@ from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission.commands import Command
 from nbdcore.streams.base import WANTS, Want
 from nbdcore.streams.bell import Bell
-from nbdcore.streams.waiting import Deadline, Watch, wait_any
+from nbdcore.streams.waiting import Deadline, Watch, sooner, wait_any
 
 # Seconds after which a call looks at connections that nobody watches: often enough that few commands go to one that has ended,
 # and that one with late answers is not taken for busy; rarely enough to cost a busy pool nothing.
 _LOOK_AT_UNWATCHED = 0.1
 _READ = int(Want.READ)
-# Seconds after which a loop looks again at what it only sends on, as in `threads`; and where the system gives it no bell.
-_LOOK_AGAIN = 0.1
 
 
 class SharedSessions:
@@ -270,8 +268,7 @@ class _Loop:
                 return
         until = deadline
         if bell < 0 < len(waits) - len(watched) or any(wait.watched != _READ for _, wait in watched):
-            remaining = deadline.remaining()
-            until = Deadline.after(_LOOK_AGAIN if remaining is None else min(remaining, _LOOK_AGAIN))
+            until = sooner(Deadline.after(LOOK_AGAIN), deadline)
         fds = tuple(fd for fd, _ in watched) + ((bell,) if bell >= 0 else ())
         if all(wait.watched == _READ for _, wait in watched) and fds:
             ready = set(self._watch.wait(fds, until))
