@@ -59,9 +59,22 @@ def children() -> dict[int, str]:
     return {process: _command_line(process) for process in _child_numbers() if not _reaped(process)}
 
 
-def _child_numbers() -> list[int]:
+def workers_of(process: int) -> set[int]:
+    """Return the children of a process that `multiprocessing` has spawned. Unlike `children` it reaps none."""
+    return {number for number in _child_numbers(process) if "spawn_main" in _command_line(number)}
+
+
+def is_running(process: int) -> bool:
+    """Whether a process has not ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _child_numbers(process: int | None = None) -> list[int]:
     numbers = []
-    for task in Path("/proc/self/task").glob("*/children"):
+    for task in Path(f"/proc/{process or 'self'}/task").glob("*/children"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread has ended, and another has its children
             numbers += map(int, task.read_text().split())
     return numbers

@@ -10,8 +10,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
-import time
 import zlib
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -22,6 +20,7 @@ import nbdcore
 from nbdcore.disk import WorkerLost, map_ranges
 from nbdcore.server import ExportSettings, MemoryDisk, Server
 from tests.disk import functions
+from tests.leaks import is_running, none_left_open, settled, workers_of
 
 PATIENCE = 30.0
 SIZE = 1 << 20
@@ -35,26 +34,18 @@ def shared_memory():
     return set(Path("/dev/shm").glob("nbdcore-*"))
 
 
-def open_descriptors():
-    return set(Path("/proc/self/fd").iterdir())
-
-
 @pytest.fixture(autouse=True)
 def _nothing_is_left_behind():
     gc.collect()
-    descriptors, memory, threads = open_descriptors(), shared_memory(), set(threading.enumerate())
-    yield
-    until = time.monotonic() + PATIENCE
-    # Tests that run beside these have some for a moment.
-    while (multiprocessing.active_children() or shared_memory() - memory) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert not multiprocessing.active_children()
-    assert shared_memory() <= memory
-    assert set(threading.enumerate()) <= threads
-    gc.collect()
-    # Python's own process that outlives all workers: it would go at the program's end.
-    resource_tracker._resource_tracker._stop()
-    assert open_descriptors() <= descriptors
+    memory = shared_memory()
+    with none_left_open():
+        yield
+        # Tests that run beside these have some for a moment.
+        settled(lambda: [*multiprocessing.active_children(), *(shared_memory() - memory)], seconds=PATIENCE)
+        assert not multiprocessing.active_children()
+        assert shared_memory() <= memory
+        # Python's own process that outlives all workers: it would go at the program's end.
+        resource_tracker._resource_tracker._stop()
 
 
 @pytest.fixture
@@ -185,6 +176,7 @@ PROGRAM = """
 import sys, threading
 from nbdcore.disk import map_ranges
 from tests.disk import functions
+from tests.leaks import is_running, none_left_open, settled, workers_of
 if __name__ == "__main__":
     threading.Timer(3, lambda: print("begun", flush=True)).start()
     list(map_ranges(sys.argv[1], functions.never_ends, [(0, 4096)] * 9, workers=2))
@@ -205,22 +197,8 @@ def test_program_that_is_interrupted_or_killed_takes_its_workers_along(uri, tmp_
         start_new_session=True,
     ) as process:
         assert process.stdout.readline() == b"begun\n"
-        workers = children_of(process.pid)
-        assert len(workers) >= 2
+        workers = workers_of(process.pid)
+        assert len(workers) == 2
         os.kill(process.pid, number)
         process.communicate(timeout=PATIENCE)
-    until = time.monotonic() + PATIENCE
-    while any(is_running(pid) for pid in workers) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert not [pid for pid in workers if is_running(pid)]
-
-
-def children_of(pid):
-    return [int(number) for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert not settled(lambda: [pid for pid in workers if is_running(pid)], seconds=PATIENCE)

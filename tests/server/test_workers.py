@@ -10,15 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from multiprocessing import resource_tracker
-from pathlib import Path
 
 import pytest
 
 import nbdcore
 from nbdcore.server import ExportSettings, FileDisk, MemoryDisk, Server, SharedMemoryDisk
+from tests.leaks import is_running, none_left_open, workers_of
 
 PATIENCE = 30.0
 MEBIBYTE = 1 << 20
@@ -30,23 +29,15 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left_behind():
-    descriptors, threads = open_descriptors(), set(threading.enumerate())
-    yield
-    assert not children()
-    assert set(threading.enumerate()) <= threads
-    resource_tracker._resource_tracker._stop()  # Python's own, which ends with the program
-    assert open_descriptors() <= descriptors
-
-
-def open_descriptors():
-    return set(Path("/proc/self/fd").iterdir())
+    with none_left_open():
+        yield
+        assert not children()
+        resource_tracker._resource_tracker._stop()  # Python's own, which ends with the program
 
 
 def children():
     """Return the processes that serve for this one."""
-    mine = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    found = [int(number) for thread in Path("/proc/self/task").iterdir() for number in (thread / "children").read_text().split()]
-    return {number for number in {*found, *map(int, mine)} if b"spawn_main" in Path(f"/proc/{number}/cmdline").read_bytes()}
+    return workers_of(os.getpid())
 
 
 @contextlib.contextmanager
@@ -204,15 +195,3 @@ def test_command_that_ends_takes_its_processes_along(socket_path, number):
             process.communicate(timeout=PATIENCE)
     assert process.returncode == (0 if number != signal.SIGKILL else -number)
     until(lambda: not any(is_running(pid) for pid in workers))
-
-
-def workers_of(pid):
-    found = {int(number) for file in Path(f"/proc/{pid}/task").glob("*/children") for number in file.read_text().split()}
-    return {number for number in found if b"spawn_main" in Path(f"/proc/{number}/cmdline").read_bytes()}
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
