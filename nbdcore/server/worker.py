@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import signal
 import socket
@@ -97,12 +96,8 @@ class _ToServer(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send a record in words: what it was made of may be only here."""
-        sent = copy.copy(record)
-        sent.msg, sent.args = record.getMessage(), None
-        if record.exc_info:
-            sent.msg += f" ({record.exc_info[1]!r})"
-            sent.exc_info = sent.exc_text = None
-        self._reports.send(sent)
+        text = record.getMessage() + (f" ({record.exc_info[1]!r})" if record.exc_info else "")
+        self._reports.send(logging.LogRecord(record.name, record.levelno, record.pathname, record.lineno, text, None, None))
 
 
 def work(orders: Connection, pipe: Connection, settings: ServerSettings, level: int) -> None:

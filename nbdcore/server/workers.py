@@ -16,11 +16,13 @@ gone stops, as the server would have stopped it.
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing import reduction
 from multiprocessing.process import BaseProcess
@@ -127,17 +129,27 @@ class _Worker:
         self.alive: bool = True
         self._stopping = False
         self._counting = threading.Lock()
-        self._orders, far_orders = context.Pipe()
-        self._reports, far_reports = context.Pipe(duplex=False)
         level = _log.getEffectiveLevel()
-        process = context.Process(target=work, args=(far_orders, far_reports, settings, level), name="nbdcore-serve", daemon=True)
-        with far_orders, far_reports:
+        with ExitStack() as undo, ExitStack() as far:
+            self._orders, orders = context.Pipe()
+            undo.callback(self._orders.close)
+            far.callback(orders.close)
+            self._reports, reports = context.Pipe(duplex=False)
+            undo.callback(self._reports.close)
+            far.callback(reports.close)
+            arguments = (orders, reports, settings, level)
+            process = context.Process(target=work, args=arguments, name="nbdcore-serve", daemon=True)
             process.start()
-        self._process: BaseProcess = process
-        assert process.pid is not None, "it was started"
-        self._pid: int = process.pid  # which the process, once it has ended and is closed, does not tell any more
-        self._thread = threading.Thread(target=self._listen, name="nbdcore-worker", daemon=True)
-        self._thread.start()
+            undo.callback(_end_at_once, process)
+            self._process: BaseProcess = process
+            assert process.pid is not None, "it was started"
+            self._pid: int = process.pid  # which the process, once it has ended and is closed, does not tell any more
+            self._thread = threading.Thread(target=self._listen, name="nbdcore-worker", daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError as failure:
+                raise OSError(errno.EAGAIN, str(failure)) from failure
+            undo.pop_all()
 
     def take(self, stream: SocketStream) -> bool:
         """Hand a client over. Returns False where the process has died; then the client is still the caller's."""
@@ -189,3 +201,9 @@ class _Worker:
             _log.warning("process %d did not stop in time, and was killed", self._pid)
             self._process.kill()
             self._thread.join(_LAST_MOMENT)
+
+
+def _end_at_once(process: BaseProcess) -> None:
+    process.kill()
+    process.join()
+    process.close()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import multiprocessing
 import os
 import random
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing import resource_tracker
 
@@ -117,6 +119,34 @@ def test_process_that_dies_takes_its_own_clients_along_and_is_replaced(socket_pa
         with nbdcore.connect(uri, timeout=PATIENCE) as another:
             assert another.pread(4, 0) == b"kept"
             assert len(children() - {process}) == 1
+
+
+def no_more_threads(monkeypatch):
+    start = threading.Thread.start
+
+    def fails_for_workers(thread):
+        if thread.name == "nbdcore-worker":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fails_for_workers)
+
+
+def no_more_processes(monkeypatch):
+    def fails(_):
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "_Popen", staticmethod(fails))
+
+
+@pytest.mark.parametrize("lack", [no_more_threads, no_more_processes])
+def test_where_no_further_process_can_be_had_the_first_serves_all_and_says_so(socket_path, caplog, monkeypatch, lack):
+    with serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=3) as (_, uri):
+        lack(monkeypatch)
+        with connected(uri, 3) as clients:
+            assert [client.pread(4, 0) for client in clients] == [bytes(4)] * 3
+            assert not children()
+        assert "no further process could be started" in caplog.text
 
 
 def test_stopping_answers_what_was_begun_and_leaves_no_process(socket_path):
