@@ -6,9 +6,9 @@ Checks look at the header alone; framing (is a payload following?) is the transm
 from __future__ import annotations
 
 from nbdcore.protocol.constants import CommandFlag, CommandType, ErrorNumber, TransmissionFlag
-from nbdcore.server.agreement import Agreement
 from nbdcore.server.backend import Refusal
 from nbdcore.server.shutdown import Shutdown
+from nbdcore.server.terms import Terms
 
 __all__ = ["Checks"]
 
@@ -22,16 +22,16 @@ _PAST_END = {CommandType.WRITE: ErrorNumber.ENOSPC, CommandType.WRITE_ZEROES: Er
 class Checks:
     """The checks for one connection, which depend on the export and on what was negotiated."""
 
-    def __init__(self, agreement: Agreement, shutdown: Shutdown) -> None:
-        export = agreement.export
+    def __init__(self, terms: Terms, shutdown: Shutdown) -> None:
+        export = terms.export
         assert export is not None
         self._shutdown = shutdown
         self._size = export.size
         self._read_only = export.read_only
         self._minimum = export.block_sizes.minimum
         self._maximum = export.block_sizes.maximum
-        self._allocation = agreement.allocation
-        self._flags = _flags(agreement)
+        self._allocation = terms.allocation
+        self._flags = _flags(terms)
 
     def check(self, command: int, flags: int, offset: int, length: int) -> None:
         """Raise Refusal unless the request may be carried out. For a status request with a payload see `check_range`."""
@@ -66,15 +66,15 @@ class Checks:
         raise Refusal(ErrorNumber.EINVAL, f"{_name(command)} is not available on this export")
 
 
-def _flags(agreement: Agreement) -> dict[int, int]:
+def _flags(terms: Terms) -> dict[int, int]:
     """Return the flags that each available command may have."""
-    assert agreement.export is not None
-    offered = agreement.export.flags(structured=agreement.structured, extended=agreement.extended)
+    assert terms.export is not None
+    offered = terms.export.flags(structured=terms.structured, extended=terms.extended)
     # FUA is valid for all commands once offered; those that write nothing ignore it.
     common = CommandFlag.FUA if offered & TransmissionFlag.SEND_FUA else 0
-    payload = CommandFlag.PAYLOAD_LEN if agreement.extended else 0
+    payload = CommandFlag.PAYLOAD_LEN if terms.extended else 0
     valid: dict[int, int] = {CommandType.READ: common | (CommandFlag.DF if offered & TransmissionFlag.SEND_DF else 0)}
-    if not agreement.export.read_only:
+    if not terms.export.read_only:
         valid[CommandType.WRITE] = common | payload
         valid[CommandType.WRITE_ZEROES] = common | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO
     if offered & TransmissionFlag.SEND_FLUSH:
@@ -83,7 +83,7 @@ def _flags(agreement: Agreement) -> dict[int, int]:
         valid[CommandType.TRIM] = common
     if offered & TransmissionFlag.SEND_CACHE:
         valid[CommandType.CACHE] = common
-    if agreement.allocation:
+    if terms.allocation:
         valid[CommandType.BLOCK_STATUS] = common | CommandFlag.REQ_ONE | payload
     return {command: int(flags) for command, flags in valid.items()}
 

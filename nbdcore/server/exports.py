@@ -1,6 +1,6 @@
 """Exports: what a client can choose, with what, and under which name.
 
-`Export` joins what the user says (`settings`) to the back end, works out what can be offered, and guards the back end:
+`ServedExport` joins what the user says (`settings`) to the back end, works out what can be offered, and guards the back end:
 its errors become refusals with the wire's numbers, what it returns is checked, what it lacks is done in another way. Nothing
 here knows sockets or messages.
 """
@@ -25,7 +25,7 @@ from nbdcore.server.settings import (
     named_settings,
 )
 
-__all__ = ["Export", "Exports", "exports_of"]
+__all__ = ["ServedExport", "ServedExports", "exports_of"]
 
 _log = logging.getLogger("nbdcore.server")
 
@@ -40,7 +40,7 @@ _MAX_EXTENTS = 8192
 _SECTOR = 512
 
 
-class Export:
+class ServedExport:
     """One export as clients see it, safe from several threads as far as its back end is.
 
     The methods that act on the back end take ranges that were checked, and raise Refusal.
@@ -207,23 +207,23 @@ class Export:
         _log.log(level, "export %r: the back end's %s %s", self.name, what, problem, exc_info=trace)
 
 
-class Exports:
+class ServedExports:
     """All exports of a server by name; the empty name chooses the only one."""
 
-    def __init__(self, exports: Iterable[Export]) -> None:
+    def __init__(self, exports: Iterable[ServedExport]) -> None:
         self._named = {export.name: export for export in exports}
         self._unnamed = next(iter(self._named.values())) if len(self._named) == 1 else None
 
-    def __iter__(self) -> Iterator[Export]:
+    def __iter__(self) -> Iterator[ServedExport]:
         return iter(self._named.values())
 
-    def find(self, name: str) -> Export | None:
+    def find(self, name: str) -> ServedExport | None:
         """Return the export of that name, or None."""
         return self._named.get(name) or (self._unnamed if name == "" else None)
 
-    def public(self) -> Exports:
+    def public(self) -> ServedExports:
         """Return those that do not require TLS, each found as it is here; all of them are `self`."""
-        public = Exports(export for export in self if not export.require_tls)
+        public = ServedExports(export for export in self if not export.require_tls)
         if len(public._named) == len(self._named):
             return self
         # One that is left over is not the only one, and a client must not see how many there are.
@@ -231,6 +231,6 @@ class Exports:
         return public
 
 
-def exports_of(given: Exported, *, read_only: bool) -> Exports:
+def exports_of(given: Exported, *, read_only: bool) -> ServedExports:
     """Return the exports that a server was given. Raises UsageError."""
-    return Exports(Export(name, one, read_only=read_only) for name, one in named_settings(given).items())
+    return ServedExports(ServedExport(name, one, read_only=read_only) for name, one in named_settings(given).items())

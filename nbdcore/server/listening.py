@@ -342,10 +342,10 @@ class Server:
 
     def _converse(self, client: Client, channel: Channel) -> None:
         channel.deadline = Deadline.after(self._handshake_timeout)
-        agreement = negotiate(channel, self._offer, self._shutdown, lambda: self._clients.keep(client))
-        if agreement is not None:
+        terms = negotiate(channel, self._offer, self._shutdown, lambda: self._clients.keep(client))
+        if terms is not None:
             channel.deadline = NEVER
-            transmit(channel, agreement, self._shutdown, self._budget)
+            transmit(channel, terms, self._shutdown, self._budget)
         channel.finish()
 
 

@@ -1,7 +1,7 @@
 """The handshake, server side: fixed newstyle, from the greeting to an export chosen (section "Newstyle negotiation").
 
 Options come one at a time and each is answered before the next is looked at; what a client declares is checked before memory is
-given to it. The outcome is an `Agreement`, or none when the client has left.
+given to it. The outcome is its `Terms`, or none when the client has left.
 
 A client begins without TLS, with the public part of what the server offers. Once it has started TLS it has all of that, and must
 begin anew: nothing is kept that was agreed in the clear, where anybody in the middle could have said it (CVE-2021-3716).
@@ -25,12 +25,12 @@ from nbdcore.protocol.constants import (
     Option,
     OptionReply,
 )
-from nbdcore.server.agreement import CONTEXT_ID, Agreement
 from nbdcore.server.channel import Channel, ConnectionOver
-from nbdcore.server.exports import Export
+from nbdcore.server.exports import ServedExport
 from nbdcore.server.offer import Offer
 from nbdcore.server.replies import encoded_text
 from nbdcore.server.shutdown import Shutdown
+from nbdcore.server.terms import CONTEXT_ID, Terms
 
 __all__ = ["negotiate"]
 
@@ -47,7 +47,7 @@ class _Declined(Exception):  # an answer, not an error: one option is refused, t
         self.text = text
 
 
-def negotiate(channel: Channel, offer: Offer, shutdown: Shutdown, chosen: Callable[[], None]) -> Agreement | None:
+def negotiate(channel: Channel, offer: Offer, shutdown: Shutdown, chosen: Callable[[], None]) -> Terms | None:
     """Carry a client through the handshake. Returns None when it said goodbye; raises ConnectionOver and OSError.
 
     `chosen` is called when the client has chosen its export, before it is told so; what it raises ends the handshake.
@@ -62,7 +62,7 @@ class _Negotiation:
         self._offer = offer
         self._exports = offer.public
         self._shutdown = shutdown
-        self._agreed = Agreement()
+        self._terms = Terms()
         self._no_zeroes = False
         self._option = 0
         self._answers: dict[int, Callable[[memoryview], None]] = {
@@ -76,9 +76,9 @@ class _Negotiation:
             Option.EXTENDED_HEADERS: self._extended_headers,
         }
 
-    def run(self) -> Agreement | None:
+    def run(self) -> Terms | None:
         fixed = self._greet()
-        while self._agreed.export is None:
+        while self._terms.export is None:
             option, length = self._next_option()
             if option == Option.EXPORT_NAME:
                 self._export_name(length)
@@ -90,7 +90,7 @@ class _Negotiation:
             else:
                 self._answer(option, length)
         self._channel.flush()
-        return self._agreed
+        return self._terms
 
     # ------------------------------------------------------------------------------------------ messages
 
@@ -170,12 +170,12 @@ class _Negotiation:
             raise ConnectionOver("the server is being shut down")
         if export is None:
             raise ConnectionOver(f"no export is called {printable(name)!r}{self._without_tls()}")
-        if self._agreed.extended:
+        if self._terms.extended:
             raise ConnectionOver("EXPORT_NAME after extended headers were agreed", violation=True)
         if export.block_sizes.minimum != 1:
             raise ConnectionOver(f"export {printable(name)!r} needs a client that asks for block sizes")
         self._choose(name, export)
-        flags = export.flags(structured=self._agreed.structured, extended=False)
+        flags = export.flags(structured=self._terms.structured, extended=False)
         self._channel.queue(wire.EXPORT_NAME_REPLY.pack(export.size, flags))
         if not self._no_zeroes:
             self._channel.queue(bytes(RESERVED_ZEROES))
@@ -189,9 +189,9 @@ class _Negotiation:
         name, export = self._describe(data)
         self._choose(name, export)
 
-    def _choose(self, name: str, export: Export) -> None:
+    def _choose(self, name: str, export: ServedExport) -> None:
         self._chosen()
-        self._agreed = dataclasses.replace(self._agreed, export=export, allocation=self._agreed.contexts_for == name)
+        self._terms = dataclasses.replace(self._terms, export=export, allocation=self._terms.contexts_for == name)
 
     # ------------------------------------------------------------------------------------------ options that ask
 
@@ -212,13 +212,13 @@ class _Negotiation:
         """Start what was acknowledged, and begin anew."""
         assert self._offer.start_tls is not None
         self._channel.start_tls(self._offer.start_tls)
-        self._agreed = Agreement()
+        self._terms = Terms()
         self._exports = self._offer.exports
 
     def _info(self, data: memoryview) -> None:
         self._describe(data)
 
-    def _describe(self, data: memoryview) -> tuple[str, Export]:
+    def _describe(self, data: memoryview) -> tuple[str, ServedExport]:
         """Answer INFO and GO with everything asked for; return the name asked for, and its export."""
         try:
             name, wanted = wire.unpack_info_request(data)
@@ -229,7 +229,7 @@ class _Negotiation:
         if export.block_sizes.minimum != 1 and Info.BLOCK_SIZE not in wanted:
             self._reply(OptionReply.INFO, sizes)
             raise _Declined(OptionReply.ERR_BLOCK_SIZE_REQD, "this export needs a client that asks for block sizes")
-        flags = export.flags(structured=self._agreed.structured, extended=self._agreed.extended)
+        flags = export.flags(structured=self._terms.structured, extended=self._terms.extended)
         self._reply(OptionReply.INFO, wire.INFO_EXPORT.pack(Info.EXPORT, export.size, flags))
         if Info.NAME in wanted:
             self._reply(OptionReply.INFO, wire.UINT16.pack(Info.NAME) + wire.encode_string(export.name))
@@ -243,13 +243,13 @@ class _Negotiation:
 
     def _structured_reply(self, data: memoryview) -> None:
         self._no_data(data)
-        if self._agreed.extended:
+        if self._terms.extended:
             raise _Declined(OptionReply.ERR_EXT_HEADER_REQD, "extended headers were agreed on, and imply structured replies")
-        self._agreed.structured = True
+        self._terms.structured = True
 
     def _extended_headers(self, data: memoryview) -> None:
         self._no_data(data)
-        self._agreed.structured = self._agreed.extended = True
+        self._terms.structured = self._terms.extended = True
 
     def _list_meta_context(self, data: memoryview) -> None:
         _, queries = self._meta_context_request(data)
@@ -257,15 +257,15 @@ class _Negotiation:
             self._reply(OptionReply.META_CONTEXT, wire.UINT32.pack(0) + BASE_ALLOCATION.encode())
 
     def _set_meta_context(self, data: memoryview) -> None:
-        self._agreed.contexts_for = None  # also when this fails
+        self._terms.contexts_for = None  # also when this fails
         name, queries = self._meta_context_request(data)
         if BASE_ALLOCATION in queries:
-            self._agreed.contexts_for = name
+            self._terms.contexts_for = name
             self._reply(OptionReply.META_CONTEXT, wire.UINT32.pack(CONTEXT_ID) + BASE_ALLOCATION.encode())
 
     def _meta_context_request(self, data: memoryview) -> tuple[str, list[str]]:
         """Return export name and queries; those of namespaces not known here are the caller's to pass over."""
-        if not self._agreed.structured:
+        if not self._terms.structured:
             raise _Declined(OptionReply.ERR_INVALID, "structured replies must be negotiated first")
         try:
             name, queries = wire.unpack_meta_context_request(data)
@@ -276,7 +276,7 @@ class _Negotiation:
 
     # ------------------------------------------------------------------------------------------ what several need
 
-    def _find(self, name: str) -> Export:
+    def _find(self, name: str) -> ServedExport:
         export = self._exports.find(name)
         if export is None:
             # Before TLS the answer must not tell whether there is one. The options about contexts have no such answer.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nbdcore.errors import UsageError
-from nbdcore.server.exports import Exports
+from nbdcore.server.exports import ServedExports
 from nbdcore.streams.base import Stream
 from nbdcore.streams.tls.credentials import ServerTLS
 from nbdcore.streams.tls.starting import server_starter
@@ -38,13 +38,13 @@ class Offer:
         forced: whether nothing at all can be done without TLS.
     """
 
-    exports: Exports
-    public: Exports
+    exports: ServedExports
+    public: ServedExports
     start_tls: StartTLS | None = None
     forced: bool = False
 
 
-def offer_of(exports: Exports, tls: ServerTLS | None, *, require_tls: bool | None) -> Offer:
+def offer_of(exports: ServedExports, tls: ServerTLS | None, *, require_tls: bool | None) -> Offer:
     """Return what a server was told to offer; None for `require_tls` requires it where there is `tls`. Reads the files of `tls`.
 
     Raises UsageError for files that cannot be used, and where TLS is required that the server does not have.
@@ -52,7 +52,7 @@ def offer_of(exports: Exports, tls: ServerTLS | None, *, require_tls: bool | Non
     public = exports.public()
     if tls is not None:
         forced = require_tls is not False
-        return Offer(exports, Exports(()) if forced else public, server_starter(tls), forced)
+        return Offer(exports, ServedExports(()) if forced else public, server_starter(tls), forced)
     if require_tls or public is not exports:
         raise UsageError(errno.EINVAL, "require_tls= is nothing without TLS: say tls=ServerTLS(...), with what the server shows")
     return Offer(exports, exports)

@@ -13,7 +13,7 @@ from nbdcore.protocol.constants import AllocationFlag, CommandFlag
 from nbdcore.server.backend import Refusal
 from nbdcore.server.budget import PIECE, MemoryBudget
 from nbdcore.server.channel import QUEUE, Channel, ConnectionOver
-from nbdcore.server.exports import Export
+from nbdcore.server.exports import ServedExport
 from nbdcore.server.replies import ChunkedReplies, Replies
 
 __all__ = ["Reader"]
@@ -35,7 +35,7 @@ _DF = int(CommandFlag.DF)
 class Reader:
     """Answers one client's reads."""
 
-    def __init__(self, channel: Channel, export: Export, replies: Replies, budget: MemoryBudget) -> None:
+    def __init__(self, channel: Channel, export: ServedExport, replies: Replies, budget: MemoryBudget) -> None:
         self._channel = channel
         self._export = export
         self._replies = replies

@@ -18,15 +18,15 @@ from nbdcore.protocol.constants import (
     CommandType,
     ErrorNumber,
 )
-from nbdcore.server.agreement import CONTEXT_ID, Agreement
 from nbdcore.server.backend import Refusal
 from nbdcore.server.budget import PIECE, MemoryBudget, PayloadBuffer
 from nbdcore.server.channel import SCRATCH, Channel, ConnectionOver
 from nbdcore.server.commands import Checks
-from nbdcore.server.exports import Export
+from nbdcore.server.exports import ServedExport
 from nbdcore.server.reading import Reader
 from nbdcore.server.replies import ChunkedReplies, ExtendedReplies, Replies, SimpleReplies, StructuredReplies
 from nbdcore.server.shutdown import Shutdown
+from nbdcore.server.terms import CONTEXT_ID, Terms
 
 __all__ = ["transmit"]
 
@@ -39,32 +39,30 @@ _WRITE, _DISC, _STATUS = (int(command) for command in (CommandType.WRITE, Comman
 _PAYLOAD_LEN, _FUA = int(CommandFlag.PAYLOAD_LEN), int(CommandFlag.FUA)
 
 
-def transmit(channel: Channel, agreement: Agreement, shutdown: Shutdown, budget: MemoryBudget) -> None:
+def transmit(channel: Channel, terms: Terms, shutdown: Shutdown, budget: MemoryBudget) -> None:
     """Serve a client until it says goodbye. Raises ConnectionOver and OSError."""
     buffer = PayloadBuffer(budget)
     try:
-        _Transmission(channel, agreement, shutdown, budget, buffer).run()
+        _Transmission(channel, terms, shutdown, budget, buffer).run()
     finally:
         buffer.close()
 
 
 class _Transmission:
-    def __init__(
-        self, channel: Channel, agreement: Agreement, shutdown: Shutdown, budget: MemoryBudget, buffer: PayloadBuffer
-    ) -> None:
-        assert agreement.export is not None
+    def __init__(self, channel: Channel, terms: Terms, shutdown: Shutdown, budget: MemoryBudget, buffer: PayloadBuffer) -> None:
+        assert terms.export is not None
         self._channel = channel
-        self._export: Export = agreement.export
+        self._export: ServedExport = terms.export
         self._shutdown = shutdown
         self._buffer = buffer
-        self._extended = agreement.extended
-        self._checks = Checks(agreement, shutdown)
+        self._extended = terms.extended
+        self._checks = Checks(terms, shutdown)
         self._chunked: ChunkedReplies | None = None
-        if agreement.structured:
-            self._chunked = (ExtendedReplies if agreement.extended else StructuredReplies)(channel.queue)
+        if terms.structured:
+            self._chunked = (ExtendedReplies if terms.extended else StructuredReplies)(channel.queue)
         self._replies: Replies = self._chunked or SimpleReplies(channel.queue)
         self._handlers: dict[int, Callable[[int, int, int, int], None]] = {
-            CommandType.READ: Reader(channel, agreement.export, self._replies, budget).read,
+            CommandType.READ: Reader(channel, terms.export, self._replies, budget).read,
             CommandType.WRITE: self._write,
             CommandType.FLUSH: self._flush,
             CommandType.TRIM: self._trim,

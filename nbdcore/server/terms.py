@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nbdcore.server.exports import Export
+from nbdcore.server.exports import ServedExport
 
-__all__ = ["CONTEXT_ID", "Agreement"]
+__all__ = ["CONTEXT_ID", "Terms"]
 
 #: What base:allocation is called once selected; any number will do.
 CONTEXT_ID = 1
 
 
 @dataclass(slots=True)
-class Agreement:
+class Terms:
     """What a client has negotiated so far; complete once `export` is set.
 
     Attributes:
@@ -27,5 +27,5 @@ class Agreement:
     structured: bool = False
     extended: bool = False
     contexts_for: str | None = None
-    export: Export | None = None
+    export: ServedExport | None = None
     allocation: bool = False
