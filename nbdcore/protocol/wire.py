@@ -49,6 +49,9 @@ SIMPLE_REPLY = Struct(">IIQ")
 STRUCTURED_REPLY = Struct(">IHHQI")
 #: 32 bits magic, 16 bits flags, 16 bits chunk type, 64 bits cookie, 64 bits offset of the request, 64 bits length of payload
 EXTENDED_REPLY = Struct(">IHHQQQ")
+#: the two above with 64 bits offset behind them: all of an OFFSET_DATA chunk but its data
+STRUCTURED_DATA = Struct(">IHHQIQ")
+EXTENDED_DATA = Struct(">IHHQQQQ")
 #: 64 bits offset, 32 bits hole size (payload of OFFSET_HOLE)
 HOLE = Struct(">QI")
 #: 32 bits error, 16 bits message length (start of every error chunk's payload)

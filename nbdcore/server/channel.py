@@ -121,10 +121,12 @@ class Channel:
 
     # ------------------------------------------------------------------------------------------ sending
 
-    def queue(self, part: bytes) -> None:
-        """Queue bytes to be sent, and send when enough have come together."""
+    def queue(self, part: bytes, more: bytes = b"") -> None:
+        """Queue bytes to be sent, one part and perhaps one `more` behind it, and send when enough have come together."""
         self._parts.append(part)
-        self._queued += len(part)
+        if more:
+            self._parts.append(more)
+        self._queued += len(part) + len(more)
         if self._queued >= QUEUE:
             self.flush()
 

@@ -95,17 +95,24 @@ class ServedExport:
 
     def read(self, count: int, offset: int) -> bytes:
         """Return `count` bytes that nobody changes any more."""
-        data = self._guarded("pread", self._pread, count, offset)
+        try:  # as `_guarded` does, without a call for each read
+            data = self._pread(count, offset)
+        except Exception as problem:
+            raise self._refusal("pread", self._pread, (count, offset), problem) from problem
         if type(data) is not bytes:
             # A copy, since the back end may use its buffer for the next client; bytes() alone would make zeroes of a number.
             data = self._guarded("pread", lambda: bytes(memoryview(data)))
         if len(data) != count:
             raise self._fault("pread", f"returned {len(data)} bytes where {count} were asked for")
-        return data  # type: ignore[no-any-return]  # bytes, by the lines above
+        return data
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write all of `data`."""
-        self._guarded("pwrite", self._pwrite, data, offset)
+        assert self._pwrite is not None  # as in `_guarded`
+        try:
+            self._pwrite(data, offset)
+        except Exception as problem:
+            raise self._refusal("pwrite", self._pwrite, (data, offset), problem) from problem
 
     def flush(self) -> None:
         """Return when what was written is on permanent storage."""
@@ -182,19 +189,23 @@ class ServedExport:
         assert function is not None, what  # the flags offered, and the checks that follow them, leave out what is missing
         try:
             return function(*arguments, **options)
-        except OSError as problem:
-            text = problem.strerror or type(problem).__name__
-            number = error_number(problem)
-            if number == ErrorNumber.ENOTSUP and function is not self._zero:
-                number = ErrorNumber.EINVAL  # on the wire, ENOTSUP says that zeroing is not fast, and nothing else
-            if number in _STORAGE_TROUBLE:
-                self._report(what, number, f"failed: {text}")
-            else:
-                _log.debug("export %r: %s%r failed", self.name, what, arguments[-2:], exc_info=True)
-            raise Refusal(number, text) from problem
-        except Exception as problem:  # a back end is anybody's code, and its faults must not end the connection
+        except Exception as problem:
+            raise self._refusal(what, function, arguments, problem) from problem
+
+    def _refusal(self, what: str, function: object, arguments: tuple[Any, ...], problem: Exception) -> Refusal:
+        """Return what a client hears of an exception of the back end, and log what whoever runs the server should hear."""
+        if not isinstance(problem, OSError):  # a back end is anybody's code, and its faults must not end the connection
             self._report(what, type(problem), f"raised {type(problem).__name__}", trace=True)
-            raise Refusal(ErrorNumber.EIO, "the back end of this export failed; the server's log says why") from problem
+            return Refusal(ErrorNumber.EIO, "the back end of this export failed; the server's log says why")
+        text = problem.strerror or type(problem).__name__
+        number = error_number(problem)
+        if number == ErrorNumber.ENOTSUP and function is not self._zero:
+            number = ErrorNumber.EINVAL  # on the wire, ENOTSUP says that zeroing is not fast, and nothing else
+        if number in _STORAGE_TROUBLE:
+            self._report(what, number, f"failed: {text}")
+        else:
+            _log.debug("export %r: %s%r failed", self.name, what, arguments[-2:], exc_info=True)
+        return Refusal(number, text)
 
     def _fault(self, what: str, problem: str) -> Refusal:
         self._report(what, Refusal, problem)

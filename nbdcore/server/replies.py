@@ -7,8 +7,9 @@ object here is handed a function that takes bytes in order (a channel's queue).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from struct import Struct
+from typing import Protocol
 
 from nbdcore.protocol import constants, wire
 from nbdcore.protocol.constants import REPLY_FLAG_DONE, Chunk
@@ -37,10 +38,16 @@ def encoded_text(text: str) -> bytes:
     return text[:_MAX_TEXT].replace("\0", "\\0").encode("utf-8", "replace")
 
 
+class Queue(Protocol):
+    """Takes bytes to be sent, in order: one part, and perhaps one more behind it."""
+
+    def __call__(self, part: bytes, more: bytes = b"", /) -> None: ...
+
+
 class Replies(ABC):
     """Answers to requests; `cookie` and `offset` are always the request's own."""
 
-    def __init__(self, queue: Callable[[bytes], None]) -> None:
+    def __init__(self, queue: Queue) -> None:
         self._queue = queue
 
     @abstractmethod
@@ -75,10 +82,9 @@ class SimpleReplies(Replies):
         """Answer with the error's number; there is no place for its text."""
         self._queue(wire.SIMPLE_REPLY.pack(constants.SIMPLE_REPLY_MAGIC, refusal.number, cookie))
 
-    def whole(self, cookie: int, offset: int, data: bytes) -> None:
+    def whole(self, cookie: int, offset: int, data: bytes) -> None:  # noqa: ARG002  # as above
         """Answer with error 0 and the data."""
-        self.success(cookie, offset)
-        self._queue(data)
+        self._queue(wire.SIMPLE_REPLY.pack(constants.SIMPLE_REPLY_MAGIC, 0, cookie), data)
 
     def begin(self, cookie: int, offset: int, count: int) -> None:  # noqa: ARG002  # the client knows the count, and waits for all
         """Answer with error 0: it cannot be taken back."""
@@ -94,6 +100,10 @@ class ChunkedReplies(Replies):
     @abstractmethod
     def _head(self, kind: int, cookie: int, offset: int, length: int, flags: int = REPLY_FLAG_DONE) -> bytes:
         """Return a chunk's header."""
+
+    @abstractmethod
+    def _data_head(self, cookie: int, offset: int, at: int, count: int, flags: int = REPLY_FLAG_DONE) -> bytes:
+        """Return what stands before the `count` bytes of a content chunk, found at offset `at`: header and offset."""
 
     @abstractmethod
     def status(self, cookie: int, offset: int, context: int, extents: Iterable[tuple[int, int]]) -> None:
@@ -115,12 +125,11 @@ class ChunkedReplies(Replies):
 
     def whole(self, cookie: int, offset: int, data: bytes) -> None:
         """Answer with one content chunk."""
-        self._queue(self._head(_DATA, cookie, offset, len(data) + 8) + _OFFSET.pack(offset))
-        self._queue(data)
+        self._queue(self._data_head(cookie, offset, offset, len(data)), data)
 
     def begin(self, cookie: int, offset: int, count: int) -> None:
         """Send the head of a content chunk that is not the last, since reading its data may still fail."""
-        self._queue(self._head(_DATA, cookie, offset, count + 8, 0) + _OFFSET.pack(offset))
+        self._queue(self._data_head(cookie, offset, offset, count, 0))
 
     def end(self, cookie: int, offset: int) -> None:
         """Answer that nothing failed."""
@@ -128,8 +137,7 @@ class ChunkedReplies(Replies):
 
     def data(self, cookie: int, offset: int, at: int, data: bytes, *, last: bool) -> None:
         """Send a piece of a read's data, found at offset `at`."""
-        self._queue(self._head(_DATA, cookie, offset, len(data) + 8, int(last)) + _OFFSET.pack(at))
-        self._queue(data)
+        self._queue(self._data_head(cookie, offset, at, len(data), int(last)), data)
 
     def hole(self, cookie: int, offset: int, at: int, count: int, *, last: bool) -> None:
         """Send that `count` bytes of a read, at offset `at`, are zeroes."""
@@ -143,6 +151,10 @@ class StructuredReplies(ChunkedReplies):
         # (the offset is for extended headers only)
         return wire.STRUCTURED_REPLY.pack(constants.STRUCTURED_REPLY_MAGIC, flags, kind, cookie, length)
 
+    def _data_head(self, cookie: int, offset: int, at: int, count: int, flags: int = REPLY_FLAG_DONE) -> bytes:  # noqa: ARG002
+        # (as above)
+        return wire.STRUCTURED_DATA.pack(constants.STRUCTURED_REPLY_MAGIC, flags, _DATA, cookie, count + _OFFSET.size, at)
+
     def status(self, cookie: int, offset: int, context: int, extents: Iterable[tuple[int, int]]) -> None:
         """Answer with a chunk of type BLOCK_STATUS."""
         payload = wire.UINT32.pack(context) + b"".join(_COMPACT_EXTENT.pack(length, flags) for length, flags in extents)
@@ -154,6 +166,9 @@ class ExtendedReplies(ChunkedReplies):
 
     def _head(self, kind: int, cookie: int, offset: int, length: int, flags: int = REPLY_FLAG_DONE) -> bytes:
         return wire.EXTENDED_REPLY.pack(constants.EXTENDED_REPLY_MAGIC, flags, kind, cookie, offset, length)
+
+    def _data_head(self, cookie: int, offset: int, at: int, count: int, flags: int = REPLY_FLAG_DONE) -> bytes:
+        return wire.EXTENDED_DATA.pack(constants.EXTENDED_REPLY_MAGIC, flags, _DATA, cookie, offset, count + _OFFSET.size, at)
 
     def status(self, cookie: int, offset: int, context: int, extents: Iterable[tuple[int, int]]) -> None:
         """Answer with a chunk of type BLOCK_STATUS_EXT."""

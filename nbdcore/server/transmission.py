@@ -8,6 +8,7 @@ more of them than can be borne, is cut off.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NoReturn
 
 from nbdcore.protocol import wire
 from nbdcore.protocol.constants import (
@@ -74,9 +75,9 @@ class _Transmission:
     def run(self) -> None:
         """The request loop; hot."""
         channel, handlers, check = self._channel, self._handlers, self._checks.check
-        need, buffer, payload_of = channel.need, channel.buffer, self._payload
-        expected = EXTENDED_REQUEST_MAGIC if self._extended else REQUEST_MAGIC
-        layout = wire.EXTENDED_REQUEST if self._extended else wire.REQUEST
+        need, buffer, extended = channel.need, channel.buffer, self._extended
+        expected = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
+        layout = wire.EXTENDED_REQUEST if extended else wire.REQUEST
         size, unpack_from = layout.size, layout.unpack_from
         while True:
             start = need(size, between=True)
@@ -86,7 +87,11 @@ class _Transmission:
             if command == _DISC:
                 channel.flush()
                 return
-            payload = payload_of(flags, command, cookie, offset, length)
+            # Under extended headers a write must have NBD_CMD_FLAG_PAYLOAD_LEN, but QEMU's client (10.0) leaves it out, and sends
+            # the payload all the same: there is no other way to mean a write.
+            payload = length if command == _WRITE or (extended and flags & _PAYLOAD_LEN) else 0
+            if payload > _MAX_DRAIN:
+                self._end_over(payload, cookie, offset)
             try:
                 check(command, flags, offset, length)
             except Refusal as refusal:
@@ -98,20 +103,11 @@ class _Transmission:
             except Refusal as refusal:
                 self._replies.error(cookie, offset, refusal)
 
-    def _payload(self, flags: int, command: int, cookie: int, offset: int, length: int) -> int:
-        """Return how many bytes follow the header; end the connection where they are too many.
-
-        Under extended headers a write must have NBD_CMD_FLAG_PAYLOAD_LEN, but QEMU's client (10.0) leaves it out, and sends the
-        payload all the same: there is no other way to mean a write.
-        """
-        if command != _WRITE and not (self._extended and flags & _PAYLOAD_LEN):
-            return 0
-        if length > _MAX_DRAIN:
-            reason = f"a payload of {length} bytes; at most {_MAX_DRAIN} are taken"
-            self._replies.error(cookie, offset, Refusal(ErrorNumber.EINVAL, reason))
-            self._channel.flush()
-            raise ConnectionOver(reason, violation=True)
-        return length
+    def _end_over(self, payload: int, cookie: int, offset: int) -> NoReturn:
+        reason = f"a payload of {payload} bytes; at most {_MAX_DRAIN} are taken"
+        self._replies.error(cookie, offset, Refusal(ErrorNumber.EINVAL, reason))
+        self._channel.flush()
+        raise ConnectionOver(reason, violation=True)
 
     # ------------------------------------------------------------------------------------------ writing
 
