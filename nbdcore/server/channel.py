@@ -10,7 +10,7 @@ from __future__ import annotations
 from nbdcore.server.offer import StartTLS
 from nbdcore.server.shutdown import Shutdown
 from nbdcore.streams.base import Stream, Want
-from nbdcore.streams.waiting import NEVER, Deadline, wait, wait_any
+from nbdcore.streams.waiting import NEVER, Deadline, Watch, wait, wait_any
 
 __all__ = ["QUEUE", "SCRATCH", "Channel", "ConnectionOver"]
 
@@ -56,6 +56,7 @@ class Channel:
         self._shutdown = shutdown
         self._view = memoryview(self.buffer)
         self._start = self._end = 0
+        self._watch = Watch()
         self._parts: list[bytes] = []
         self._queued = 0
 
@@ -193,8 +194,12 @@ class Channel:
         if stream.buffered() and want & Want.READ:
             self._check_deadline()
             return
-        want |= stream.wants()
-        if shutdown.requested and not between:
+        if (its_own := stream.wants()) is not Want.NOTHING:  # asked first since flags are slow
+            want |= its_own
+        if want is Want.READ and not shutdown.requested:  # nearly always, once for each burst of requests
+            self._watch.wait((stream.fileno(), shutdown.fileno()), self.deadline)
+            self._check_deadline()
+        elif shutdown.requested and not between:
             wait(stream.fileno(), want, shutdown.deadline, "the client did not finish before the server's deadline")
         elif not wait_any([(stream.fileno(), want), (shutdown.fileno(), Want.READ)], self.deadline):
             self._check_deadline()
