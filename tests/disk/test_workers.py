@@ -172,8 +172,10 @@ def test_function_that_no_other_process_can_have_is_told_at_once(uri):
         map_ranges(uri, lambda *_: None)
 
 
+# Where the tests run in the background of a shell, all that they start ignores Ctrl-C, and Python leaves that as it is.
 PROGRAM = """
-import sys, threading
+import signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from nbdcore.disk import map_ranges
 from tests.disk import functions
 from tests.leaks import is_running, none_left_open, settled, workers_of
