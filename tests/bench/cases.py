@@ -5,12 +5,13 @@ Every case has `ours`, or several programs of ours, and its peers. What a title 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from tests.bench.programs import Fio, Nbdcopy, Program, Script
+from tests.bench.programs import Ceiling, Fio, Nbdcopy, Program, Script
 from tests.bench.results import Bar
 
 #: Requests in flight, where there are many.
@@ -81,6 +82,21 @@ def _copy(label: str, ours: tuple[Mapping[str, Any], ...], theirs: tuple[Mapping
     }
 
 
+# Servers are compared by what one and the same client gets from them: one process against nbdkit's threads, or as many processes
+# as there are processors.
+JOBS = os.cpu_count() or 1
+_ONE_PROCESS = "nbdcore memory, one process"
+
+
+def _served(name: str, title: str, work: str, ours: str, theirs: str, at_least: float, *, jobs: int = 1) -> Case:
+    programs = {
+        "ours": Fio("nbdcore serve" if "object" not in ours else "nbdcore.server", work, DEPTH, jobs, server=ours),
+        "nbdkit": Fio("nbdkit" if "python" not in theirs else "nbdkit, python plugin", work, DEPTH, jobs, server=theirs),
+    }
+    bars = (Bar("ours", "nbdkit", "speed", at_least=at_least),)
+    return Case(name, title, "request", theirs, programs, bars, writes=work == "randwrite", own_server=True, extra=True)
+
+
 CASES = (
     Case(
         "reads",
@@ -91,12 +107,15 @@ CASES = (
             "ours": _many("reads", "pread_many"),
             "simple": _many("reads", "pread_many, simple replies", structured_replies=False),
             "fio": Fio("fio, nbd engine", "randread", DEPTH),
+            "ceiling": Ceiling("ceiling: C, simple replies", "read", DEPTH),
         },
         (
             Bar("ours", "fio", "speed", at_least=1.5),
             Bar("ours", "fio", "CPU time", at_most=0.6),
             Bar("simple", "fio", "speed"),
             Bar("simple", "fio", "CPU time"),
+            Bar("ours", "ceiling", "speed", at_least=0.85),
+            Bar("simple", "ceiling", "speed", at_least=0.85),
         ),
     ),
     Case(
@@ -169,9 +188,23 @@ CASES = (
         "4 KiB random writes, 64 in flight, one connection",
         "request",
         "scratch",
-        {"ours": _many("writes", "pwrite_many"), "fio": Fio("fio, nbd engine", "randwrite", DEPTH)},
-        (Bar("ours", "fio", "speed", at_least=1.2),),
+        {
+            "ours": _many("writes", "pwrite_many"),
+            "fio": Fio("fio, nbd engine", "randwrite", DEPTH),
+            "ceiling": Ceiling("ceiling: C, simple replies", "write", DEPTH),
+        },
+        (Bar("ours", "fio", "speed", at_least=1.2), Bar("ours", "ceiling", "speed", at_least=0.85)),
         writes=True,
+    ),
+    Case(
+        "one-write",
+        "4 KiB random writes, one at a time",
+        "request",
+        "scratch",
+        {"ours": _many("write_one_by_one", "pwrite"), "libnbd": _module("write_one_by_one")},
+        (Bar("ours", "libnbd", "speed", at_least=1.2),),
+        writes=True,
+        extra=True,
     ),
     Case(
         "libnbd-writes",
@@ -233,5 +266,35 @@ CASES = (
         {"ours": Script("nbdcore.aio", "nbdcore_asyncio", "idle")},
         (Bar("ours", None, "memory", at_most=50 * _KIB),),
         own_server=True,
+    ),
+    _served("serve-reads", "one fio job reads 4 KiB, 64 in flight: a disk in memory", "randread", _ONE_PROCESS, "scratch", 0.9),
+    _served(
+        "serve-writes", "one fio job writes 4 KiB, 64 in flight: a disk in memory", "randwrite", _ONE_PROCESS, "scratch", 0.9
+    ),
+    _served(
+        "serve-jobs",
+        "{jobs} fio jobs read 4 KiB, 64 in flight each: a disk in memory",
+        "randread",
+        "nbdcore memory",
+        "scratch",
+        0.7,
+        jobs=JOBS,
+    ),
+    _served(
+        "serve-file",
+        "{jobs} fio jobs read 4 KiB, 64 in flight each: a file",
+        "randread",
+        "nbdcore file",
+        "nbdkit file",
+        0.7,
+        jobs=JOBS,
+    ),
+    _served(
+        "serve-object",
+        "one fio job reads 4 KiB, 64 in flight: a Python object",
+        "randread",
+        "nbdcore object",
+        "nbdkit python",
+        2.0,
     ),
 )

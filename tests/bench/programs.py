@@ -14,10 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from tests.bench.measured import measuring
 from tests.bench.results import Sample
 from tests.bench.running import Failed, Finished, run
+from tests.interop.programs import REPOSITORY
 
 _SCRIPTS = Path(__file__).with_name("measured")
 
@@ -30,6 +32,7 @@ class Tools:
     peer_python: str = "/usr/bin/python3"
     fio: str = "fio"
     nbdcopy: str = "nbdcopy"
+    cc: str = "cc"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +61,12 @@ class Program(ABC):
     Attributes:
         label: what the tables call it.
         variants: settings to try, of which the best are measured.
+        server: the server it runs on; "": that of its case.
     """
 
     label: str
     variants: tuple[Mapping[str, Any], ...] = field(default=({},), kw_only=True)
+    server: str = field(default="", kw_only=True)
 
     @abstractmethod
     def sample(self, tools: Tools, task: Task, variant: Mapping[str, Any]) -> Sample:
@@ -93,10 +98,13 @@ class Fio(Program):
 
     work: str
     depth: int
+    jobs: int = 1
 
     def sample(self, tools: Tools, task: Task, variant: Mapping[str, Any]) -> Sample:
         line = [
             _found(tools.fio),
+            f"--numjobs={self.jobs}",
+            "--group_reporting",
             "--name=bench",
             "--ioengine=nbd",
             f"--uri={task.uri}",
@@ -123,7 +131,7 @@ class Fio(Program):
         job = json.loads(finished.output[begin:])["jobs"][0]
         done = job["read" if self.work.endswith("read") else "write"]
         seconds = done["runtime"] / 1000
-        # Percents of one processor, of the job alone.
+        # Percents of one processor, of the jobs alone: of the time that all of them took together.
         cpu = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000
         return Sample(done["total_ios"], seconds, cpu, finished.memory)
 
@@ -137,6 +145,23 @@ class Nbdcopy(Program):
         start = run([nbdcopy, "--version"], limit=task.limit)
         done = run([nbdcopy, "--no-extents", *_options(variant), "--", task.uri, "null:"], limit=task.limit)
         return Sample(task.counts["mebibytes"], done.seconds - start.seconds, done.cpu - start.cpu, done.memory)
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling(Program):
+    """What the kernel and the server leave possible: a few lines of C that do no more than they must. They are compiled here."""
+
+    work: str
+    depth: int
+
+    def sample(self, tools: Tools, task: Task, variant: Mapping[str, Any]) -> Sample:  # noqa: ARG002 (it has no settings)
+        folder = REPOSITORY / ".cache/bench"
+        folder.mkdir(parents=True, exist_ok=True)
+        program = folder / "ceiling"
+        run([_found(tools.cc), "-O2", "-o", program, _SCRIPTS / "ceiling.c"], limit=task.limit)
+        (path,) = parse_qs(urlsplit(task.uri).query)["socket"]
+        line = [program, path, self.work, measuring.SMALL, self.depth, task.seconds]
+        return Sample(**json.loads(run(list(map(str, line)), limit=task.limit).output))
 
 
 def _options(variant: Mapping[str, Any]) -> list[str]:

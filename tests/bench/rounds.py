@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tests.bench.cases import Case
+from tests.bench.cases import JOBS, Case
 from tests.bench.programs import Program, Task, Tools
 from tests.bench.results import CaseResult, Measured, Sample
 from tests.bench.running import Failed
@@ -47,6 +47,7 @@ class Plan:
             disk="the disk" if self.given else f"{disk >> 10} GiB" if disk % 1024 == 0 else f"{disk} MiB",
             extents=f"{self.sizes.extents:,} extents",
             connections=f"{self.sizes.connections:,}",
+            jobs=JOBS,
         )
 
     def task(self, uri: str, *, verify: bool) -> Task:
@@ -68,22 +69,22 @@ def measure(cases: Iterable[Case], tools: Tools, plan: Plan) -> list[CaseResult]
 def _measure(case: Case, tools: Tools, plan: Plan, server: Running) -> CaseResult:
     _say(f"{case.name}: {plan.title(case)}")
     try:
-        uri = server.uri_of(case.server)
+        uris = server.uris_of({program.server or case.server for program in case.programs.values()})
     except Exception as exc:  # noqa: BLE001 (whatever keeps one server from running: the other cases have servers of their own)
         _say(f"  no server: {exc!r}")
         lacking = {key: Measured(program.label, failed=f"no server: {exc}") for key, program in case.programs.items()}
         return CaseResult(case.name, plan.title(case), case.unit, list(case.bars), lacking)
-    return _Measuring(case, tools, plan, uri).run()
+    return _Measuring(case, tools, plan, uris).run()
 
 
 class _Measuring:
     """One case under way."""
 
-    def __init__(self, case: Case, tools: Tools, plan: Plan, uri: str) -> None:
+    def __init__(self, case: Case, tools: Tools, plan: Plan, uris: Mapping[str, str]) -> None:
         self._case = case
         self._tools = tools
         self._plan = plan
-        self._uri = uri
+        self._uris = uris
         self._found = {key: Measured(program.label) for key, program in case.programs.items()}
         self._chosen: dict[str, Mapping[str, Any]] = {}
 
@@ -131,8 +132,10 @@ class _Measuring:
         return 0 if sample is None else sample.work / sample.seconds
 
     def _sample(self, key: str, variant: Mapping[str, Any], *, verify: bool) -> Sample | None:
+        program = self._case.programs[key]
         try:
-            return self._case.programs[key].sample(self._tools, self._plan.task(self._uri, verify=verify), variant)
+            uri = self._uris[program.server or self._case.server]
+            return program.sample(self._tools, self._plan.task(uri, verify=verify), variant)
         except Failed as exc:
             measured = self._found[key]
             measured.failed = str(exc)

@@ -1,14 +1,17 @@
-"""The servers that the cases run on: nbdkit each time, over a unix socket, with data that no compression makes smaller.
+"""The servers that the cases run on, over a unix socket, with data that no compression makes smaller.
 
-A server is started for a case and ends with it; cases on the same server that follow each other share it. It is outside of what
-is measured: its processor time counts for nobody.
+It is nbdkit where clients are compared, and ours beside it where servers are. A server is started for a case and ends with it;
+cases on the same server that follow each other share it. Its processor time counts for nobody.
 """
 
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -17,9 +20,14 @@ from urllib.parse import quote
 import nbdcore
 from tests.bench.measured import measuring
 from tests.certificates import CertificateAuthority
+from tests.interop.programs import DIES_WITH_US, REPOSITORY
 from tests.interop.servers import nbdkit
 
 _PIECE = 1 << 20
+# Seconds that a server of ours may take to start, and to end.
+_START = 30
+# A disk that is a Python object: a plugin of nbdkit's, and a program that serves the same with nbdcore.
+_PLUGIN, _PROGRAM = (Path(__file__).with_name("measured") / name for name in ("python_object.py", "served_object.py"))
 
 #: One extent of the disk that has many of them, in bytes.
 EXTENT = 64 << 10
@@ -95,6 +103,70 @@ def _many_clients(_: Sizes) -> Iterator[str]:
         yield server.uri
 
 
+@contextlib.contextmanager
+def _served(*arguments: str, line: Sequence[str] = (sys.executable, "-m", "nbdcore", "serve")) -> Iterator[str]:
+    """Run a server of ours, given where it is to listen as its last arguments."""
+    with tempfile.TemporaryDirectory(prefix="nbd-") as folder:
+        path = Path(folder, "socket")
+        server = subprocess.Popen(
+            [*DIES_WITH_US, *line, *arguments, "--unix", str(path)], cwd=REPOSITORY, stdout=subprocess.DEVNULL
+        )
+        try:
+            end = time.monotonic() + _START
+            while not path.exists():
+                if server.poll() is not None or time.monotonic() > end:
+                    raise RuntimeError("the server did not start")
+                time.sleep(0.01)
+            yield f"nbd+unix:///?socket={quote(str(path))}"
+        finally:
+            server.terminate()
+            server.wait(_START)
+
+
+@contextlib.contextmanager
+def _our_memory(*arguments: str) -> Iterator[str]:
+    with _served("--memory", str(measuring.AREA), *arguments) as uri:
+        _fill(uri)
+        yield uri
+
+
+@contextlib.contextmanager
+def _file() -> Iterator[str]:
+    """A file in memory, filled: what is measured is the server, not a disk."""
+    with tempfile.TemporaryDirectory(prefix="nbd-", dir="/dev/shm") as folder:
+        file = Path(folder, "disk")
+        with file.open("wb") as out:
+            for offset in range(0, measuring.AREA, _PIECE):
+                out.write(measuring.contents(offset, _PIECE))
+        yield str(file)
+
+
+@contextlib.contextmanager
+def _their_file() -> Iterator[str]:
+    with _file() as file, nbdkit("file", file) as server:
+        yield server.uri
+
+
+@contextlib.contextmanager
+def _our_file() -> Iterator[str]:
+    with _file() as file, _served(file) as uri:
+        yield uri
+
+
+@contextlib.contextmanager
+def _their_object() -> Iterator[str]:
+    with nbdkit("python", str(_PLUGIN), f"size={measuring.AREA}") as server:
+        _fill(server.uri)
+        yield server.uri
+
+
+@contextlib.contextmanager
+def _our_object() -> Iterator[str]:
+    with _served(str(measuring.AREA), line=(sys.executable, str(_PROGRAM))) as uri:
+        _fill(uri)
+        yield uri
+
+
 SERVERS: Mapping[str, Callable[[Sizes], contextlib.AbstractContextManager[str]]] = {
     "memory": _memory,
     "scratch": _scratch,
@@ -102,32 +174,43 @@ SERVERS: Mapping[str, Callable[[Sizes], contextlib.AbstractContextManager[str]]]
     "encrypted": _encrypted,
     "alternating": _alternating,
     "many clients": _many_clients,
+    "nbdkit file": lambda _: _their_file(),
+    "nbdkit python": lambda _: _their_object(),
+    "nbdcore memory": lambda _: _our_memory(),
+    "nbdcore memory, one process": lambda _: _our_memory("--workers", "1"),
+    "nbdcore file": lambda _: _our_file(),
+    "nbdcore object": lambda _: _our_object(),
 }
 
 
 class Running:
-    """The one server that runs at a time."""
+    """The servers that run: those of one case at a time."""
 
     def __init__(self, sizes: Sizes, given: str | None) -> None:
         self._sizes = sizes
         self._given = given
-        self._name = ""
-        self._uri = ""
-        self._stack = contextlib.ExitStack()
+        self._running: dict[str, tuple[str, contextlib.ExitStack]] = {}
 
-    def uri_of(self, name: str) -> str:
-        """Return the URI of a server of SERVERS; the one before it has ended. A given server stands for the plain ones."""
+    def uris_of(self, names: Collection[str]) -> dict[str, str]:
+        """Return the URIs of servers of SERVERS; all others have ended. A given server stands for the plain ones."""
         if self._given is not None:
-            return self._given
-        if name != self._name:
-            self._name = ""
-            self._stack.close()
-            self._uri = self._stack.enter_context(SERVERS[name](self._sizes))
-            self._name = name
-        return self._uri
+            return dict.fromkeys(names, self._given)
+        for name in self._running.keys() - names:
+            self._end(name)
+        for name in names:
+            if name not in self._running:
+                with contextlib.ExitStack() as stack:
+                    uri = stack.enter_context(SERVERS[name](self._sizes))
+                    self._running[name] = uri, stack.pop_all()
+        return {name: self._running[name][0] for name in names}
+
+    def _end(self, name: str) -> None:
+        _, stack = self._running.pop(name)
+        stack.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *details: object) -> None:
-        self._stack.close()
+        for name in list(self._running):
+            self._end(name)

@@ -123,6 +123,20 @@ def one_by_one(_: Any, handle: Any, settings: SimpleNamespace) -> None:
     measuring.steady(run, settings.seconds)
 
 
+def write_one_by_one(_: Any, handle: Any, settings: SimpleNamespace) -> None:
+    items = [(offset, measuring.to_be_written(offset)) for offset in measuring.offsets()]
+
+    def run(count: int) -> None:
+        for offset, data in endless(items, count):
+            handle.pwrite(data, offset)
+
+    if settings.verify:
+        run(len(items))
+        for offset, _data in items:
+            measuring.compare_written(offset, handle.pread(SMALL, offset))
+    measuring.steady(run, settings.seconds)
+
+
 def threads(_: Any, handle: Any, settings: SimpleNamespace) -> None:
     offsets = measuring.offsets()
     shares = [offsets[number::_THREADS] for number in range(_THREADS)]
@@ -194,6 +208,7 @@ WORKS = {
     "writes": writes,
     "reads_by_cookies": reads_by_cookies,
     "one_by_one": one_by_one,
+    "write_one_by_one": write_one_by_one,
     "threads": threads,
     "extents_columns": extents_columns,
     "extents_tuples": extents_tuples,

@@ -65,6 +65,20 @@ def one_by_one(disk: Any, settings: SimpleNamespace) -> None:
     measuring.steady(run, settings.seconds)
 
 
+def write_one_by_one(disk: Any, settings: SimpleNamespace) -> None:
+    items = [(offset, measuring.to_be_written(offset)) for offset in measuring.offsets()]
+
+    def run(count: int) -> None:
+        for offset, data in endless(items, count):
+            disk.pwrite(data, offset)
+
+    if settings.verify:
+        run(len(items))
+        for offset, _ in items:
+            measuring.compare_written(offset, disk.pread(SMALL, offset))
+    measuring.steady(run, settings.seconds)
+
+
 def threads(disk: Any, settings: SimpleNamespace) -> None:
     offsets = measuring.offsets()
     shares = [offsets[number::_THREADS] for number in range(_THREADS)]
@@ -134,7 +148,13 @@ def extents(settings: SimpleNamespace, *, columns: bool) -> None:
 
 def main() -> None:
     settings = measuring.settings()
-    on_one_connection = {"reads": reads, "writes": writes, "one_by_one": one_by_one, "threads": threads}
+    on_one_connection = {
+        "reads": reads,
+        "writes": writes,
+        "one_by_one": one_by_one,
+        "write_one_by_one": write_one_by_one,
+        "threads": threads,
+    }
     if settings.work == "copy":
         copy(settings)
     elif settings.work.startswith("extents"):
