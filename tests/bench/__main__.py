@@ -34,6 +34,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="less than a minute: fewer rounds, shorter ones, smaller disks")
     parser.add_argument("--only", metavar="CASE", choices=NAMES, action="append", help=f"only this one of {', '.join(NAMES)}")
+    parser.add_argument("--cores", action="store_true", help="the rows of 1, 2, 4 and 8 connections")
     parser.add_argument("--rounds", type=int, help=f"how often each program runs (default: {FULL.rounds})")
     parser.add_argument("--seconds", type=float, help=f"how long a program runs (default: {FULL.seconds})")
     server = parser.add_mutually_exclusive_group()
@@ -52,7 +53,9 @@ def arguments() -> argparse.Namespace:
 
 def chosen(options: argparse.Namespace) -> list[Case]:
     """Return the cases to measure; a given server has what it has, so only cases that need nothing special make sense there."""
-    cases = [case for case in CASES if (case.name in options.only if options.only else not case.extra)]
+    named = set(options.only or ()) | {name for name in NAMES if options.cores and name.startswith("cores-")}
+    default = not options.only
+    cases = [case for case in CASES if case.name in named or (default and not case.extra)]
     if options.uri or options.socket:
         cases = [case for case in cases if not case.own_server and (options.allow_writes or not case.writes)]
     return cases

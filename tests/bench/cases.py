@@ -97,6 +97,32 @@ def _served(name: str, title: str, work: str, ours: str, theirs: str, at_least: 
     return Case(name, title, "request", theirs, programs, bars, writes=work == "randwrite", own_server=True, extra=True)
 
 
+# Connections that move at the same time, with few settings to try: the whole grid for each would take half an hour.
+_CORES = (1, 2, 4, 8)
+
+
+def _cores(connections: int) -> Case:
+    ours = tuple({"connections": connections, "request": request, "depth": 4} for request in _SIZES)
+    theirs = tuple(
+        {"connections": connections, "threads": connections, "request-size": request, "requests": 4, "queue-size": 64 * _MIB}
+        for request in _SIZES
+    )
+    return Case(
+        f"cores-{connections}",
+        f"read {{disk}}, {connections} connection{'s' if connections > 1 else ''}, each in a thread or a process of its own",
+        "MiB",
+        "memory",
+        {
+            "threads": Script("nbdcore Pool, a thread each", "nbdcore_blocking", "pool", variants=ours),
+            "processes": Script("nbdcore map_ranges", "nbdcore_blocking", "processes", variants=ours),
+            "nbdcopy": Nbdcopy("nbdcopy to null:", variants=theirs),
+        },
+        (Bar("threads", "nbdcopy", "speed", at_least=1.0), Bar("processes", "nbdcopy", "speed", at_least=0.9)),
+        own_server=True,
+        extra=True,
+    )
+
+
 CASES = (
     Case(
         "reads",
@@ -297,4 +323,5 @@ CASES = (
         "nbdkit python",
         2.0,
     ),
+    *map(_cores, _CORES),
 )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ import measuring
 from measuring import SMALL, endless
 
 import nbdcore
+from nbdcore.disk import map_ranges
 
 # Each thread that shares a client, as the table has it.
 _THREADS = 16
@@ -130,6 +133,69 @@ def copy(settings: SimpleNamespace) -> None:
     measuring.timed(run, size >> 20)
 
 
+def pool(settings: SimpleNamespace) -> None:
+    """Read the whole disk through one pool, each thread a share, into a few buffers of its own."""
+    with connect(settings) as disk:
+        size = disk.size
+    share = -(-size // settings.request // settings.connections) * settings.request
+
+    def read(disk: Any, begin: int) -> None:
+        unused = [memoryview(bytearray(settings.request)) for _ in range(settings.depth)]
+        used: dict[int, memoryview] = {}
+
+        def items() -> Any:
+            for offset in range(begin, min(begin + share, size), settings.request):
+                used[offset] = buffer = unused.pop()[: size - offset]
+                yield offset, buffer
+
+        unused.extend(used.pop(offset) for offset in disk.pread_into_many(items(), depth=settings.depth))
+
+    def run() -> None:
+        with connect(settings, settings.connections) as disk, ThreadPoolExecutor(settings.connections) as threads:
+            list(threads.map(lambda begin: read(disk, begin), range(0, size, share)))
+
+    measuring.timed(run, size >> 20)
+
+
+# What each process of `processes` reads at once: enough that dealing ranges out costs nothing.
+_RANGE = 32 << 20
+# Seconds until all processes are there, and so many more for each of them.
+_START, _START_EACH = 1.0, 0.25
+
+
+def read_range(disk: Any, offset: int, count: int, *, request: int, depth: int, start: float) -> tuple[int, float]:
+    """Read a range, in a worker, into a few buffers that are used again, and not before `start`. Return its size and CPU time."""
+    time.sleep(max(0.0, start - time.monotonic()))
+    before = time.process_time()
+    unused = [memoryview(bytearray(request)) for _ in range(depth)]
+    used: dict[int, memoryview] = {}
+
+    def items() -> Any:
+        for at in range(offset, offset + count, request):
+            used[at] = buffer = unused.pop()[: offset + count - at]
+            yield at, buffer
+
+    unused.extend(used.pop(at) for at in disk.pread_into_many(items(), depth=depth))
+    return count, time.process_time() - before
+
+
+def processes(settings: SimpleNamespace) -> None:
+    """Read the whole disk with several processes. They all begin at a moment at which they are there."""
+    with connect(settings) as disk:
+        size = disk.size
+    workers = settings.connections
+    start = time.monotonic() + _START + _START_EACH * workers
+    function = partial(read_range, request=settings.request, depth=settings.depth, start=start)
+    ranges = ((offset, min(_RANGE, size - offset)) for offset in range(0, size, _RANGE))
+    outcomes = map_ranges(settings.uri, function, ranges, workers=workers, ordered=False, allow_local_files=True)
+    done: list[tuple[int, float]] = []
+    ended = start
+    for outcome in outcomes:
+        done.append(outcome.value)
+        ended = time.monotonic()  # before the processes end: they could go on with other work
+    measuring.report(sum(count for count, _ in done) >> 20, ended - start, sum(cpu for _, cpu in done))
+
+
 def extents(settings: SimpleNamespace, *, columns: bool) -> None:
     """Walk all extents of the disk, and keep them."""
     if not settings.numpy:
@@ -155,8 +221,9 @@ def main() -> None:
         "write_one_by_one": write_one_by_one,
         "threads": threads,
     }
-    if settings.work == "copy":
-        copy(settings)
+    whole_disk = {"copy": copy, "pool": pool, "processes": processes}
+    if settings.work in whole_disk:
+        whole_disk[settings.work](settings)
     elif settings.work.startswith("extents"):
         extents(settings, columns=settings.work == "extents_columns")
     else:
