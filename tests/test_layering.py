@@ -53,6 +53,7 @@ TABLE = {
     "nbdcore.errors": May(),
     "nbdcore.uri": May(("nbdcore.errors",)),
     "nbdcore.processes": May(),
+    "nbdcore.logs": May(),
     # It knows no stream at all.
     "nbdcore.protocol": May(("nbdcore.errors",)),
     # The one interface that the core stands on.
@@ -76,7 +77,9 @@ TABLE = {
     ),
     "nbdcore.clients.extents": May(("nbdcore.protocol", "nbdcore.errors")),
     # Its stream comes as an argument.
-    "nbdcore.clients.session": May(("nbdcore.clients.requests", "nbdcore.protocol", "nbdcore.streams.base", "nbdcore.errors")),
+    "nbdcore.clients.session": May(
+        ("nbdcore.clients.requests", "nbdcore.protocol", "nbdcore.streams.base", "nbdcore.logs", "nbdcore.errors")
+    ),
     # The one part of the clients that knows transports.
     "nbdcore.clients.connect": May(
         (
@@ -86,6 +89,7 @@ TABLE = {
             "nbdcore.protocol",
             "nbdcore.streams",
             "nbdcore.uri",
+            "nbdcore.logs",
             "nbdcore.errors",
         ),
     ),
@@ -112,10 +116,13 @@ TABLE = {
             "nbdcore.plugins",
             "nbdcore.uri",
             "nbdcore.processes",
+            "nbdcore.logs",
             "nbdcore.errors",
         ),
     ),
-    "nbdcore.cli": May((*PUBLIC, "nbdcore.libnbd", "nbdcore.disk", "nbdcore.processes", "nbdcore.server"), ("click", "rich")),
+    "nbdcore.cli": May(
+        (*PUBLIC, "nbdcore.libnbd", "nbdcore.disk", "nbdcore.processes", "nbdcore.logs", "nbdcore.server"), ("click", "rich")
+    ),
     # Kits for the tests of others: they may use whatever those could.
     "nbdcore.testing": May((*PUBLIC, "nbdcore.server")),
     # Shaped as a stranger's: alone in its module, on what plugins are offered. Nobody imports one.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import logging
 import threading
 from collections.abc import Callable
 
 from nbdcore.errors import TransportError
+from nbdcore.logs import server_log
 from nbdcore.server.clients import Clients
 from nbdcore.server.shutdown import Shutdown
 from nbdcore.streams.base import Listener, Stream, Want
@@ -15,7 +15,6 @@ from nbdcore.streams.waiting import NEVER, Deadline, wait_any
 
 __all__ = ["PAUSE", "start_accepting"]
 
-_log = logging.getLogger("nbdcore.server")
 
 #: Seconds after a failed accept, since trying again at once would only spin.
 PAUSE = 0.25
@@ -52,7 +51,7 @@ def _accept(listener: Listener, shutdown: Shutdown, clients: Clients, welcome: C
                 welcome(stream)
         except (OSError, MemoryError) as problem:
             if not failing:
-                _log.warning("accepting on %s failed, and is tried again: %s", listener.address, problem)
+                server_log.warning("accepting on %s failed, and is tried again: %s", listener.address, problem)
             failing = True
             _make_room(problem, shutdown, clients)
 

@@ -7,17 +7,15 @@ before one that is in the middle of its handshake. Whoever has an export stays.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from nbdcore.logs import server_log
 from nbdcore.server.channel import Channel, ConnectionOver
 from nbdcore.streams.base import Stream
 
 __all__ = ["Client", "Clients"]
-
-_log = logging.getLogger("nbdcore.server")
 
 
 @dataclass(slots=True, eq=False)
@@ -98,6 +96,6 @@ class Clients:
             if chosen is not None:
                 chosen.leaving = True
                 said = "had said nothing" if chosen.silent else "had not chosen an export"
-                _log.warning("%s was disconnected for another client: it %s, and %s", chosen.stream, said, why)
+                server_log.warning("%s was disconnected for another client: it %s, and %s", chosen.stream, said, why)
                 chosen.stream.hang_up()
             return chosen

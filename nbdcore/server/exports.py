@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+from nbdcore.logs import server_log
 from nbdcore.protocol.constants import ErrorNumber, TransmissionFlag
 from nbdcore.server.backend import Refusal, error_number
 from nbdcore.server.ranges import aligned, clipped, merged
@@ -27,7 +28,6 @@ from nbdcore.server.settings import (
 
 __all__ = ["ServedExport", "ServedExports", "exports_of"]
 
-_log = logging.getLogger("nbdcore.server")
 
 # Zeroes written in place of a zeroing that the back end cannot do: one shared piece, so that a request over the whole disk costs
 # no memory, and a stop need not wait for its end.
@@ -168,7 +168,7 @@ class ServedExport:
             try:
                 self._guarded("close", close)
             except Refusal as refusal:
-                _log.warning("export %r could not be closed: %s", self.name, refusal.text)
+                server_log.warning("export %r could not be closed: %s", self.name, refusal.text)
 
     # ------------------------------------------------------------------------------------------ guarding the back end
 
@@ -204,7 +204,7 @@ class ServedExport:
         if number in _STORAGE_TROUBLE:
             self._report(what, number, f"failed: {text}")
         else:
-            _log.debug("export %r: %s%r failed", self.name, what, arguments[-2:], exc_info=True)
+            server_log.debug("export %r: %s%r failed", self.name, what, arguments[-2:], exc_info=True)
         return Refusal(number, text)
 
     def _fault(self, what: str, problem: str) -> Refusal:
@@ -215,7 +215,7 @@ class ServedExport:
         """Log trouble of the back end, loudly the first time only: clients decide how often it happens."""
         level = logging.DEBUG if (what, kind) in self._reported else logging.ERROR
         self._reported.add((what, kind))
-        _log.log(level, "export %r: the back end's %s %s", self.name, what, problem, exc_info=trace)
+        server_log.log(level, "export %r: the back end's %s %s", self.name, what, problem, exc_info=trace)
 
 
 class ServedExports:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from nbdcore.errors import TLSError, TransportError, UsageError
+from nbdcore.logs import server_log
 from nbdcore.server.accepting import PAUSE, start_accepting
 from nbdcore.server.budget import MemoryBudget
 from nbdcore.server.channel import Channel, ConnectionOver
@@ -38,7 +39,6 @@ if TYPE_CHECKING:  # at run time they would bring pluggy, which only listening n
 
 __all__ = ["Server"]
 
-_log = logging.getLogger("nbdcore.server")
 
 # Enough for four clients that write 32 MiB each at once; a small machine can spare it.
 _MEMORY = 128 << 20
@@ -266,7 +266,7 @@ class Server:
             if self._finished or stuck:
                 if stuck:
                     self._abandoned = True
-                    _log.warning("%d clients are still inside a back end that does not return", stuck)
+                    server_log.warning("%d clients are still inside a back end that does not return", stuck)
                 return
             self._finished = True
         for export in self._offer.exports:
@@ -299,7 +299,7 @@ class Server:
                 leaving.thread.join(PAUSE)
                 problem = self._admit(client)
         if problem:
-            _log.warning("%s was disconnected: %s", stream, problem)
+            server_log.warning("%s was disconnected: %s", stream, problem)
             stream.close()
         return not problem
 
@@ -323,13 +323,13 @@ class Server:
             client.channel = Channel(stream, self._shutdown)
             self._converse(client, client.channel)
         except ConnectionOver as end:
-            _log.log(logging.WARNING if end.violation else logging.DEBUG, "%s was disconnected: %s", stream, end)
+            server_log.log(logging.WARNING if end.violation else logging.DEBUG, "%s was disconnected: %s", stream, end)
         except TLSError as problem:
-            _log.warning("%s", problem.message)  # which names the client
+            server_log.warning("%s", problem.message)  # which names the client
         except OSError as problem:
-            _log.debug("%s was lost: %s", stream, problem)
+            server_log.debug("%s was lost: %s", stream, problem)
         except Exception:  # noqa: BLE001  # a fault of ours costs this client, and must be seen, but not the others
-            _log.exception("%s was disconnected by a fault of the server", stream)
+            server_log.exception("%s was disconnected by a fault of the server", stream)
         finally:
             (client.channel or stream).close()
             with self._lock:

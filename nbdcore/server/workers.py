@@ -27,6 +27,7 @@ from dataclasses import replace
 from multiprocessing import reduction
 from multiprocessing.process import BaseProcess
 
+from nbdcore.logs import server_log
 from nbdcore.processes import how_it_ended
 from nbdcore.server.worker import Handed, ServerSettings, Stop, work
 from nbdcore.streams.base import Stream
@@ -35,7 +36,6 @@ from nbdcore.streams.waiting import Deadline
 
 __all__ = ["Workers", "shared_out"]
 
-_log = logging.getLogger("nbdcore.server")
 
 # What a process may take to end beyond the deadline that it was given.
 _LAST_MOMENT = 1.0
@@ -88,7 +88,7 @@ class Workers:
             try:
                 best = _Worker(replace(self._settings, max_clients=self._places[0]))
             except OSError as problem:
-                _log.warning("no further process could be started, and clients share those that there are: %s", problem)
+                server_log.warning("no further process could be started, and clients share those that there are: %s", problem)
             else:
                 del self._places[0]
                 self._workers.append(best)
@@ -129,7 +129,7 @@ class _Worker:
         self.alive: bool = True
         self._stopping = False
         self._counting = threading.Lock()
-        level = _log.getEffectiveLevel()
+        level = server_log.getEffectiveLevel()
         with ExitStack() as undo, ExitStack() as far:
             self._orders, orders = context.Pipe()
             undo.callback(self._orders.close)
@@ -180,7 +180,7 @@ class _Worker:
         self._process.join()
         if not self._stopping:
             how = how_it_ended(self._process.exitcode)
-            _log.error("process %d of this server %s, and its %d clients with it", self._pid, how, self.clients)
+            server_log.error("process %d of this server %s, and its %d clients with it", self._pid, how, self.clients)
         self._process.close()
         self._orders.close()
         self._reports.close()
@@ -198,7 +198,7 @@ class _Worker:
         left = deadline.remaining()
         self._thread.join(None if left is None else left + _LAST_MOMENT)
         if self._thread.is_alive():
-            _log.warning("process %d did not stop in time, and was killed", self._pid)
+            server_log.warning("process %d did not stop in time, and was killed", self._pid)
             self._process.kill()
             self._thread.join(_LAST_MOMENT)
 

@@ -64,7 +64,32 @@ def test_attempts_while_a_server_is_waited_for_are_told_at_debug(caplog, socket_
     assert any("the next attempt is in" in line for line in told(caplog, logging.DEBUG))
 
 
-def test_nothing_is_written_where_nobody_set_logging_up(uri):
-    program = f"import nbdcore\nwith nbdcore.connect({uri!r}, timeout=10) as disk: disk.pread(512, 0)"
+A_CLIENT = "import nbdcore\nwith nbdcore.connect({uri!r}, timeout=10) as disk: disk.pread(512, 0)"
+A_SERVER_IN_TROUBLE = """
+import socket
+from nbdcore.server import Server
+class Broken:
+    size = 512
+    def pread(self, count, offset):
+        raise ValueError("broken")
+with Server(Broken()) as server:
+    address = server.listen("tcp", host="127.0.0.1", port=0).address
+    import nbdcore
+    with nbdcore.connect(address.uri(), timeout=10) as disk:
+        try:
+            disk.pread(512, 0)
+        except nbdcore.CommandError:
+            pass
+    with socket.create_connection((address.host, address.port)) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1")
+        while stranger.recv(4096):
+            pass
+"""
+WARNS_BEFORE_ANY_CLIENT = "import logging, nbdcore.server; logging.getLogger('nbdcore.server').warning('trouble')"
+
+
+@pytest.mark.parametrize("program", [A_CLIENT, A_SERVER_IN_TROUBLE, WARNS_BEFORE_ANY_CLIENT])
+def test_nothing_is_written_where_nobody_set_logging_up(uri, program):
+    program = program.replace("{uri!r}", repr(uri))
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert (found.stdout, found.stderr) == ("", "")

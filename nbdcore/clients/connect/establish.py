@@ -18,8 +18,9 @@ from functools import partial
 from nbdcore.clients.connect.steps import AnyOf, Steps, Waits
 from nbdcore.clients.connect.target import Endpoint, OpenStream, Target
 from nbdcore.clients.requests.arguments import deadline_after
-from nbdcore.clients.session.session import Session, log
+from nbdcore.clients.session.session import Session
 from nbdcore.errors import DeadlineExceeded, Disconnected, Error, TransportError, printable
+from nbdcore.logs import client_log
 from nbdcore.protocol.constants import TransmissionFlag
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.handshake.agreement import Settings
@@ -82,7 +83,7 @@ def _wait_for_server(
             last = last if last is not None and until.expired and isinstance(exc, DeadlineExceeded) else exc
         if until.expired:
             raise _never_up(target, wait, last) from last
-        log.debug("no server at %s yet (%s): the next attempt is in %g s", target.endpoint, last, pause)
+        client_log.debug("no server at %s yet (%s): the next attempt is in %g s", target.endpoint, last, pause)
         remaining = until.remaining()
         yield AnyOf((), pause if remaining is None else min(pause, remaining))
         pause = min(pause * 2, _LONGEST_PAUSE)
@@ -137,10 +138,10 @@ def _shake_hands(session: Session, target: Target, deadline: Deadline) -> Waits[
 def _log_agreement(engine: Engine, target: Target) -> None:
     agreement, export = engine.agreement, engine.agreement.export
     if export is None:
-        log.info("connected to %s (%s): negotiating", target.endpoint, agreement.protocol)
+        client_log.info("connected to %s (%s): negotiating", target.endpoint, agreement.protocol)
     else:
-        log.info("connected to %s: export %r, %d bytes", target.endpoint, export.name, export.size)
-    log.debug(
+        client_log.info("connected to %s: export %r, %d bytes", target.endpoint, export.name, export.size)
+    client_log.debug(
         "agreed with %s: %s, TLS %s, structured replies %s, extended headers %s, contexts %s, block sizes %s",
         target.endpoint,
         agreement.protocol,

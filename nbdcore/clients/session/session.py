@@ -12,18 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 from collections.abc import Callable
 
 from nbdcore.errors import Disconnected, Error, TLSError
+from nbdcore.logs import client_log
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import WANTS, Stream, Want, from_signal_handler
-
-#: The one logger of the clients: silent, unless the program says otherwise. How connections begin and end is INFO.
-log: logging.Logger = logging.getLogger("nbdcore")
-log.addHandler(logging.NullHandler())
 
 #: Swaps a plain stream for an encrypted one over it: a TLSStream, or any that shakes hands by itself before it moves bytes.
 StartTLS = Callable[[Stream], Stream]
@@ -282,7 +278,9 @@ class Session:
             parts.clear()
         if not self._ended:
             self._ended = True
-            log.info("the connection to %s ended: %s", self._stream, self.engine.error or "this program left while negotiating")
+            client_log.info(
+                "the connection to %s ended: %s", self._stream, self.engine.error or "this program left while negotiating"
+            )
         if self.waited_for:
             self._stream.hang_up()
         else:
