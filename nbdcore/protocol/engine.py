@@ -65,9 +65,9 @@ class Engine:
         traffic: what has gone over the wire.
         error: why the connection ended, else None.
         ended_by_program: it was this program that ended it.
-        queue: commands of which nothing has been packed, let alone sent. Those given up meanwhile (`done`) stay until their turn,
+        queue: commands that have not been packed, and so not sent. Those given up meanwhile (`done`) stay until their turn,
             except at the end: so there is something to send unless it is empty. `pending` leaves them out.
-        in_flight: cookie -> command, for those that have been.
+        in_flight: cookie -> command, for those that have been packed.
         wants_tls: the stream is to be swapped for an encrypted one; then call `tls_started`.
         ending: no more commands are taken: a disconnect was queued, or will be.
         shutting_down: the server said that it shuts down, before this program took leave.
@@ -252,7 +252,7 @@ class Engine:
             command.completion(command)
 
     def _leave_queue(self) -> None:
-        """A command in the queue is given up. To take it out of the middle would be a search, so that waits for its turn."""
+        """A command in the queue is given up. It stays there until its turn comes: to find it in the middle would be a search."""
         self._given_up += 1
         queue = self.queue
         while queue and queue[-1].done:

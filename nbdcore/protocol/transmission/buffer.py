@@ -14,7 +14,7 @@ from nbdcore.protocol.transmission.commands import Command
 #: a client of nbdkit 7.1 us of processor time with 64 KiB, 6.4 with 128 KiB, and 6.2 with 256 KiB, which holds all of them.
 SCRATCH = 1 << 18
 
-# Bytes behind the scratch: to unpack a header and an offset takes so many more than a header alone, where that comes last.
+# Bytes behind the scratch: a header is unpacked together with the offset behind it, and the last header may have none.
 _BEHIND = 8
 # Scratch buffers of connections at rest, for the next that needs one. It is theirs only while they receive: a thousand idle ones
 # would hold 256 MiB. Making a new one costs as much as a small receive; a few are all that are busy at the same moment.

@@ -13,7 +13,7 @@ import io
 
 class _File(io.BytesIO):
     def close(self) -> None:
-        """Close, also when the garbage collector does it and a view is in the same circle.
+        """Close; the garbage collector may do it while a view of the memory is in the same circle.
 
         That view goes next. Until then the file cannot be closed, which CPython 3.13 and later tell the program on its standard
         error.
