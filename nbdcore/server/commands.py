@@ -87,7 +87,7 @@ class Checks:
 def _flags(terms: Terms) -> dict[int, int]:
     """Return the flags that each available command may have."""
     assert terms.export is not None
-    offered = terms.export.flags(structured=terms.structured, extended=terms.extended)
+    offered = terms.export.flags(structured=terms.structured, filters=terms.extended and terms.allocation)
     # FUA is valid for all commands once offered; those that write nothing ignore it.
     common = CommandFlag.FUA if offered & TransmissionFlag.SEND_FUA else 0
     payload = CommandFlag.PAYLOAD_LEN if terms.extended else 0

@@ -67,8 +67,11 @@ class ServedExport:
         self._extents = self._optional("extents")
         self._reported: set[tuple[str, object]] = set()
 
-    def flags(self, *, structured: bool, extended: bool) -> TransmissionFlag:
-        """Return the transmission flags for a client that negotiated these replies (section "Transmission flags")."""
+    def flags(self, *, structured: bool, filters: bool = False) -> TransmissionFlag:
+        """Return the transmission flags for a client that negotiated structured replies or not (section "Transmission flags").
+
+        `filters`: block status may be asked about some of the contexts that were selected.
+        """
         flag = TransmissionFlag
         offered = {
             flag.HAS_FLAGS: True,
@@ -82,7 +85,7 @@ class ServedExport:
             flag.CAN_MULTI_CONN: self._settings.multi_conn,
             flag.SEND_CACHE: self._cache,
             flag.SEND_FAST_ZERO: self._pwrite,
-            flag.BLOCK_STATUS_PAYLOAD: extended,
+            flag.BLOCK_STATUS_PAYLOAD: filters,
         }
         return flag(sum(bit for bit, offer in offered.items() if offer))
 

@@ -175,7 +175,7 @@ class _Negotiation:
         if export.block_sizes.minimum != 1:
             raise ConnectionOver(f"export {printable(name)!r} needs a client that asks for block sizes")
         self._choose(name, export)
-        flags = export.flags(structured=self._terms.structured, extended=False)
+        flags = export.flags(structured=self._terms.structured)
         self._channel.queue(wire.EXPORT_NAME_REPLY.pack(export.size, flags))
         if not self._no_zeroes:
             self._channel.queue(bytes(RESERVED_ZEROES))
@@ -186,7 +186,7 @@ class _Negotiation:
         self._channel.flush()
 
     def _go(self, data: memoryview) -> None:
-        name, export = self._describe(data)
+        name, export = self._describe(data, opens=True)
         self._choose(name, export)
 
     def _choose(self, name: str, export: ServedExport) -> None:
@@ -216,10 +216,10 @@ class _Negotiation:
         self._exports = self._offer.exports
 
     def _info(self, data: memoryview) -> None:
-        self._describe(data)
+        self._describe(data, opens=False)
 
-    def _describe(self, data: memoryview) -> tuple[str, ServedExport]:
-        """Answer INFO and GO with everything asked for; return the name asked for, and its export."""
+    def _describe(self, data: memoryview, *, opens: bool) -> tuple[str, ServedExport]:
+        """Answer INFO, and GO, which `opens` it, with everything asked for; return the name asked for, and its export."""
         try:
             name, wanted = wire.unpack_info_request(data)
         except ValueError as problem:
@@ -229,7 +229,10 @@ class _Negotiation:
         if export.block_sizes.minimum != 1 and Info.BLOCK_SIZE not in wanted:
             self._reply(OptionReply.INFO, sizes)
             raise _Declined(OptionReply.ERR_BLOCK_SIZE_REQD, "this export needs a client that asks for block sizes")
-        flags = export.flags(structured=self._terms.structured, extended=self._terms.extended)
+        terms = self._terms
+        # INFO tells of filters that a client could have: it has not chosen contexts yet.
+        filters = terms.extended and (not opens or terms.contexts_for == name)
+        flags = export.flags(structured=terms.structured, filters=filters)
         self._reply(OptionReply.INFO, wire.INFO_EXPORT.pack(Info.EXPORT, export.size, flags))
         if Info.NAME in wanted:
             self._reply(OptionReply.INFO, wire.UINT16.pack(Info.NAME) + wire.encode_string(export.name))

@@ -198,7 +198,7 @@ def test_status_of_a_wrong_length_fails_the_command(mode, length):
     check_failed(*answered(mode, lambda command: chunk(mode, command, kind, payload, done=True)))
 
 
-@pytest.mark.parametrize("announced", [0, 1, 3, 0xFFFFFFFF])
+@pytest.mark.parametrize("announced", [1, 3, 0xFFFFFFFF])
 def test_number_of_extents_that_does_not_fit_fails_the_command(announced):
     def answer(command):
         script = bytearray(status_chunk("extended", command, 1, [(512, 1), (512, 0)], done=True))
@@ -211,12 +211,25 @@ def test_number_of_extents_that_does_not_fit_fails_the_command(announced):
     assert command.error.errno == errno.EPROTO
 
 
-def test_status_of_32_bits_under_extended_headers_fails_the_command():
+def test_status_of_32_bits_is_taken_under_extended_headers_too():
     payload = struct.pack(">III", 1, 512, 3)
 
-    client, command = answered("extended", lambda command: chunk("extended", command, Chunk.BLOCK_STATUS, payload, done=True))
+    _, command = answered("extended", lambda command: chunk("extended", command, Chunk.BLOCK_STATUS, payload, done=True))
 
-    check_failed(client, command, ("base:allocation", [512], [3]))
+    assert command.error is None
+    check_extents(command, [("base:allocation", [512], [3])])
+
+
+def test_extents_that_are_not_counted_are_as_many_as_the_chunk_has():
+    def answer(command):
+        script = bytearray(status_chunk("extended", command, 1, [(512, 1), (512, 0)], done=True))
+        script[36:40] = bytes(4)
+        return bytes(script)
+
+    _, command = answered("extended", answer)
+
+    assert command.error is None
+    check_extents(command, [("base:allocation", [512, 512], [1, 0])])
 
 
 def test_status_of_64_bits_without_extended_headers_fails_the_command():

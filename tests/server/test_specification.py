@@ -79,6 +79,14 @@ def test_flag_for_contexts_in_a_request_needs_extended_headers_and_df_needs_chun
     assert structured & (TransmissionFlag.SEND_DF | TransmissionFlag.BLOCK_STATUS_PAYLOAD) == TransmissionFlag.SEND_DF
 
 
+@pytest.mark.parametrize("allocation", [True, False])
+def test_filters_are_offered_where_a_context_was_selected(one, allocation):
+    one.agree(extended=True, allocation=allocation)
+    one.go()
+
+    assert bool(one.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD) is allocation
+
+
 def test_what_was_flushed_on_one_connection_is_seen_on_every_other(serve, client_of):
     server = serve(MemoryDisk(MEBIBYTE))
     first, second = client_of(server), client_of(server)

@@ -80,14 +80,17 @@ def test_each_of_several_clients_has_a_process_as_long_as_there_are_some(socket_
 def test_flush_on_one_connection_covers_the_writes_of_all(socket_path, tmp_path):
     path = tmp_path / "disk"
     path.write_bytes(bytes(MEBIBYTE))
-    with serving(FileDisk(path), socket_path, workers=3) as (_, uri), nbdcore.create_pool(uri, connections=3) as pool:
-        assert (pool.connections, pool.can_multi_conn) == (3, True)
-        assert len(children()) == 2
-        contents = random.Random(3).randbytes(MEBIBYTE)
-        for _ in pool.pwrite_many([(at, contents[at : at + 4096]) for at in range(0, MEBIBYTE, 4096)]):
-            pass
-        pool.flush()
-        assert path.read_bytes() == contents
+    with serving(FileDisk(path), socket_path, workers=3) as (_, uri):
+        with connected(uri, 3):
+            assert len(children()) == 2  # they are there when the pool comes, which waits for two seconds only
+        with nbdcore.create_pool(uri, connections=3) as pool:
+            assert (pool.connections, pool.can_multi_conn) == (3, True)
+            assert len(children()) == 2
+            contents = random.Random(3).randbytes(MEBIBYTE)
+            for _ in pool.pwrite_many([(at, contents[at : at + 4096]) for at in range(0, MEBIBYTE, 4096)]):
+                pass
+            pool.flush()
+            assert path.read_bytes() == contents
 
 
 def test_holes_are_seen_by_all(socket_path):

@@ -405,7 +405,7 @@ class Decoder:
             self._gather(command, length, length, self._status_ext if extended else self._status)
 
     def _status(self, command: Command, payload: memoryview) -> None:
-        self._extents(command, parse_status(command, payload, extended=self._extended))
+        self._extents(command, parse_status(command, payload))
 
     def _status_ext(self, command: Command, payload: memoryview) -> None:
         self._extents(command, parse_status_ext(command, payload, extended=self._extended))
