@@ -280,7 +280,8 @@ def test_longest_name_and_bytes_that_are_no_text_are_sent_as_they_are():
         ((1, 256, 1 << 25), BlockSize()),
         ((8192, 4096, 1 << 25), BlockSize()),
         ((512, 4096, 2048), BlockSize()),
-        ((512, 4096, (1 << 25) + 1), BlockSize()),
+        ((512, 4096, (1 << 25) + 1), BlockSize(512, 4096, 1 << 25, advertised=True)),
+        ((65536, 65536, 65536 + 4096), BlockSize(65536, 65536, 65536, advertised=True)),
         ((0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF), BlockSize()),
     ],
 )

@@ -14,6 +14,8 @@ from nbdcore.protocol import wire
 from nbdcore.protocol.constants import MAX_STRING, Info, Option, OptionReply
 from nbdcore.protocol.handshake.agreement import BlockSize, Export
 
+# "There is no maximum" (section "Block size constraints").
+_NO_MAXIMUM = 0xFFFFFFFF
 #: Most bytes of an option reply's payload that carry meaning: a counted name and a description. What is longer is skipped.
 LARGEST_MEANINGFUL = 4 + 2 * MAX_STRING
 
@@ -140,7 +142,10 @@ def parse_info_text(payload: bytes) -> str:
 
 
 def parse_info_block_size(payload: bytes) -> BlockSize:
-    """Parse NBD_INFO_BLOCK_SIZE. Constraints that contradict each other or the specification are ignored as a whole."""
+    """Parse NBD_INFO_BLOCK_SIZE. Constraints that contradict each other or the specification are ignored as a whole.
+
+    A maximum may be no multiple of the minimum: it is taken as the multiple below, since no request can be larger.
+    """
     if len(payload) != wire.INFO_BLOCK_SIZE.size:
         raise ProtocolViolation(
             errno.EPROTO, f"the server sent NBD_INFO_BLOCK_SIZE of {len(payload)} bytes, not {wire.INFO_BLOCK_SIZE.size}"
@@ -152,9 +157,12 @@ def parse_info_block_size(payload: bytes) -> BlockSize:
         and preferred >= 1 << 9
         and _power_of_two(preferred)
         and minimum <= preferred <= maximum
-        and (maximum % minimum == 0 or maximum == 0xFFFFFFFF)
     )
-    return BlockSize(minimum, preferred, maximum, advertised=True) if sound else BlockSize()
+    if not sound:
+        return BlockSize()
+    if maximum != _NO_MAXIMUM:
+        maximum -= maximum % minimum
+    return BlockSize(minimum, preferred, maximum, advertised=True)
 
 
 def _power_of_two(number: int) -> bool:
