@@ -34,7 +34,7 @@ from nbdcore.protocol.handshake import negotiation, options
 from nbdcore.protocol.handshake.agreement import Agreement, Settings, Traffic
 from nbdcore.protocol.handshake.exchange import Exchange, Runner
 from nbdcore.protocol.handshake.negotiation import Conversation
-from nbdcore.protocol.state import Phase
+from nbdcore.protocol.state import Phase, check_agreed
 from nbdcore.protocol.transmission.buffer import ReceiveBuffer
 from nbdcore.protocol.transmission.commands import ALL_STRICT, Command, Limits, disconnect
 from nbdcore.protocol.transmission.decoder import LARGE, Decoder
@@ -126,13 +126,15 @@ class Engine:
         self.phase = Phase.CONNECTING
         return self._begin(Exchange(negotiation.handshake(self.agreement, self.settings), enters=True, fatal=True))
 
-    def option(self, conversation: Conversation[Any], *, enters: bool = False) -> Exchange:
+    def option(self, conversation: Conversation[Any], *, enters: bool = False, call: str = "") -> Exchange:
         """Begin a conversation of opt mode; `enters`: its success opens the export.
 
-        Raises UsageError, with nothing sent, for arguments that cannot be sent, and unless the phase is NEGOTIATING.
+        Raises UsageError, with nothing sent, for arguments that cannot be sent, and unless the phase is NEGOTIATING; where the
+        `call` is named, also when the specification forbids it after what was agreed on.
         """
         if self.phase is not Phase.NEGOTIATING:
             raise self._out_of_phase("option", Phase.NEGOTIATING) from self.error
+        check_agreed(call, self.agreement)
         self.phase = Phase.CONNECTING
         try:
             return self._begin(Exchange(conversation, enters=enters, fatal=False))

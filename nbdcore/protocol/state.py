@@ -79,6 +79,21 @@ LEGAL: dict[str, frozenset[Phase]] = {
 }
 
 
+#: Call name -> what of the agreement it needs, as (attribute, value), and what to say where that is not so.
+NEEDS: dict[str, tuple[str, bool, str]] = {
+    "opt_starttls": ("tls", False, "the connection is encrypted already"),
+    "opt_set_meta_context": ("structured", True, "structured replies come first: call opt_structured_reply"),
+}
+
+
+def check_agreed(call: str, agreement: object) -> None:
+    """Raise UsageError (EINVAL) where the specification forbids an option after what was agreed on, or was not."""
+    if call in NEEDS:
+        attribute, needed, otherwise = NEEDS[call]
+        if getattr(agreement, attribute) is not needed:
+            raise UsageError(errno.EINVAL, f"{call}: {otherwise}")
+
+
 def check(call: str, phase: Phase, *, why: BaseException | None = None, lost: bool = False) -> None:
     """Raise UsageError unless `call` is legal in `phase`.
 

@@ -86,6 +86,15 @@ def test_going_to_another_export_selects_its_contexts_anew():
         client.close()
 
 
+def test_contexts_are_not_asked_for_before_structured_replies():
+    with ScriptedServer([ready_for_options, expect_option(Option.INFO), info_replies(Option.INFO, 5), drain]) as server:
+        client = opt_client(server)
+        with pytest.raises(UsageError, match="opt_structured_reply"):
+            client.opt_set_meta_context(["base:allocation"], timeout=PATIENCE)
+        assert client.opt_info(timeout=PATIENCE).size == 5  # nothing else was sent
+        client.close()
+
+
 def refuse(option: int, reply: OptionReply, text: bytes = b"") -> list[Any]:
     return [expect_option(option), option_reply(option, reply, text)]
 
@@ -102,12 +111,15 @@ def refuse(option: int, reply: OptionReply, text: bytes = b"") -> list[Any]:
 )
 def test_a_refusal_is_an_answer_and_the_connection_goes_on_negotiating(make, option):
     steps = [
+        expect_option(Option.STRUCTURED_REPLY),
+        option_reply(Option.STRUCTURED_REPLY),
         *refuse(option, OptionReply.ERR_UNKNOWN, b"never heard of it"),
         expect_option(Option.INFO),
         info_replies(Option.INFO, 5),
     ]
     with ScriptedServer([ready_for_options, *steps, drain]) as server:
         client = opt_client(server)
+        assert client.opt_structured_reply(timeout=PATIENCE)
         with pytest.raises(NegotiationError, match="never heard of it") as caught:
             make(client)
         assert caught.value.errno == 2

@@ -343,7 +343,8 @@ def test_tls_by_hand_refused_goes_on_in_the_clear():
 def test_tls_a_second_time_is_refused_and_leaves_the_first(pki, trusting):
     with serving(pki) as server:
         client = nbdcore.connect(server.uri, tls=TLS(certificates=trusting), opt_mode=True, timeout=PATIENCE)
-        assert client.opt_starttls(timeout=PATIENCE) is False
+        with pytest.raises(UsageError, match="encrypted already"):
+            client.opt_starttls(timeout=PATIENCE)
         client.opt_go(timeout=PATIENCE)
         use(client)
 

@@ -21,6 +21,7 @@ from nbdcore import (
     ProtocolViolation,
     TLSError,
     TLSPolicy,
+    UsageError,
 )
 from nbdcore.protocol.constants import Option, OptionReply
 from nbdcore.server import MemoryDisk, Server, ServerTLS
@@ -188,17 +189,13 @@ def test_what_was_learnt_in_the_clear_is_asked_again(pki):
         client.close()
 
 
-def test_a_second_grant_of_tls_ends_it(pki):
-    def inside(connection: Connection) -> None:
-        expect_option(Option.STARTTLS)(connection)
-        connection.send(GRANTED)
-
+def test_tls_is_not_asked_for_a_second_time(pki):
     options = {"tls": TLS(ca=pki / "ca-cert.pem"), "opt_mode": True, "structured_replies": False}
-    with ScriptedServer([*ASKED, GRANTED, encrypted(pki, inside)]) as server:
+    with ScriptedServer([*ASKED, GRANTED, encrypted(pki, expect_option(Option.ABORT))]) as server:
         client = Client(server.stream(), timeout=PATIENCE, **options)
-        with pytest.raises(ProtocolViolation, match="start TLS a second time"):
+        with pytest.raises(UsageError, match="encrypted already"):
             client.opt_starttls(timeout=PATIENCE)
-        assert client.phase is Phase.DEAD
+        client.opt_abort()
 
 
 # ---------------------------------------------------------------------------------------------- on the way

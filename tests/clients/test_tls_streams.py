@@ -150,12 +150,12 @@ def shaking(answered: bytes):
 
 def test_nothing_is_said_before_the_handshake_of_the_new_stream_is_finished():
     begin = [greeting(), receive(4), expect_option(Option.STARTTLS), option_reply(Option.STARTTLS)]
-    inside = [shaking(b"!"), expect_option(Option.STARTTLS), option_reply(Option.STARTTLS, 1 << 31 | 1)]
+    inside = [shaking(b"!"), expect_option(Option.STRUCTURED_REPLY), option_reply(Option.STRUCTURED_REPLY, 1 << 31 | 1)]
 
     with ScriptedServer([*begin, *inside, expect_option(Option.ABORT)]) as server:
         client = Client(server.stream(), tls=True, start_tls=Shaking, opt_mode=True, structured_replies=False, timeout=PATIENCE)
         assert client.tls
-        assert client.opt_starttls(timeout=PATIENCE) is False
+        assert client.opt_structured_reply(timeout=PATIENCE) is False
         client.close()
 
 

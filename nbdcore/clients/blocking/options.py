@@ -55,7 +55,7 @@ class OptionCalls(Info):
         """Ask for TLS (section NBD_OPT_STARTTLS). Returns whether the connection is encrypted now.
 
         Everything learnt before is forgotten then, structured replies and extended headers included. A handshake of TLS that
-        fails ends the connection. Raises UsageError where TLS was forbidden (`tls=False`), or this Python has none.
+        fails ends the connection. Raises UsageError where TLS was forbidden (`tls=False`) or is on, or Python has none.
         """
         self._legal("opt_starttls")
         self._encryption.check_possible()
@@ -79,7 +79,10 @@ class OptionCalls(Info):
     def opt_set_meta_context(
         self, queries: Iterable[str], *, export: str | None = None, timeout: float | None = None
     ) -> list[str]:
-        """Select metadata contexts in place of all selected before (section NBD_OPT_SET_META_CONTEXT). Returns those selected."""
+        """Select metadata contexts in place of all selected before (section NBD_OPT_SET_META_CONTEXT). Returns those selected.
+
+        Raises UsageError before structured replies were agreed on.
+        """
         wanted = texts("queries", queries)
         return self._ask("opt_set_meta_context", negotiation.set_meta_context, timeout, self._name(export), wanted)
 
@@ -97,7 +100,7 @@ class OptionCalls(Info):
 
         def start(engine: Engine) -> Exchange:
             self._legal(call)  # another thread may have begun an option meanwhile
-            return engine.option(ask(engine.agreement, engine.settings, *arguments), enters=enters)
+            return engine.option(ask(engine.agreement, engine.settings, *arguments), enters=enters, call=call)
 
         deadline = deadline_after(self._command_timeout if timeout is None else timeout)
         result: Result = self._exchange(start, deadline, call)
