@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -70,5 +71,34 @@ def busy(work: Callable[[], Any]) -> Iterator[list[Any]]:
         yield rounds
     finally:
         stop.set()
+        thread.join(_PATIENCE)
+        assert not thread.is_alive(), "the parent's thread hangs"
+
+
+@contextlib.contextmanager
+def stopped_in(function: Callable[..., Any], work: Callable[[], Any]) -> Iterator[None]:
+    """Have another thread work, and stand still at the first line of this function while the block lasts."""
+    there, go_on = threading.Event(), threading.Event()
+
+    def trace(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code is function.__code__ and not there.is_set():
+            there.set()
+            go_on.wait(_PATIENCE)
+
+    def run() -> None:
+        sys.settrace(trace)
+        try:
+            with contextlib.suppress(Exception):
+                work()
+        finally:
+            sys.settrace(None)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        assert there.wait(_PATIENCE), "the parent's thread never came there"
+        yield
+    finally:
+        go_on.set()
         thread.join(_PATIENCE)
         assert not thread.is_alive(), "the parent's thread hangs"

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
+import sys
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import nbdcore
 from nbdcore import aio
+from nbdcore.clients.blocking.several import SharedSessions
+from nbdcore.clients.blocking.threads import SharedSession
+from nbdcore.protocol.engine import Engine
 from nbdcore.server import MemoryDisk, Server
+from nbdcore.streams import connecting
+from nbdcore.streams.waiting import wait_any
 from nbdcore.testing.scripted import Negotiation, ScriptedServer, data, greeting, serve, wait_for
 from tests import leaks
 from tests.clients.talking import PATIENCE
-from tests.forks import SERVER, busy, needs_fork, status_of_child
+from tests.forks import SERVER, busy, needs_fork, status_of_child, stopped_in
 
 pytestmark = needs_fork
 
@@ -124,4 +133,90 @@ def test_child_that_calls_a_client_busy_in_another_thread_of_its_parent_fails_at
 def test_child_uses_the_connection_in_place_of_a_parent_that_left(uri):
     client = nbdcore.connect(uri, timeout=PATIENCE)
     assert status_of_child(lambda: client.pread(512, 0, timeout=PATIENCE)) == 0
+    client.close()
+
+
+# ---------------------------------------------------------------------------------------------- while another thread connects
+
+LEAVES = {"close": lambda client: client.close(), "disconnect": lambda client: client.disconnect(), "drop": drop, "exit": id}
+MAKES = {"Client": nbdcore.Client, "Pool": lambda: nbdcore.Pool(connections=2)}
+
+
+def wait_until_some_thread_is_in(function):
+    end = time.monotonic() + PATIENCE
+    while not any(
+        frame.f_code is function.__code__ for top in sys._current_frames().values() for frame, _ in traceback.walk_stack(top)
+    ):
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+@contextlib.contextmanager
+def connecting_to_silence(client):
+    """Have another thread connect to a server that accepts and stays silent; yields the descriptor that the client has."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        before = leaks.open_descriptors()
+        outcome = pool.submit(client.connect_tcp, *listener.getsockname(), timeout=PATIENCE)
+        accepted, _ = listener.accept()
+        with accepted:
+            (descriptor,) = leaks.open_descriptors().keys() - before.keys() - {accepted.fileno()}
+            wait_until_some_thread_is_in(wait_any)
+            yield descriptor
+            client.close()
+            with pytest.raises(nbdcore.Disconnected, match="closed by this program"):
+                outcome.result(PATIENCE)
+
+
+@pytest.mark.parametrize("leave", LEAVES)
+@pytest.mark.parametrize("make", MAKES)
+def test_child_that_leaves_a_client_that_another_thread_connects_ends_and_the_parent_connects_on(leave, make):
+    client = MAKES[make]()
+    with connecting_to_silence(client):
+        assert [status_of_child(lambda: LEAVES[leave](client)) for _ in range(CHILDREN)] == [0] * CHILDREN
+        assert client.phase is nbdcore.Phase.CONNECTING
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_child_that_closes_a_client_that_another_thread_connects_frees_the_descriptor(make):
+    client = MAKES[make]()
+    with connecting_to_silence(client) as descriptor:
+
+        def child():
+            assert descriptor in leaks.open_descriptors()
+            client.close()
+            assert descriptor not in leaks.open_descriptors()
+
+        assert status_of_child(child) == 0
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_child_that_uses_a_client_that_another_thread_connects_is_told_that_it_is_the_parents(make):
+    client = MAKES[make]()
+    with connecting_to_silence(client):
+
+        def child():
+            for call in (lambda: client.pread(512, 0), lambda: client.size):
+                with pytest.raises(nbdcore.Disconnected, match="fork"):
+                    call()
+            with pytest.raises(nbdcore.UsageError):
+                client.connect_tcp()
+
+        assert status_of_child(child) == 0
+
+
+@pytest.mark.parametrize("leave", LEAVES)
+@pytest.mark.parametrize("make", MAKES)
+@pytest.mark.parametrize(
+    "step",
+    [Engine.connecting, connecting.connect_socket, SharedSession.__init__, SharedSessions.__init__, Engine.end],
+    ids=lambda step: step.__qualname__,
+)
+def test_child_that_leaves_a_client_in_the_middle_of_any_step_of_another_threads_connect_ends(leave, make, step, uri):
+    if make == "Client" and step is SharedSessions.__init__:
+        step = SharedSession.__init__
+    client = MAKES[make]()
+    work = client.close if step is Engine.end else lambda: client.connect(uri, timeout=PATIENCE)
+    with stopped_in(step, work):
+        assert status_of_child(lambda: LEAVES[leave](client)) == 0
+    assert len(client.pread(512, 0, timeout=PATIENCE)) == 512 if step is not Engine.end else client.closed
     client.close()

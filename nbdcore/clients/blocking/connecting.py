@@ -1,7 +1,12 @@
-"""Connecting, for blocking callers: `connect` calls that return the client once it is connected."""
+"""Connecting, for blocking callers: `connect` calls that return the client once it is connected.
+
+A fork copies a client. Where another thread was connecting it just then the copy has ended (`forks`); closing the copy frees what
+had been opened, and the parent connects on.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import cast
 
@@ -17,7 +22,9 @@ from nbdcore.clients.connect.options import (
     checked_settings,
     checked_timeout,
 )
+from nbdcore.clients.connect.steps import Steps
 from nbdcore.clients.connect.target import Find, Target
+from nbdcore.clients.session.forks import in_use_when_forked, is_taken, when_forked
 from nbdcore.clients.session.session import Session
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
@@ -33,9 +40,29 @@ class BlockingConnectMethods(ConnectMethods[Connected]):
         # Held while the client changes hands: newly created, connecting, with a session, or closed before it had one. A signal
         # handler may close the client meanwhile, in the same thread.
         self._changing = threading.RLock()
+        self._connects: dict[Steps[None], int] = {}  # connect calls that have not returned, each with its thread
+        self._left_behind: list[Steps[None]] = []  # in a fork's child, those of its parent's other threads
+        when_forked(self, BlockingConnectMethods._forked)
+
+    def _forked(self) -> None:
+        """In the child of a fork: end this copy where another thread of the parent's is connecting it."""
+        if is_taken(self._changing):
+            self._changing = threading.RLock()
+        here = threading.get_ident()
+        self._left_behind += [steps for steps, thread in self._connects.items() if thread != here]
+        if self._left_behind:
+            error = in_use_when_forked()
+            if self._shared is not None:
+                self._shared.close(error)
+            self._engine.fail(error)
 
     def _connect(self, call: str, find: Find, timeout: float | None, wait: float | None) -> Connected:
-        drive(self._establish(call, find, timeout, wait, self._use), self._check_wanted)
+        steps = self._establish(call, find, timeout, wait, self._use)
+        try:
+            self._connects[steps] = threading.get_ident()
+            drive(steps, self._check_wanted)
+        finally:
+            self._connects.pop(steps, None)
         return cast("Connected", self)
 
     def _begin_connecting(self, call: str, target: Target) -> Engine:
@@ -67,5 +94,12 @@ class BlockingConnectMethods(ConnectMethods[Connected]):
                 shared = self._shared
                 if shared is None:
                     self._engine.end()
+                    self._free_what_was_left_behind()
                     return
         shared.close()
+
+    def _free_what_was_left_behind(self) -> None:
+        for steps in self._left_behind:
+            # The thread may have been in the middle of a step, which ends with the parent only.
+            with contextlib.suppress(ValueError):
+                steps.close()

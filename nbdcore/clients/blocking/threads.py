@@ -151,6 +151,8 @@ class SharedSession:
     def close(self, error: Error | None = None) -> None:
         """End it now. Callers that wait are woken, and get `error`, or that this program closed it."""
         if self.inherited:
+            if error is not None:
+                self.engine.fail(error)
             self._session.close()
             return
         if self._interrupted():
