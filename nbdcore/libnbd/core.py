@@ -36,15 +36,11 @@ from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission.commands import Command
 from nbdcore.streams.base import Stream
 from nbdcore.streams.process import Child
-from nbdcore.streams.waiting import Deadline
+from nbdcore.streams.waiting import LOOK_AGAIN, Deadline
 
 # libnbd's module makes two handles for itself when it is imported, so a program's first handle is the third.
 _FIRST_HANDLE = 3
 _numbers = itertools.count(_FIRST_HANDLE)
-
-# While a connection is being opened there is no stream that a signal handler could hang up. A call that waits then looks every so
-# many seconds whether the handle was closed.
-_LOOK_AGAIN = 0.1
 
 #: libnbd's names of the states that last, which programs look for in `connection_state`.
 _STABLE_STATES = {
@@ -155,9 +151,10 @@ class Core(ABC):
     def _poll_once(self, seconds: float | None = None, *, also: int = -1) -> bool:
         """Wait until something can be done, and do it, as `PolledClient.poll` does; a handler that closes ends the wait."""
         client, until = self._connection, Deadline.after(seconds)
+        # While a connection is being opened there is no stream that a signal handler could hang up.
         while client.opening and not self._closing:
             left = until.remaining()
-            if client.poll(_LOOK_AGAIN if left is None else min(left, _LOOK_AGAIN), also=also):
+            if client.poll(LOOK_AGAIN if left is None else min(left, LOOK_AGAIN), also=also):
                 return True
             if until.expired:
                 return False

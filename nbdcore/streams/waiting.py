@@ -23,11 +23,14 @@ from typing import TypeVar
 from nbdcore.errors import DeadlineExceeded, Disconnected, UsageError
 from nbdcore.streams.base import WANTS, AnyOf, Opening, Want
 
-__all__ = ["NEVER", "Deadline", "Watch", "drive", "sooner", "wait", "wait_any"]
+__all__ = ["LOOK_AGAIN", "NEVER", "Deadline", "Watch", "drive", "sooner", "wait", "wait_any"]
 
 Result = TypeVar("Result")
 
 
+#: Seconds after which somebody who waits for what may never come, since nothing would tell, looks around: short for a person who
+#: waits, and rare enough to cost nothing.
+LOOK_AGAIN = 0.1
 #: The longest single wait in seconds: poll takes its milliseconds as a C int. Longer ones go round the loop again.
 _LONGEST = (2**31 - 1) / 1000
 _HAS_POLL = hasattr(select, "poll")

@@ -1,7 +1,6 @@
 """The blocking driver of steps that connect: it waits in the caller's own thread.
 
-There is nothing yet whose end would tell that another thread, or a signal handler, closed the client: so it looks up now and
-then.
+There is nothing yet whose end would tell that another thread, or a signal handler, closed the client: so it looks now and then.
 """
 
 from __future__ import annotations
@@ -10,12 +9,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from nbdcore.clients.connect.steps import AnyOf, Blocking, Steps
-from nbdcore.streams.waiting import Deadline, wait_any
+from nbdcore.streams.waiting import LOOK_AGAIN, Deadline, wait_any
 
 Result = TypeVar("Result")
-
-# Seconds after which a connect looks up whether it is still wanted: a person closing a program does not notice.
-_LOOK_UP = 0.1
 
 
 def drive(steps: Steps[Result], check_wanted: Callable[[], None]) -> Result:
@@ -42,7 +38,7 @@ def _answer(request: AnyOf | Blocking, check_wanted: Callable[[], None]) -> Any:
     end = Deadline.after(request.seconds)
     while True:
         remaining = end.remaining()
-        pause = _LOOK_UP if remaining is None else min(remaining, _LOOK_UP)
+        pause = LOOK_AGAIN if remaining is None else min(remaining, LOOK_AGAIN)
         ready = wait_any(request.waiting, Deadline.after(pause))
         check_wanted()
         if ready or end.expired:

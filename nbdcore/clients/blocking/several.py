@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
-from nbdcore.clients.blocking.threads import LOOK_AGAIN, SharedSession
+from nbdcore.clients.blocking.threads import SharedSession
 from nbdcore.clients.blocking.waiters import Wait
 from nbdcore.clients.session.group import Group
 from nbdcore.clients.session.pipeline import Pipeline
@@ -32,7 +32,7 @@ from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission.commands import Command
 from nbdcore.streams.base import WANTS, Want
 from nbdcore.streams.bell import Bell
-from nbdcore.streams.waiting import Deadline, Watch, sooner, wait_any
+from nbdcore.streams.waiting import LOOK_AGAIN, Deadline, Watch, sooner, wait_any
 
 # Seconds after which a call looks at connections that nobody watches: often enough that few commands go to one that has ended,
 # and that one with late answers is not taken for busy; rarely enough to cost a busy pool nothing.

@@ -38,16 +38,13 @@ from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission.commands import Command, disconnect
 from nbdcore.streams.base import WANTS, Want
-from nbdcore.streams.waiting import Deadline, Watch, sooner, wait_any
+from nbdcore.streams.waiting import LOOK_AGAIN, Deadline, Watch, sooner, wait_any
 
 _READ = int(Want.READ)
 _CONNECTED = Phase.CONNECTED
 # So many commands are sent at once while other callers are woken that may have more. 16 threads that read 4 KiB each had 19
 # thousand answers a second with 4, 22 thousand with 8, and 26 thousand with 16.
 _SENT_TOGETHER = 16
-#: Seconds after which a caller that watches for room to send looks whether there is more to watch: short for somebody who waits.
-LOOK_AGAIN = 0.1
-
 
 Waited = TypeVar("Waited", bound=Pending)
 
