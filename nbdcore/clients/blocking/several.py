@@ -255,27 +255,28 @@ class _Loop:
 
     def _look(self, waits: dict[SharedSession, Wait], deadline: Deadline) -> None:
         """Wait for what is watched and for the bell, and note where something is to be done."""
-        watched = [(connection.fileno(), wait) for connection, wait in waits.items() if wait.watched]
-        for _, wait in watched:
+        watching = {connection.fileno(): wait for connection, wait in waits.items() if wait.watched}
+        for wait in watching.values():
             wait.ready = wait.at_once
-        if any(wait.ready for _, wait in watched):
+        if any(wait.ready for wait in watching.values()):
             return
-        bell = -1
-        if len(watched) < len(waits):
-            bell = self._bell.fileno()
-            if self._bell.rung:
-                self._bell.silence()
-                return
-        until = deadline
-        if bell < 0 < len(waits) - len(watched) or any(wait.watched != _READ for _, wait in watched):
-            until = sooner(Deadline.after(LOOK_AGAIN), deadline)
-        fds = tuple(fd for fd, _ in watched) + ((bell,) if bell >= 0 else ())
-        if all(wait.watched == _READ for _, wait in watched) and fds:
-            ready = set(self._watch.wait(fds, until))
-        else:
-            wanted = [(fd, WANTS[wait.watched]) for fd, wait in watched] + ([(bell, Want.READ)] if bell >= 0 else [])
-            ready = {fd for fd, _ in wait_any(wanted, until)}
-        for fd, wait in watched:
-            wait.ready = fd in ready
-        if bell in ready:
+        wanted = {fd: wait.watched for fd, wait in watching.items()}
+        all_tell = all(bits == _READ for bits in wanted.values())  # where not, see `SharedSession._look`
+        if len(watching) < len(waits):  # it is parked at the others
+            bell = self._bell.fileno()  # made before `rung` is looked at
+            if bell < 0:
+                all_tell = False
+            else:
+                wanted[bell] = _READ
+        if not self._bell.rung:
+            ready = self._ready(wanted, deadline if all_tell else sooner(Deadline.after(LOOK_AGAIN), deadline))
+            for fd, wait in watching.items():
+                wait.ready = fd in ready
+        if self._bell.rung:
             self._bell.silence()
+
+    def _ready(self, wanted: dict[int, int], deadline: Deadline) -> set[int]:
+        """Wait for descriptors, each for the bits of a Want, and return those that are ready."""
+        if wanted and all(bits == _READ for bits in wanted.values()):
+            return set(self._watch.wait(tuple(wanted), deadline))
+        return {fd for fd, _ in wait_any([(fd, WANTS[bits]) for fd, bits in wanted.items()], deadline)}
