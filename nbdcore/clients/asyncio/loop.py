@@ -67,6 +67,10 @@ class LoopSessions(Protocol):
         """End all now. Callers that wait are woken, and get `error`, or that this program closed it."""
 
     @property
+    def connections(self) -> int:
+        """How many connections have not ended."""
+
+    @property
     def inherited(self) -> bool:
         """Whether this is the copy that a fork made of another process's sessions."""
 
@@ -94,8 +98,13 @@ class LoopSession:
         self._leaving = False
         self._ends: list[asyncio.Future[bool]] = []
         # The loop's knowledge of the descriptor must end before its number is free for another.
-        session.waited_for = True
+        session.waited_for = _READ | _WRITE
         self._look()
+
+    @property
+    def connections(self) -> int:
+        """How many connections have not ended: this one, or none."""
+        return 0 if self._session.over else 1
 
     @property
     def inherited(self) -> bool:
@@ -104,7 +113,7 @@ class LoopSession:
 
     def __del__(self) -> None:
         # Nobody is left, so the loop does not watch it any more, or is gone itself.
-        self._session.waited_for = False
+        self._session.waited_for = 0
         self._session.close()
 
     # ------------------------------------------------------------------------------------------ commands
@@ -338,7 +347,7 @@ class LoopSession:
     def _leave_loop(self) -> None:
         if self._watched:
             self._watch(0)
-        self._session.waited_for = False
+        self._session.waited_for = 0
         self._session.close()
         for waiter in self._ends:
             settle(waiter)

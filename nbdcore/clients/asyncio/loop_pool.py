@@ -30,9 +30,9 @@ class LoopPool:
         self.loop: asyncio.AbstractEventLoop = sessions[0].loop
 
     @property
-    def live(self) -> list[Engine]:
-        """The engines of the sessions that have not ended."""
-        return self._group.live
+    def connections(self) -> int:
+        """How many connections have not ended."""
+        return len(self._group.live)
 
     @property
     def engine(self) -> Engine:

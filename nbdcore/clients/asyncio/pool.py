@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Unpack
 
 from nbdcore.clients.asyncio.calls import AsyncCalls
-from nbdcore.clients.asyncio.loop_pool import LoopPool
 from nbdcore.clients.connect.options import CONNECTIONS, ClientOptions, checked_connections
 from nbdcore.protocol.engine import Engine
-from nbdcore.protocol.state import Phase
 
 
 class AsyncPool(AsyncCalls["AsyncPool"]):
@@ -35,10 +33,7 @@ class AsyncPool(AsyncCalls["AsyncPool"]):
     @property
     def connections(self) -> int:
         """How many connections there are now: 0 before connecting and after the end."""
-        live = self._live
-        if isinstance(live, LoopPool):
-            return len(live.live)
-        return int(live is not None and live.engine.phase is Phase.CONNECTED)
+        return 0 if self._live is None else self._live.connections
 
     @property
     def _engine(self) -> Engine:

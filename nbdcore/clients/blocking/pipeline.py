@@ -56,7 +56,7 @@ def run_many(
         fresh.close()
         if pipeline.under_way:
             shared.abandon(pipeline.unfinished(), _UNWANTED)
-        shared.leave(pipeline)
+        shared.forget(pipeline)
         pipeline.close()
 
 
@@ -76,7 +76,7 @@ def run_pieces(shared: Shared, pieces: Pieces, deadline: Deadline) -> None:
         pipeline.close()
         raise
     finally:
-        shared.leave(pipeline)
+        shared.forget(pipeline)
         pieces.close()
     try:
         if pipeline.failed is not None:

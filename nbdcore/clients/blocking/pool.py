@@ -60,7 +60,7 @@ class Pool(BlockingCalls["Pool"]):
     @property
     def connections(self) -> int:
         """How many connections there are now: 0 before connecting and after the end."""
-        return 0 if self._shared is None else self._shared.live
+        return 0 if self._shared is None else self._shared.connections
 
     @property
     def _engine(self) -> Engine:

@@ -59,7 +59,7 @@ class SharedSessions:
         return self._group.speaker
 
     @property
-    def live(self) -> int:
+    def connections(self) -> int:
         """How many connections have not ended."""
         return len(self._group.live)
 
@@ -165,7 +165,7 @@ class SharedSessions:
         else:
             loop.wait(used, deadline)
 
-    def leave(self, pipeline: Pipeline) -> None:
+    def forget(self, pipeline: Pipeline) -> None:
         """A loop has ended, and has no commands under way any more."""
         for connection in self._connections:
             connection.loops.pop(pipeline, None)
@@ -242,14 +242,14 @@ class _Loop:
         try:
             while True:
                 for connection, wait in waits.items():
-                    connection.take(wait, expired=expired)
+                    connection.step(wait, expired=expired)
                 if pipeline.done or expired:
                     break
                 self._look(waits, deadline)
                 expired = deadline.at is not None and deadline.expired
         finally:
             for connection, wait in waits.items():
-                connection.drop(wait)
+                connection.stop(wait)
         if not pipeline.done:
             raise DeadlineExceeded(errno.ETIMEDOUT, f"no answer from the server in time ({pipeline})")
 

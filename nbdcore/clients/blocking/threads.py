@@ -79,7 +79,7 @@ class SharedSession:
         self._interrupted: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]  # noqa: SLF001
 
     @property
-    def live(self) -> int:
+    def connections(self) -> int:
         """How many connections have not ended: this one, or none."""
         return 0 if self._session.over else 1
 
@@ -209,7 +209,7 @@ class SharedSession:
         """Submit a loop's commands, and wait until there is something for it to settle."""
         self.wait(pipeline, deadline, pipeline, submit=commands, any_of_several=True)
 
-    def leave(self, pipeline: Pipeline) -> None:
+    def forget(self, pipeline: Pipeline) -> None:
         """A loop has ended, and has no commands under way any more."""
 
     @property
@@ -226,21 +226,21 @@ class SharedSession:
         self._close_if_asked()
         return submitted
 
-    def take(self, wait: Wait, *, expired: bool) -> bool:
+    def step(self, wait: Wait, *, expired: bool) -> bool:
         """One step of a caller's wait, which it makes on several connections: as `wait` makes it on one.
 
         Returns True when the wait is over; else the caller watches what `wait.watched` says, or is parked.
         """
         with self._lock:
-            over = self._take(wait, expired=expired)
+            over = self._step(wait, expired=expired)
         self._close_if_asked()
         return over
 
-    def drop(self, wait: Wait) -> None:
+    def stop(self, wait: Wait) -> None:
         """The caller's wait on several connections is over."""
         if wait.watched or wait.parker is not None:
             with self._lock:
-                self._leave(wait)
+                self._stop(wait)
             self._close_if_asked()
 
     def fileno(self) -> int:
@@ -340,7 +340,7 @@ class SharedSession:
                         return
             while True:
                 with self._lock:
-                    over = self._take(wait, expired=expired)
+                    over = self._step(wait, expired=expired)
                 self._close_if_asked()
                 if over:
                     break
@@ -353,7 +353,7 @@ class SharedSession:
                 expired = deadline.at is not None and deadline.expired
         except BaseException:
             with self._lock:
-                self._leave(wait)
+                self._stop(wait)
             self._close_if_asked()
             raise
         if not pending.done:
@@ -377,7 +377,7 @@ class SharedSession:
 
     # ------------------------------------------------------------------------------------------ with the lock held
 
-    def _take(self, wait: Wait, *, expired: bool) -> bool:
+    def _step(self, wait: Wait, *, expired: bool) -> bool:
         """Move bytes, then settle what to wait for. Returns True when the caller's own wait is over."""
         session = self._session
         try:
@@ -405,7 +405,7 @@ class SharedSession:
                 return True
             self._settle(wait)
         except BaseException:
-            self._leave(wait)
+            self._stop(wait)
             raise
         return False
 
@@ -437,8 +437,8 @@ class SharedSession:
             return engine.room()
         return None
 
-    def _leave(self, wait: Wait) -> None:
-        """An exception ends a caller's wait."""
+    def _stop(self, wait: Wait) -> None:
+        """A caller waits no more, whether it has its outcome or not. What it has received counts."""
         self._session.unwatched(wait.watched)
         wait.watched = 0
         if wait.room is not None and wait.taken:
