@@ -11,7 +11,7 @@ from typing import Unpack
 from nbdcore.clients.asyncio.calls import AsyncCalls
 from nbdcore.clients.asyncio.options import AsyncOptionCalls
 from nbdcore.clients.connect.options import ClientOptions
-from nbdcore.clients.connect.target import found, target_of_another
+from nbdcore.clients.connect.target import already_found, target_of_another
 from nbdcore.clients.requests.arguments import deadline_after
 from nbdcore.protocol.handshake.agreement import Export
 from nbdcore.protocol.state import Phase
@@ -53,5 +53,5 @@ class AsyncClient(AsyncCalls["AsyncClient"], AsyncOptionCalls):
         target = target_of_another(self._target)
         deadline = deadline_after(timeout)
         async with AsyncClient(opt_mode=True) as other:
-            await other._connect("connect", partial(found, target), timeout, None)
+            await other._connect("connect", partial(already_found, target), timeout, None)
             return await other.opt_list(timeout=deadline.remaining())

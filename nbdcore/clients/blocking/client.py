@@ -14,7 +14,7 @@ from nbdcore.clients.blocking.calls import BlockingCalls
 from nbdcore.clients.blocking.options import OptionCalls
 from nbdcore.clients.blocking.threads import SharedSession
 from nbdcore.clients.connect.options import ClientOptions
-from nbdcore.clients.connect.target import found, target_of_another
+from nbdcore.clients.connect.target import already_found, target_of_another
 from nbdcore.clients.requests.arguments import deadline_after
 from nbdcore.errors import DeadlineExceeded, Error, UsageError
 from nbdcore.protocol.engine import Engine, Exchange
@@ -86,7 +86,7 @@ class Client(BlockingCalls["Client"], OptionCalls):
         target = target_of_another(self._target)
         deadline = deadline_after(timeout)
         with Client(opt_mode=True) as other:
-            other._connect("connect", partial(found, target), timeout, None)
+            other._connect("connect", partial(already_found, target), timeout, None)
             return other.opt_list(timeout=deadline.remaining())
 
     # ------------------------------------------------------------------------------------------ conversations

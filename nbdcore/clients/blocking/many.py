@@ -1,4 +1,4 @@
-"""The calls that work on many ranges, for blocking clients: their shape only. What they do is in `batches` and `pipelining`."""
+"""The calls that work on many ranges, for blocking clients: their shape only. What they do is in `batches` and `pipeline`."""
 
 from __future__ import annotations
 

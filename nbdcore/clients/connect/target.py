@@ -207,8 +207,8 @@ def over_stream(stream: Any, call: ConnectCall) -> Steps[Target]:
     return (yield from _target(OpenStream(stream), call.encryption, call, None))
 
 
-def found(target: Target, call: ConnectCall) -> Steps[Target]:  # noqa: ARG001 (it was another client's)
-    """Return a target that has been found before."""
+def already_found(target: Target, call: ConnectCall) -> Steps[Target]:  # noqa: ARG001 (as all of these take)
+    """Return a target that another client has found."""
     yield from ()
     return target
 
