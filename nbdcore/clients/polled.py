@@ -10,6 +10,7 @@ shares a client among threads holds a lock of their own around each call.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Collection, Generator
 from functools import partial
@@ -326,7 +327,9 @@ class PolledClient(ConnectMethods[None]):
         """End the connection now; what is pending fails. Never raises, and may be called twice."""
         connecting, self._connecting = self._connecting, None
         if connecting is not None:
-            connecting.close()
+            # In the child of a fork, a thread of the parent's may be in the middle of a step.
+            with contextlib.suppress(ValueError):
+                connecting.close()
         if self._session is not None:
             self._session.close()
         elif self.phase not in (Phase.CLOSED, Phase.DEAD):

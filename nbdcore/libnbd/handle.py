@@ -252,6 +252,8 @@ class NBD(
         self._closed = self._slow_path = True
         if self._reached.stream is not None:
             self._reached.stream.close()
+        elif self._client is not None:
+            self._client.close()  # no command is under way before there is a stream
 
     def _finish(self) -> None:
         self._closed = self._slow_path = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import nbdcore.libnbd as nbd
+from nbdcore.streams import connecting
 from nbdcore.testing.scripted import Negotiation, ScriptedServer, data, greeting, serve, wait_for
-from tests.forks import SERVER, busy, needs_fork, status_of_child
+from tests import leaks
+from tests.forks import SERVER, busy, needs_fork, status_of_child, stopped_in
 
 pytestmark = needs_fork
 
@@ -160,3 +163,49 @@ def test_child_that_calls_a_handle_busy_in_another_thread_of_its_parent_fails_at
 
 def test_child_uses_the_connection_in_place_of_its_parent(connected):
     assert status_of_child(lambda: connected.pread(512, 0)) == 0
+
+
+# ---------------------------------------------------------------------------------------------- while another thread connects
+
+LEAVES = {"close": close, "drop": drop, "exit": id}
+
+
+@pytest.mark.parametrize("leave", LEAVES)
+def test_child_that_leaves_a_handle_that_another_thread_connects_ends_and_the_parent_connects_on(leave, handles):
+    handle = handles()
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        outcome = pool.submit(handle.connect_tcp, *map(str, listener.getsockname()))
+        accepted, _ = listener.accept()
+        with accepted:
+            assert [status_of_child(lambda: LEAVES[leave](handle)) for _ in range(CHILDREN)] == [0] * CHILDREN
+            assert not outcome.done()
+        with pytest.raises(nbd.Error):
+            outcome.result(PATIENCE)
+
+
+@pytest.mark.parametrize("leave", LEAVES)
+def test_child_that_leaves_a_handle_in_the_middle_of_a_step_of_another_threads_connect_ends(leave, handles, server):
+    handle = handles()
+    with stopped_in(connecting.connect_socket, lambda: handle.connect_tcp("127.0.0.1", server)):
+        assert status_of_child(lambda: LEAVES[leave](handle)) == 0
+    assert len(handle.pread(512, 0)) == 512
+
+
+@pytest.mark.parametrize("leave", [close, drop])
+def test_child_that_leaves_a_handle_for_which_no_server_has_room_yet_frees_the_descriptor(leave, handles):
+    handle = handles()
+    with socket.socket() as listener, socket.socket() as before:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        before.connect(listener.getsockname())  # which has the only place
+        known = leaks.open_descriptors().keys()
+        handle.aio_connect_tcp(*map(str, listener.getsockname()))
+        opened = leaks.open_descriptors().keys() - known
+        assert opened
+
+        def child():
+            leave(handle)
+            assert not leaks.open_descriptors().keys() & opened
+
+        assert status_of_child(child) == 0
+        assert handle.aio_is_connecting()
