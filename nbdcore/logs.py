@@ -6,10 +6,11 @@ import logging
 
 __all__ = ["client_log", "server_log"]
 
-#: How connections begin and end is INFO, what was agreed on and which attempts failed is DEBUG.
+#: How connections begin and end is INFO, the steps in between and which attempts failed is DEBUG.
 client_log: logging.Logger = logging.getLogger("nbdcore")
 # Without any handler, Python prints warnings to standard error.
 client_log.addHandler(logging.NullHandler())
 
-#: What whoever runs a server should know is a WARNING or an ERROR; what clients bring about at will is DEBUG.
+#: What whoever runs a server should know is a WARNING or an ERROR; which clients come and go is INFO; what else they bring about
+#: at will is DEBUG.
 server_log: logging.Logger = logging.getLogger("nbdcore.server")

@@ -25,6 +25,7 @@ from nbdcore import DEFAULT_PORT, URI, UsageError, parse_uri
 from nbdcore.cli.output import escaped, say, warn
 from nbdcore.cli.signals import stopped_by_signals
 from nbdcore.cli.sizes import parsed, rounded
+from nbdcore.logs import client_log
 from nbdcore.processes import available_processors
 from nbdcore.server import Backend, ExportSettings, FileDisk, MemoryDisk, Server, ServerTLS, SharedMemoryDisk
 from nbdcore.streams.base import Listener
@@ -190,6 +191,8 @@ def _encryption(certificates: str | None, psk: str | None, *, verify_clients: bo
     metavar="SIZE",
     help="Memory for data on their way, all clients together; what does not fit goes in pieces.",
 )
+@click.option("-q", "--quiet", is_flag=True, help="Print no warnings on standard error; errors all the same.")
+@click.option("-v", "--verbose", is_flag=True, help="Print there which clients come and go, and why, too.")
 def serve(  # noqa: PLR0913 (click hands each option over by its name)
     file: str | None,
     *,
@@ -209,6 +212,8 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
     workers: int | None,
     keepalive: bool,
     memory_budget: int,
+    quiet: bool,
+    verbose: bool,
 ) -> None:
     """Serve FILE, or memory, as a disk over NBD, until Ctrl-C.
 
@@ -222,10 +227,12 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
     """  # noqa: D301 (a real backspace is how click is told not to wrap)
     if (file is None) == (memory is None):
         raise click.UsageError("Name a FILE to serve, or give --memory SIZE; not both.")
+    if quiet and verbose:
+        raise click.UsageError("--quiet and --verbose contradict each other: use one of them.")
     encryption = _encryption(tls_certificates, tls_psk, verify_clients=tls_verify_clients, tls=tls)
     places = [*tcp, *unix, *vsock, *listen] or [Place("tcp", {"host": _LOOPBACK, "port": DEFAULT_PORT})]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_log_on_stderr())
+        stack.enter_context(_log_on_stderr(logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING))
         wait_for_signal = stack.enter_context(stopped_by_signals())
         disk, what = _opened(file, memory or 0, read_only=read_only)
         if isinstance(disk, FileDisk):
@@ -242,7 +249,7 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
         stack.callback(server.stop)
         listeners = [place.listen(server, keepalive=keepalive) for place in places]
         server.start()
-        if encryption.admits_anybody:
+        if encryption.admits_anybody and not quiet:
             _warn_of_strangers(listeners, read_only=read_only)
         uris = [for_clients(parse_uri(server.uri(listener, export))) for listener in listeners]
         what += f"{', read-only' if read_only else ''}{encryption.words}"
@@ -303,11 +310,12 @@ class _OneLine(logging.Handler):
 
 
 @contextlib.contextmanager
-def _log_on_stderr() -> Iterator[None]:
-    log = logging.getLogger("nbdcore")
-    handler = _OneLine(logging.WARNING)
-    log.addHandler(handler)
+def _log_on_stderr(level: int) -> Iterator[None]:
+    before, handler = client_log.level, _OneLine()
+    client_log.setLevel(level)  # of which the server's further processes are told
+    client_log.addHandler(handler)
     try:
         yield
     finally:
-        log.removeHandler(handler)
+        client_log.removeHandler(handler)
+        client_log.setLevel(before)

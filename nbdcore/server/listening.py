@@ -345,7 +345,9 @@ class Server:
         terms = negotiate(channel, self._offer, self._shutdown, lambda: self._clients.keep(client))
         if terms is not None:
             channel.deadline = NEVER
+            server_log.info("%s has chosen its export, %s TLS", client.stream, "with" if channel.secure else "without")
             transmit(channel, terms, self._shutdown, self._budget)
+            server_log.info("%s has left", client.stream)
         channel.finish()
 
 

@@ -183,6 +183,7 @@ def test_without_a_place_it_is_the_loopback_address_and_nbds_port():
         ("--memory", "1M", "--listen", "/run/socket"),
         ("--memory", "1M", "--max-clients", "0"),
         ("disk.img", "another.img"),
+        ("--memory", "1M", "--quiet", "--verbose"),
     ],
 )
 def test_wrong_usage_is_status_2(arguments):
@@ -253,6 +254,32 @@ def test_client_that_speaks_no_nbd_is_one_line_and_harms_no_other():
             assert client.pread(1, 0) == b"\0"
         [line] = server.stop()[2].splitlines()
     assert re.match(r"nbdcore: TCP client 127\.0\.0\.1 port \d+ was disconnected: ", line)
+
+
+# What it tells of clients
+
+
+def test_quiet_leaves_warnings_out():
+    with serving("--memory", "1M", "--tcp", "0.0.0.0:0", "--quiet") as server:
+        with socket.create_connection(("127.0.0.1", port_of(server.uri)), timeout=DEADLINE) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            while stranger.recv(4096):
+                pass
+        assert server.stop() == (0, "", "")
+
+
+def test_verbose_tells_which_clients_come_and_go_from_every_process():
+    with serving("--memory", "1M", "--tcp", "0", "--verbose", "--workers", "2") as server:
+        with connect(server.uri) as first, connect(server.uri) as second:
+            assert first.pread(4, 0) == second.pread(4, 0)
+        lines = [server.process.stderr.readline().strip() for _ in range(4)]
+        assert server.stop() == (0, "", "")
+    come, gone = ({line.removesuffix(end) for line in lines if line.endswith(end)} for end in (CHOSEN, LEFT))
+    assert come == gone
+    assert len(come) == 2
+
+
+CHOSEN, LEFT = " has chosen its export, without TLS", " has left"
 
 
 # How it ends

@@ -40,6 +40,7 @@ def test_connection_begins_and_ends_at_info(uri, front_end, caplog):
             pass
     begun, ended = told(caplog, logging.INFO)
     assert "connected to TCP 127.0.0.1 port" in begun
+    assert "without TLS" in begun
     assert "export 'disk', 1048576 bytes" in begun
     assert "ended: this program took leave of the server" in ended
     assert any("structured replies True" in line for line in told(caplog, logging.DEBUG))
@@ -62,6 +63,16 @@ def test_attempts_while_a_server_is_waited_for_are_told_at_debug(caplog, socket_
     with pytest.raises(nbdcore.DeadlineExceeded):
         nbdcore.connect_unix(socket_path, wait=0.1)
     assert any("the next attempt is in" in line for line in told(caplog, logging.DEBUG))
+
+
+def test_steps_of_connecting_are_told_at_debug_and_requests_not_at_all(uri, caplog):
+    caplog.set_level(logging.DEBUG, "nbdcore")
+    with nbdcore.connect(uri, timeout=PATIENCE) as disk:
+        steps = [line.partition(" ")[0] for line in told(caplog, logging.DEBUG)]
+        caplog.clear()
+        disk.pwrite(disk.pread(512, 0), 512)
+        assert caplog.records == []
+    assert steps == ["connecting", "TCP", "agreed"]
 
 
 A_CLIENT = "import nbdcore\nwith nbdcore.connect({uri!r}, timeout=10) as disk: disk.pread(512, 0)"

@@ -195,7 +195,7 @@ def test_the_flush_of_fua_fails_the_write(ready):
 @pytest.mark.parametrize("method", ["pread", "pwrite", "flush", "trim", "cache", "zero", "extents"])
 def test_any_other_exception_is_eio_and_one_line_in_the_log(ready, caplog, method):
     client = ready(Failing(RuntimeError("a bug"), method))
-    caplog.set_level(logging.INFO, "nbdcore.server")
+    caplog.set_level(logging.WARNING, "nbdcore.server")
     requests = {
         "pread": (CommandType.READ, 0, 10),
         "pwrite": (CommandType.WRITE, 0, 3, 0, b"abc"),

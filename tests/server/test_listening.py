@@ -573,7 +573,7 @@ def test_clients_that_come_and_go_leave_nothing(serve):
     assert len(leaks.open_descriptors()) == before
 
 
-def test_ordinary_clients_leave_no_line_in_the_log(serve, client_of, caplog):
+def test_ordinary_clients_come_and_go_at_info_and_leave_no_other_line_in_the_log(serve, client_of, caplog):
     caplog.set_level(logging.INFO)
     server = serve(MemoryDisk(MEBIBYTE))
     client = client_of(server)
@@ -581,4 +581,7 @@ def test_ordinary_clients_leave_no_line_in_the_log(serve, client_of, caplog):
     client.go()
     client.send(client.pack(CommandType.DISC))
     assert client.hung_up()
-    assert caplog.records == []
+    until(lambda: not server._clients)
+    come, gone = (record.getMessage() for record in caplog.records if record.levelno == logging.INFO)
+    assert (come.partition(" has ")[2], gone.partition(" has ")[2]) == ("chosen its export, without TLS", "left")
+    assert len(caplog.records) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import random
 import select
 import socket
@@ -73,7 +74,7 @@ def is_served(server: Server, context: ssl.SSLContext) -> None:
 
 
 def warnings(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelname != "DEBUG"]
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def go(name: str) -> bytes:

@@ -114,12 +114,14 @@ def open_session(engine: Engine, target: Target, deadline: Deadline) -> Waits[Se
 
 
 def _open_stream(endpoint: Endpoint | OpenStream, deadline: Deadline) -> Waits[Stream]:
+    client_log.debug("connecting to %s", endpoint)
     wait = partial(_until, deadline=deadline, message=f"connecting to {endpoint} took too long")
     with transport_errors(f"connect to {endpoint}"):
         return (yield from relay(endpoint.open(deadline.remaining()), wait))
 
 
 def _shake_hands(session: Session, target: Target, deadline: Deadline) -> Waits[None]:
+    client_log.debug("%s is there: its handshake begins", target.endpoint)
     exchange = session.engine.handshake()
     session.advance()
     while not exchange.done:
@@ -137,15 +139,15 @@ def _shake_hands(session: Session, target: Target, deadline: Deadline) -> Waits[
 
 def _log_agreement(engine: Engine, target: Target) -> None:
     agreement, export = engine.agreement, engine.agreement.export
+    encrypted = "with TLS" if agreement.tls else "without TLS"
     if export is None:
-        client_log.info("connected to %s (%s): negotiating", target.endpoint, agreement.protocol)
+        client_log.info("connected to %s (%s), %s: negotiating", target.endpoint, agreement.protocol, encrypted)
     else:
-        client_log.info("connected to %s: export %r, %d bytes", target.endpoint, export.name, export.size)
+        client_log.info("connected to %s, %s: export %r, %d bytes", target.endpoint, encrypted, export.name, export.size)
     client_log.debug(
-        "agreed with %s: %s, TLS %s, structured replies %s, extended headers %s, contexts %s, block sizes %s",
+        "agreed with %s: %s, structured replies %s, extended headers %s, contexts %s, block sizes %s",
         target.endpoint,
         agreement.protocol,
-        agreement.tls,
         agreement.structured,
         agreement.extended,
         [*agreement.contexts.values()],

@@ -317,6 +317,7 @@ class Session:
         if not shake_hands():
             return False
         self._shake_hands = None
+        client_log.debug("encrypted from here on: %s", self._stream)
         self.engine.tls_started()
         return True
 
