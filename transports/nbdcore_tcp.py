@@ -17,7 +17,7 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any, ClassVar
 
-from nbdcore.errors import UsageError, printable
+from nbdcore.errors import TransportError, UsageError, printable
 from nbdcore.plugins.spec import Connecting, Listener, Transport, Waiting, hookimpl
 from nbdcore.streams.base import Opening, Stream
 from nbdcore.streams.connecting import connect_socket, first_of, in_thread
@@ -29,9 +29,9 @@ DEFAULT_HOST = "localhost"
 _LAST_PORT = 65535
 _HINTS = {errno.ECONNREFUSED: "nothing listens there, or a firewall refuses"}
 _LISTEN_HINTS = {
-    errno.EACCES: "ports below 1024 need privileges",
+    errno.EACCES: "ports below 1024 need privileges; choose a higher one",
     errno.EADDRINUSE: "another server listens there; stop that one, or choose another port",
-    errno.EADDRNOTAVAIL: "that address is not this machine's own",
+    errno.EADDRNOTAVAIL: "that address is not this machine's own; 0.0.0.0 and :: stand for all that are",
 }
 
 # A server's client is given up after five minutes of silence to eight probes: two minutes idle, then a probe each 22 seconds. The
@@ -110,7 +110,11 @@ class TCPTransport(Transport):
         """Listen on the first of the host's addresses: "0.0.0.0" and "::" stand for all of this machine's."""
         doing = f"listen on {address}"
         with transport_errors(doing, _LISTEN_HINTS):
-            family, kind, protocol, _, name = _resolve(address, socket.AI_PASSIVE)[0]
+            try:
+                family, kind, protocol, _, name = _resolve(address, socket.AI_PASSIVE)[0]
+            except socket.gaierror as exc:
+                hint = "give a name or an address that this machine has, or 0.0.0.0 for all of them"
+                raise TransportError(0, f"cannot {doing}: {exc.strerror}; {hint}") from exc
             sock = socket.socket(family, kind, protocol)
             try:
                 # A server that starts again must not wait for its old connections to time out. On Windows the option means

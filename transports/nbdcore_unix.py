@@ -57,7 +57,10 @@ class UnixAddress:
         limit = _SUN_PATH if self.abstract else _SUN_PATH - 1
         length = len(self.name)
         if length > limit:
-            raise UsageError(errno.ENAMETOOLONG, f"{self}: {length} bytes are too long for a unix socket, {limit} is the limit")
+            raise UsageError(
+                errno.ENAMETOOLONG,
+                f"{self}: {length} bytes are too long for a unix socket, {limit} is the limit; choose a shorter one",
+            )
 
     @property
     def abstract(self) -> bool:
@@ -114,7 +117,7 @@ class UnixTransport(Transport):
         doing = f"listen on {address}"
         sock = _socket(doing)
         try:
-            with transport_errors(doing):
+            with transport_errors(doing, _listen_hints(address)):
                 try:
                     sock.bind(address.name)
                 except OSError as exc:
@@ -154,6 +157,19 @@ def _socket(doing: str) -> socket.socket:
         return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 
 
+def _listen_hints(address: UnixAddress) -> dict[int, str]:
+    """Return what errors of listening mean: where a file cannot be made, that is the fault of its folder."""
+    if address.abstract:
+        return {errno.EADDRINUSE: "another server does; stop that one, or choose another name"}
+    folder = printable(str(Path(address.path).parent))
+    return {
+        errno.ENOENT: f"there is no folder {folder}; make it, or choose a path in another",
+        errno.ENOTDIR: f"{folder} is no folder; choose a path in another",
+        errno.EACCES: f"this user may not make files in {folder}; choose a path in another folder",
+        errno.EROFS: f"nothing can be written in {folder}; choose a path in another folder",
+    }
+
+
 def _identity(path: Path) -> tuple[int, int]:
     status = path.lstat()
     return status.st_dev, status.st_ino
@@ -164,7 +180,9 @@ def _remove_stale(address: UnixAddress) -> None:
     path = Path(address.path)
     before = path.lstat()
     if not stat.S_ISSOCK(before.st_mode):
-        raise TransportError(errno.EADDRINUSE, f"cannot listen on {address}: a file that is no socket is there")
+        raise TransportError(
+            errno.EADDRINUSE, f"cannot listen on {address}: a file that is no socket is there; choose another path"
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         # A full backlog must not hold us up: it is a live server's.
         probe.setblocking(False)
@@ -172,7 +190,9 @@ def _remove_stale(address: UnixAddress) -> None:
     if answer == errno.ENOENT:
         return
     if answer != errno.ECONNREFUSED or _identity(path) != (before.st_dev, before.st_ino):
-        raise TransportError(errno.EADDRINUSE, f"cannot listen on {address}: another server does")
+        raise TransportError(
+            errno.EADDRINUSE, f"cannot listen on {address}: another server does; stop that one, or choose another path"
+        )
     path.unlink()
 
 

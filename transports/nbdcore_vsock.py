@@ -48,9 +48,9 @@ _CONNECT_HINTS = {
     errno.EAFNOSUPPORT: _NO_VSOCK,
 }
 _LISTEN_HINTS = {
-    errno.EACCES: "ports below 1024 need privileges",
-    errno.EADDRINUSE: "another server listens on that port",
-    errno.EADDRNOTAVAIL: "that CID is not this machine's own",
+    errno.EACCES: "ports below 1024 need privileges; choose a higher one",
+    errno.EADDRINUSE: "another server listens on that port; stop that one, or choose another port",
+    errno.EADDRNOTAVAIL: "that CID is not this machine's own; without one it is all that are",
     errno.EAFNOSUPPORT: _NO_VSOCK,
 }
 

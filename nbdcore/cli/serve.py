@@ -265,9 +265,15 @@ def _opened(file: str | None, memory: int, *, read_only: bool) -> tuple[Backend,
         return in_memory(memory), f"{rounded(memory)} of memory, gone when the server stops"
     try:
         disk = FileDisk(file, read_only=read_only)
+    except FileNotFoundError as error:
+        folder, hint = Path(file).absolute().parent, f"look at the name, or make a disk: truncate -s 1G {shlex.quote(file)}"
+        if not folder.is_dir():
+            hint = f"look at the name: there is no folder {folder}"
+        raise UsageError(errno.ENOENT, f"{file}: {error.strerror}; {hint}") from error
     except PermissionError as error:
-        hint = "" if read_only or not os.access(file, os.R_OK) else "; --read-only serves it for reading"
-        raise UsageError(errno.EACCES, f"{file}: {error.strerror}{hint}") from error
+        readable = not read_only and os.access(file, os.R_OK)
+        hint = "--read-only serves it for reading" if readable else "give this user permission for it, and for its folders"
+        raise UsageError(errno.EACCES, f"{file}: {error.strerror}; {hint}") from error
     return disk, f"{escaped(file)}, {rounded(disk.size)}"
 
 

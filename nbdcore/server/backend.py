@@ -42,6 +42,7 @@ class Backend(Protocol):
     Only what stands here is required. These are used where they exist; offsets, counts and sizes are in bytes:
 
     - `pwrite(data, offset)`: write all of `data`, a memoryview that is valid during the call only. Without it: read-only.
+    - `name`: text that says in the log of failures which disk it is, as the path of a file does.
     - `read_only`: True where writing methods exist but must not be used.
     - `flush()`: return when all writes that have returned are on permanent storage. Without it neither NBD_CMD_FLUSH nor
       NBD_CMD_FLAG_FUA is offered.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+from nbdcore.errors import printable
 from nbdcore.logs import server_log
 from nbdcore.protocol.constants import ErrorNumber, TransmissionFlag
 from nbdcore.server.backend import Refusal, error_number
@@ -34,6 +35,8 @@ __all__ = ["ServedExport", "ServedExports", "exports_of"]
 _ZEROES = memoryview(bytes(1 << 20))
 # Errors that whoever runs the server wants to know of: the client is not to blame, and the next one will meet them too.
 _STORAGE_TROUBLE = frozenset({ErrorNumber.EPERM, ErrorNumber.EIO, ErrorNumber.ENOMEM, ErrorNumber.ENOSPC})
+# What they can do about it.
+_ADVICE = {ErrorNumber.ENOSPC: "; make room where it is, or raise its limit (a quota, ulimit -f), and clients can write again"}
 # Extents looked at for one request: enough for a fragmented file, little enough that a client cannot keep a thread busy.
 _MAX_EXTENTS = 8192
 # Extents have multiples of this where they can (section "NBD_CMD_BLOCK_STATUS").
@@ -66,6 +69,8 @@ class ServedExport:
         self._cache = self._optional("cache")
         self._extents = self._optional("extents")
         self._reported: set[tuple[str, object]] = set()
+        disk = getattr(backend, "name", "")
+        self._shown = f"export {name!r}" + (f" ({printable(disk)})" if isinstance(disk, str) and disk else "")
 
     def flags(self, *, structured: bool, filters: bool = False) -> TransmissionFlag:
         """Return the transmission flags for a client that negotiated structured replies or not (section "Transmission flags").
@@ -171,7 +176,7 @@ class ServedExport:
             try:
                 self._guarded("close", close)
             except Refusal as refusal:
-                server_log.warning("export %r could not be closed: %s", self.name, refusal.text)
+                server_log.warning("%s could not be closed: %s", self._shown, refusal.text)
 
     # ------------------------------------------------------------------------------------------ guarding the back end
 
@@ -205,7 +210,7 @@ class ServedExport:
         if number == ErrorNumber.ENOTSUP and function is not self._zero:
             number = ErrorNumber.EINVAL  # on the wire, ENOTSUP says that zeroing is not fast, and nothing else
         if number in _STORAGE_TROUBLE:
-            self._report(what, number, f"failed: {text}")
+            self._report(what, number, f"failed: {text}{_ADVICE.get(number, '')}")
         else:
             server_log.debug("export %r: %s%r failed", self.name, what, arguments[-2:], exc_info=True)
         return Refusal(number, text)
@@ -218,7 +223,7 @@ class ServedExport:
         """Log trouble of the back end, loudly the first time only: clients decide how often it happens."""
         level = logging.DEBUG if (what, kind) in self._reported else logging.ERROR
         self._reported.add((what, kind))
-        server_log.log(level, "export %r: the back end's %s %s", self.name, what, problem, exc_info=trace)
+        server_log.log(level, "%s: the back end's %s %s", self._shown, what, problem, exc_info=trace)
 
 
 class ServedExports:

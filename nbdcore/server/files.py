@@ -31,15 +31,21 @@ class FileDisk:
     """A regular file or block device as a disk; its size is what it is now.
 
     Attributes:
+        name: the path, for messages.
         read_only: whether it was opened for reading only.
         size: size in bytes.
     """
+
+    name: str
 
     def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False) -> None:
         """Open `path`. Raises OSError where that fails, UsageError for what is neither a regular file nor a block device."""
         mode = Path(path).stat().st_mode  # asked first: opening a named pipe would wait for its other end
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-            raise UsageError(errno.EINVAL, f"{os.fspath(path)} is neither a regular file nor a block device")
+            kind, advice = ("a folder", "a file in it") if stat.S_ISDIR(mode) else ("something else", "one of these")
+            said = f"{os.fsdecode(path)}: a disk is a regular file or a block device, and this is {kind}; name {advice}"
+            raise UsageError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, said)
+        self.name = os.fsdecode(path)
         access = os.O_RDONLY if read_only else os.O_RDWR
         self._use(os.open(path, access | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)), read_only=read_only)
 
@@ -60,7 +66,7 @@ class FileDisk:
     def __reduce__(self) -> tuple[object, ...]:
         from multiprocessing import reduction  # it brings much, and few disks go to another process
 
-        return _in_another_process, (type(self), reduction.DupFd(self._fd), self.read_only)
+        return _in_another_process, (type(self), reduction.DupFd(self._fd), self.name, self.read_only)
 
     def pread(self, count: int, offset: int) -> bytes:
         """Return `count` bytes from `offset` on. Raises OSError, EIO where the file has become shorter."""
@@ -176,6 +182,7 @@ class SharedMemoryDisk(FileDisk):
         """Make a disk of `size` bytes that reads as zeroes. Raises UsageError for a size that cannot be, and OSError."""
         if not 0 <= size <= MAX_SIZE:
             raise UsageError(errno.EINVAL, f"a disk of {size} bytes: the size must be from 0 to {MAX_SIZE}")
+        self.name = "memory"
         if hasattr(os, "memfd_create"):
             fd = os.memfd_create("nbdcore")
         else:
@@ -198,7 +205,8 @@ class SharedMemoryDisk(FileDisk):
         super().zero(count, offset, may_trim=True)
 
 
-def _in_another_process(kind: type[FileDisk], duplicate: Any, read_only: bool) -> FileDisk:
+def _in_another_process(kind: type[FileDisk], duplicate: Any, name: str, read_only: bool) -> FileDisk:
     disk = kind.__new__(kind)
+    disk.name = name
     disk._use(duplicate.detach(), read_only=read_only)  # noqa: SLF001 (of this module)
     return disk

@@ -194,13 +194,24 @@ def test_wrong_usage_is_status_2(arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("{folder}/nothing",), "{folder}/nothing: No such file or directory"),
-        (("{folder}",), "{folder} is neither a regular file nor a block device"),
+        (("{folder}/nothing",), "{folder}/nothing: No such file or directory; look at the name, or make a disk: truncate -s 1G"),
+        (("{folder}/no/disk",), "{folder}/no/disk: No such file or directory; look at the name: there is no folder {folder}/no"),
+        (("{folder}",), "{folder}: a disk is a regular file or a block device, and this is a folder; name a file in it"),
+        (("/dev/null",), "/dev/null: a disk is a regular file or a block device, and this is something else; name one of these"),
         (("--memory", "1M", "--tcp", "65536"), "a TCP port is a number from 0 to 65535"),
-        (("--memory", "1M", "--tcp", "192.0.2.1:0"), "cannot listen on TCP 192.0.2.1"),
-        (("--memory", "1M", "--unix", "{folder}/no/socket"), "No such file or directory"),
+        (
+            ("--memory", "1M", "--tcp", "192.0.2.1:0"),
+            "cannot listen on TCP 192.0.2.1 port 0: that address is not this machine's own; 0.0.0.0 ",
+        ),
+        (("--memory", "1M", "--tcp", "nowhere.invalid:0"), "; give a name or an address that this machine has, or 0.0.0.0"),
+        (
+            ("--memory", "1M", "--unix", "{folder}/no/socket"),
+            "there is no folder {folder}/no; make it, or choose a path in another",
+        ),
+        (("--memory", "1M", "--unix", "/dev/null/socket"), "/dev/null is no folder; choose a path in another"),
+        (("--memory", "1M", "--unix", "/run/" + "x" * 200), "are too long for a unix socket, 107 is the limit; choose"),
         (("--memory", "1M", "--unix", ""), "needs a path"),
-        (("--memory", "1M", "--unix", "{folder}"), "a file that is no socket is there"),
+        (("--memory", "1M", "--unix", "{folder}"), "a file that is no socket is there; choose another path"),
         (("--memory", "1M", "--listen", "nbd+nothing://x"), "no transport answers to nbd+nothing://"),
         (("--memory", "1M", "--listen", "nbds://127.0.0.1:0"), "demands TLS"),
         (("--memory", "1M", "--tcp", "0", "--export", "x" * 4097), "the name of an export cannot be sent"),
@@ -220,6 +231,7 @@ def test_place_that_is_taken_is_one_line_and_leaves_the_first_server_alone(socke
         for place in (("--tcp", str(port_of(tcp))), ("--unix", socket_path)):
             done = invoke("serve", "--memory", "2M", *place)
             assert (done.stderr.count("\n"), done.stdout, done.exit_code) == (1, "", 1)
+            assert "; stop that one, or choose another p" in done.stderr
         assert [size_at(tcp), size_at(unix)] == [MEBIBYTE] * 2
 
 
@@ -240,7 +252,8 @@ def test_full_disk_is_one_line_however_often_it_happens(disk):
             assert client.pread(4, offset=MEBIBYTE // 2) == bytes(4)
         status, _, errors = server.stop()
     [line] = errors.splitlines()
-    assert "pwrite failed: " in line
+    assert line.startswith(f"nbdcore: export '' ({disk}): the back end's pwrite failed: ")
+    assert "; make room where it is" in line
     assert status == 0
 
 
