@@ -1,9 +1,10 @@
 """A child process as a stream: a server that talks on its standard input and output, or one that takes a listening socket over.
 
 Programs are started from a list of arguments, never through a shell that would read them, with no descriptor of ours but their
-own. What they write to standard error goes where this program's goes, and its end is kept: it says best why a server died. A
-child is reaped when its stream is closed, by a thread, so that closing does not wait for a program that takes its time. Streams
-still open when this program exits are closed, and their children waited for, while there are still threads to do it.
+own. What they write to standard error goes where this program's goes, and its end is kept: it says best why a server died. A few
+words of a server that has said nothing yet are held back: if it dies, they are in the error, and not said twice. A child is
+reaped when its stream is closed, by a thread, so that closing does not wait for a program that takes its time. Streams still open
+when this program exits are closed, and their children waited for, while there are still threads to do it.
 
 A fork copies a stream. Closing the copy frees its descriptors and does nothing else: the program and its folder are the parent's.
 """
@@ -35,6 +36,8 @@ __all__ = ["Child", "ProcessStream", "run_activated", "run_command"]
 
 #: Bytes of standard error that are kept: a screenful, as the last words of a program are.
 _LAST_WORDS = 4096
+#: Bytes of standard error that an error shows in full, in its one line.
+_FEW_WORDS = 500
 #: Seconds that the last words and the exit status of a server that hung up may take to arrive: both are on their way then.
 _LAST_MOMENT = 0.25
 #: Seconds that a child may take to end after its stream is closed, and again after SIGTERM, before the next harder measure.
@@ -55,6 +58,9 @@ class Child:
         self.process = process
         self._ended_by = ended_by
         self._tail = bytearray()
+        # What was not passed on yet, so little that an error shows it in full; None: all is, at once.
+        self._held: bytes | None = b""
+        self._passing = threading.Lock()
         # Held while the process is looked at, and reaped, and while it is signalled: a number is another's once it is reaped.
         self._looking = threading.Lock()
         self._listener = _thread(self._listen, process.stderr)
@@ -65,10 +71,20 @@ class Child:
         with pipe:
             while words := os.read(pipe.fileno(), _LAST_WORDS):
                 self._tail = (self._tail + words)[-_LAST_WORDS:]
-                if sys.stderr is not None:
-                    # A program may have closed its own standard error, or replaced it by anything.
-                    with contextlib.suppress(OSError, ValueError):
-                        sys.stderr.write(words.decode("utf-8", "backslashreplace"))
+                with self._passing:
+                    if self._held is None:
+                        _write(words)
+                    else:
+                        self._held += words
+                if len(self._held or b"") > _FEW_WORDS:
+                    self.pass_on()
+
+    def pass_on(self) -> None:
+        """Pass what was held back on, and from here on everything at once: the server works, or nobody will say why not."""
+        with self._passing:
+            held, self._held = self._held, None
+            if held:
+                _write(held)
 
     def failure(self, number: int = 0) -> Disconnected | None:
         """Return why the process failed, None where it is still running, or ended well. Waits a moment for what is on its way.
@@ -79,6 +95,8 @@ class Child:
         if not status:
             return None
         self._listener.join(_LAST_MOMENT)
+        with self._passing:
+            self._held = None  # which the error says
         last_words = self._tail.decode("utf-8", "surrogateescape").strip()
         return Disconnected(number, f"the command {_shown(self.process.args)} {how_it_ended(status)}", server_text=last_words)
 
@@ -89,6 +107,7 @@ class Child:
 
     def end(self) -> None:
         """Have the process end, and reap it, without waiting for it. Its stream is closed already. Never raises."""
+        self.pass_on()
         if self._ended_by is not None:
             self._hint(self._ended_by)
         if self._reaper is None:
@@ -157,6 +176,7 @@ class ProcessStream(SocketStream):
         self.path = path
         self.explains_end: Callable[[], bool] = lambda: True
         self._tidy = tidy
+        self._heard = False
         _open_streams.add(self)
 
     def recv_into(self, room: memoryview) -> int | None:
@@ -168,6 +188,9 @@ class ProcessStream(SocketStream):
             raise
         if count == 0 and self.explains_end() and (failure := self.child.failure()) is not None:
             raise failure
+        if count and not self._heard:
+            self._heard = True
+            self.child.pass_on()
         return count
 
     def send(self, parts: Sequence[memoryview]) -> int | None:
@@ -311,6 +334,14 @@ def _start(arguments: Sequence[str], sock: socket.socket, *, activated: dict[str
         if isinstance(exc, RuntimeError):
             raise TransportError(errno.EAGAIN, f"cannot {what}: {exc}") from exc
         raise
+
+
+def _write(words: bytes) -> None:
+    """Write to standard error, if there is one."""
+    if sys.stderr is not None and words:
+        # A program may have closed its own standard error, or replaced it by anything.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(words.decode("utf-8", "backslashreplace"))
 
 
 def _thread(target: Callable[..., None], *arguments: object) -> threading.Thread:

@@ -79,6 +79,13 @@ def receive_all(stream: Stream) -> bytes:
     return bytes(received)
 
 
+def receive_some(stream: Stream) -> bytes:
+    room = bytearray(1 << 16)
+    while (count := stream.recv_into(memoryview(room))) is None:
+        wait(stream.fileno(), Want.READ, Deadline.after(PATIENCE), "the program says nothing")
+    return bytes(room[:count])
+
+
 def failure(stream: Stream) -> Disconnected:
     with pytest.raises(Disconnected) as caught:
         receive_all(stream)
@@ -287,6 +294,27 @@ def test_end_of_what_a_failed_program_wrote_to_standard_error_is_kept_and_passed
     assert error.server_text == "x" * (4096 - len("la\x1bst\n")) + "la\x1bst"
     assert "\x1b" not in str(error)
     assert shown.getvalue() == "first" + "x" * 100_000 + "la\x1bst\n"
+
+
+def test_few_words_of_a_program_that_failed_are_in_the_error_alone(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", shown)
+    with running(*python("import sys; sys.exit('no such disk')")) as stream:
+        assert "no such disk" in str(failure(stream))
+    assert shown.getvalue() == ""
+
+
+@pytest.mark.parametrize("said", ["", "NBDMAGIC"], ids=["closed before it said anything", "working"])
+def test_what_a_program_that_has_not_failed_wrote_to_standard_error_is_passed_on(said, monkeypatch, eventually):
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", shown)
+    source = f"import os; os.write(2, b'a notice'); os.write(1, {said.encode()!r}); os.read(0, 1)"
+    with running(*python(source)) as stream:
+        eventually(lambda: b"a notice" in stream.child._tail, "its notice has come")
+        if said:
+            assert receive_some(stream) == said.encode()
+            assert shown.getvalue() == "a notice"
+    assert shown.getvalue() == "a notice"
 
 
 def test_words_that_are_no_text_are_kept_to_the_byte():

@@ -23,6 +23,7 @@ from nbdcore.testing.transports import check_address
 from nbdcore.uri import parse_uri
 from tests import leaks
 from tests.certificates import CertificateAuthority
+from tests.cli.commands import run
 from tests.transports.ssh_stand_in import StandIn
 
 (transport,) = nbdcore_ssh.nbdcore_transports()
@@ -245,6 +246,12 @@ def test_what_ssh_has_to_say_is_in_the_error(ssh):
         nbdcore.connect_ssh("broken.example", timeout=PATIENCE)
     with pytest.raises(Disconnected, match=r"nc: .*No such file"):
         nbdcore.connect_ssh("db.example", socket="/nonexistent", timeout=PATIENCE)
+
+
+def test_what_ssh_has_to_say_is_shown_once_by_the_command(ssh):
+    done = run("info", "nbd+ssh://broken.example/")
+    assert done.stderr.count("Could not resolve hostname broken.example") == 1
+    assert (done.stderr.count("\n"), done.returncode) == (1, 1)
 
 
 def test_a_server_behind_ssh_is_waited_for(ssh, socket_path):
