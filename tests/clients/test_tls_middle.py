@@ -97,6 +97,7 @@ def test_a_handshake_without_tls_ends_it_and_nothing_was_said(said, why, opt_mod
         refused = fails(server, opt_mode=opt_mode)
     assert isinstance(refused, TLSError)
     assert f"TLS is required, and {why}" in str(refused)
+    assert "connect without: nbd:// in place of nbds://" in str(refused)
 
 
 @asking

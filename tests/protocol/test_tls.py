@@ -192,8 +192,18 @@ def test_require_tells_of_the_refusal_in_the_servers_own_words(opt_mode):
     check_refused(client, CLIENT_FLAGS + STARTTLS)
     assert client.engine.error.server_text == "not for you\x1b"
     assert str(client.engine.error) == (
-        "TLS is required, and starting TLS failed: the server's policy forbids it: not for you\\x1b (ENOTSUP)"
+        "TLS is required, and starting TLS failed: the server's policy forbids it (ask its owner for TLS, or, if what is sent "
+        "may be read and changed on the way, connect without: nbd:// in place of nbds://, or no tls=): not for you\\x1b (ENOTSUP)"
     )
+
+
+@either_mode
+def test_require_does_not_advise_against_tls_where_a_server_shuts_down(opt_mode):
+    client = newborn(tls=TLSPolicy.REQUIRE, opt_mode=opt_mode)
+    client.hear(greeting() + refused(Option.STARTTLS, OptionReply.ERR_SHUTDOWN, b""))
+
+    check_refused(client, CLIENT_FLAGS + STARTTLS)
+    assert "nbd://" not in str(client.engine.error)
 
 
 def test_require_in_opt_mode_does_not_even_say_goodbye_in_the_clear():

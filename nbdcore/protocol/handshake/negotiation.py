@@ -40,6 +40,12 @@ from nbdcore.protocol.handshake.agreement import Agreement, BlockSize, Export, E
 # Bytes of an over-long reply read at a time while it is skipped: enough to be quick, too little to matter.
 _DRAIN_STEP = 1 << 16
 
+# What to try where TLS is required of a server that has none. In parentheses, since the server's own words may follow.
+_WITHOUT_TLS = (
+    "(ask its owner for TLS, or, if what is sent may be read and changed on the way, connect without: "
+    "nbd:// in place of nbds://, or no tls=)"
+)
+
 T = TypeVar("T")
 
 
@@ -76,7 +82,7 @@ def _oldstyle(agreement: Agreement, settings: Settings) -> Conversation[None]:
         raise ProtocolViolation(errno.EPROTO, f"an oldstyle server set handshake flags ({flags >> 16:#x}), which it must not")
     _check_flags(flags)
     agreement.protocol = "oldstyle"
-    _require_tls(agreement, settings, "the server speaks the oldstyle handshake, which has no TLS")
+    _require_tls(agreement, settings, f"the server speaks the oldstyle handshake, which has no TLS {_WITHOUT_TLS}")
     agreement.export = ExportInfo("", size, agreement.usable_flags(flags))
 
 
@@ -177,8 +183,10 @@ def starttls(agreement: Agreement, settings: Settings) -> Conversation[bool]:
     yield from _ask(agreement, settings, Option.STARTTLS)
     refusal = yield from _refusal(Option.STARTTLS)
     if refusal is not None:
-        _require_tls(agreement, settings, refusal.message, refusal.server_text)
-        if refusal.reply == OptionReply.ERR_SHUTDOWN:
+        passes = refusal.reply == OptionReply.ERR_SHUTDOWN
+        why = refusal.message if passes else f"{refusal.message} {_WITHOUT_TLS}"
+        _require_tls(agreement, settings, why, refusal.server_text)
+        if passes:
             raise refusal
         return False
     if agreement.tls:
@@ -334,7 +342,7 @@ def handshake(agreement: Agreement, settings: Settings) -> Conversation[bool]:
 def _improve(agreement: Agreement, settings: Settings) -> Conversation[None]:
     """Agree on what lasts for the connection: TLS first, so that nothing said in the clear counts, then the reply format."""
     if not agreement.fixed:
-        _require_tls(agreement, settings, "the server speaks an old newstyle handshake, which has no TLS")
+        _require_tls(agreement, settings, f"the server speaks an old newstyle handshake, which has no TLS {_WITHOUT_TLS}")
     else:
         if settings.tls is not TLSPolicy.DISABLE:
             yield from starttls(agreement, settings)
