@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import nbdcore
+from nbdcore.cli.app import program
 from tests.cli.commands import COMMAND, DEADLINE, invoke, run
 from tests.interop.programs import DIES_WITH_US
 
@@ -50,6 +51,16 @@ def test_help_names_every_command():
 @pytest.mark.parametrize("command", ["demo", "info", "serve", "transports"])
 def test_every_command_has_its_help(command):
     assert invoke(command, "-h").output.startswith(f"Usage: nbdcore {command}")
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in program.commands)], ids=" ".join)
+def test_help_fits_into_80_columns_and_nothing_is_cut_off(command):
+    done = run(*command, "--help", COLUMNS="80")
+    assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
+    assert "..." not in done.stdout.replace("[ARGS]...", "")
+    chosen = program.commands[command[0]] if command else program
+    examples = [line.strip() for line in (chosen.help or "").splitlines() if line.strip().startswith("nbdcore ")]
+    assert set(examples) <= {line.strip() for line in done.stdout.splitlines()}
 
 
 def test_version():
