@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import ipaddress
 import logging
 import os
-import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
-from nbdcore import DEFAULT_PORT, URI, UsageError, parse_uri
+from nbdcore import DEFAULT_PORT, UsageError, parse_uri
 from nbdcore.cli.output import escaped, say, warn
+from nbdcore.cli.places import LOOPBACK, Place, for_clients, is_loopback, tcp_place, unix_place, uri_place, vsock_place
 from nbdcore.cli.signals import stopped_by_signals
 from nbdcore.cli.sizes import parsed, rounded
 from nbdcore.logs import client_log
@@ -31,67 +29,6 @@ from nbdcore.server import Backend, ExportSettings, FileDisk, MemoryDisk, Server
 from nbdcore.streams.base import Listener
 
 __all__ = ["serve"]
-
-_LOOPBACK = "127.0.0.1"
-# What a place of TCP has as its transport: the name of it, or the scheme of its URI.
-_TCP = frozenset({"tcp", "nbd"})
-# Addresses that only a listener can have, and what a client puts in their place: "every address" of TCP, every CID of vsock
-# (VMADDR_CID_ANY), for which a virtual machine says 2, its host.
-_INSTEAD = {"0.0.0.0": _LOOPBACK, "::": "::1", str(2**32 - 1): "2"}
-_NOTES = {
-    "0.0.0.0": "  (elsewhere: this machine's name or address in place of 127.0.0.1)",
-    "::": "  (elsewhere: this machine's name or address in place of [::1])",
-    str(2**32 - 1): "  (for virtual machines of this host; elsewhere: this machine's CID in place of 2)",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where to listen: a transport and the parts of its address, or a URI."""
-
-    transport: str
-    parts: dict[str, Any]
-    uri: str = ""
-
-    def listen(self, server: Server, *, keepalive: bool = True) -> Listener:
-        """Start listening. Without `keepalive` clients of TCP are not probed."""
-        more = {"keepalive": False} if not keepalive and self.transport in _TCP else {}
-        return server.listen_uri(self.uri, **more) if self.uri else server.listen(self.transport, **self.parts, **more)
-
-
-def _tcp(text: str) -> Place:
-    host, colon, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        raise click.BadParameter(f"write an IPv6 address in brackets, as in [{host}]:{port}")
-    if not _is_number(port) or (colon and not host):
-        raise click.BadParameter(f"{text!r} is not PORT or HOST:PORT, such as 10809 or 0.0.0.0:10809")
-    return Place("tcp", {"host": host or _LOOPBACK, "port": int(port)})
-
-
-def _vsock(text: str) -> Place:
-    cid, colon, port = text.rpartition(":")
-    if not _is_number(port) or (colon and not _is_number(cid)):
-        raise click.BadParameter(f"{text!r} is not PORT or CID:PORT, such as 10809 or 1:10809")
-    return Place("vsock", {"port": int(port)} | ({"cid": int(cid)} if colon else {}))
-
-
-def _unix(text: str) -> Place:
-    # Its URI must hold wherever a client is started.
-    return Place("unix", {"path": Path(text).absolute() if text else ""})
-
-
-def _uri(text: str) -> Place:
-    try:
-        return Place(parse_uri(text).transport_scheme, {}, uri=text)
-    except UsageError as error:
-        raise click.BadParameter(error.message) from error
-
-
-def _is_number(text: str) -> bool:
-    """Whether it can be a port or a CID, of 32 bits; the transport knows the limits."""
-    return re.fullmatch("[0-9]{1,10}", text) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,17 +77,19 @@ def _encryption(certificates: str | None, psk: str | None, *, verify_clients: bo
 @click.option(
     "--memory", type=parsed, metavar="SIZE", help="Serve memory in place of a file: 512M, 1G. Only what is written takes room."
 )
-@click.option("--tcp", type=_tcp, multiple=True, metavar="[HOST:]PORT", help="Listen on TCP; without HOST for this machine only.")
-@click.option("--unix", type=_unix, multiple=True, metavar="PATH", help="Listen on a unix socket.")
+@click.option(
+    "--tcp", type=tcp_place, multiple=True, metavar="[HOST:]PORT", help="Listen on TCP; without HOST for this machine only."
+)
+@click.option("--unix", type=unix_place, multiple=True, metavar="PATH", help="Listen on a unix socket.")
 @click.option(
     "--vsock",
-    type=_vsock,
+    type=vsock_place,
     multiple=True,
     metavar="[CID:]PORT",
     help="Listen on vsock, for virtual machines; without CID on all of this machine's.",
 )
 @click.option(
-    "--listen", type=_uri, multiple=True, metavar="URI", help="Listen at an NBD URI, on whichever transport has its scheme."
+    "--listen", type=uri_place, multiple=True, metavar="URI", help="Listen at an NBD URI, on whichever transport has its scheme."
 )
 @click.option("--read-only", is_flag=True, help="Let nobody write.")
 @click.option("--export", default="", metavar="NAME", help="Name of the export; clients find it without a name too.")
@@ -230,7 +169,7 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
     if quiet and verbose:
         raise click.UsageError("--quiet and --verbose contradict each other: use one of them.")
     encryption = _encryption(tls_certificates, tls_psk, verify_clients=tls_verify_clients, tls=tls)
-    places = [*tcp, *unix, *vsock, *listen] or [Place("tcp", {"host": _LOOPBACK, "port": DEFAULT_PORT})]
+    places = [*tcp, *unix, *vsock, *listen] or [Place("tcp", {"host": LOOPBACK, "port": DEFAULT_PORT})]
     with contextlib.ExitStack() as stack:
         stack.enter_context(_log_on_stderr(logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING))
         wait_for_signal = stack.enter_context(stopped_by_signals())
@@ -288,21 +227,8 @@ def _announce(what: str, places: Sequence[tuple[Place, tuple[str, str]]], client
 def _warn_of_strangers(listeners: Sequence[Listener], *, read_only: bool) -> None:
     for listener in listeners:
         where = parse_uri(listener.address.uri())
-        if where.transport_scheme == "nbd" and not _is_loopback(where.host or ""):
+        if where.transport_scheme == "nbd" and not is_loopback(where.host or ""):
             warn(f"warning: whoever can reach {listener.address} can {'read' if read_only else 'read and write'} this disk")
-
-
-def for_clients(listening_at: URI) -> tuple[str, str]:
-    """Return the URI that a client connects to, and where that one does not lead from everywhere, a note about it."""
-    host = listening_at.host or ""
-    return str(replace(listening_at, host=_INSTEAD.get(host, listening_at.host))), _NOTES.get(host, "")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 # ---------------------------------------------------------------------------------------------- the log

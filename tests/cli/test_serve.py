@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 import nbdcore
-from nbdcore.cli.serve import for_clients
 from nbdcore.streams.tls.credentials import supports_tls_psk
 from tests.certificates import PSK_LINE, PSK_USER, CertificateAuthority
 from tests.cli.commands import COMMAND, DEADLINE, invoke, run, serving
@@ -134,23 +133,6 @@ def test_listening_beyond_this_machine_comes_with_a_warning_and_a_uri_that_works
         status, _, errors = server.stop()
     assert errors == f"nbdcore: warning: whoever can reach TCP 0.0.0.0 port {port_of(server.uri)} can read and write this disk\n"
     assert status == 0
-
-
-@pytest.mark.parametrize(
-    ("listening_at", "connected_to", "note"),
-    [
-        ("nbd://127.0.0.1:10809/disk", "nbd://127.0.0.1:10809/disk", ""),
-        ("nbd+unix:///?socket=/run/disk", "nbd+unix:///?socket=/run/disk", ""),
-        ("nbd://[::]:10809/", "nbd://[::1]:10809/", "in place of [::1]"),
-        ("nbd+vsock://4294967295:10809/disk", "nbd+vsock://2:10809/disk", "for virtual machines of this host"),
-        ("nbd+vsock://1:10809/", "nbd+vsock://1:10809/", ""),
-    ],
-)
-def test_uri_for_clients_is_one_that_can_be_connected_to(listening_at, connected_to, note):
-    uri, said = for_clients(nbdcore.parse_uri(listening_at))
-    assert uri == connected_to
-    assert note in said
-    assert bool(note) is bool(said)
 
 
 def test_without_a_place_it_is_the_loopback_address_and_nbds_port():
