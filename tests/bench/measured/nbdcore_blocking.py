@@ -102,31 +102,39 @@ def threads(disk: Any, settings: SimpleNamespace) -> None:
         measuring.steady(run, settings.seconds)
 
 
+Use = Callable[[int, memoryview], None]
+
+
+def read_into_few(disk: Any, begin: int, end: int, settings: SimpleNamespace, use: Use | None = None) -> None:
+    """Read a range of the disk into a few buffers that are used again and again."""
+    unused = [memoryview(bytearray(settings.request)) for _ in range(settings.depth)]
+    used: dict[int, memoryview] = {}
+
+    def items() -> Any:
+        for offset in range(begin, end, settings.request):
+            used[offset] = buffer = unused.pop()[: end - offset]
+            yield offset, buffer
+
+    for offset in disk.pread_into_many(items(), depth=settings.depth):
+        buffer = used.pop(offset)
+        if use is not None:
+            use(offset, buffer)
+        unused.append(buffer)
+
+
 def copy(settings: SimpleNamespace) -> None:
-    """Read the whole disk into a few buffers, from connecting to having closed; each thread a share, with its own client."""
+    """Read the whole disk, from connecting to having closed; each thread a share, with its own client."""
     with connect(settings) as disk:  # what is imported at the first connection is no part of the copy
         size = disk.size
     share = -(-size // settings.request // settings.threads) * settings.request
 
-    def run(use: Callable[[int, memoryview], None] | None = None) -> None:
+    def run(use: Use | None = None) -> None:
         with ThreadPoolExecutor(settings.threads) as pool:
             list(pool.map(lambda begin: read(begin, use), range(0, size, share)))
 
-    def read(begin: int, use: Callable[[int, memoryview], None] | None) -> None:
-        unused = [memoryview(bytearray(settings.request)) for _ in range(settings.depth)]
-        used: dict[int, memoryview] = {}
-
-        def items() -> Any:
-            for offset in range(begin, min(begin + share, size), settings.request):
-                used[offset] = buffer = unused.pop()[: size - offset]
-                yield offset, buffer
-
+    def read(begin: int, use: Use | None) -> None:
         with connect(settings, settings.connections) as disk:
-            for offset in disk.pread_into_many(items(), depth=settings.depth):
-                buffer = used.pop(offset)
-                if use is not None:
-                    use(offset, buffer)
-                unused.append(buffer)
+            read_into_few(disk, begin, min(begin + share, size), settings, use)
 
     if settings.verify:
         run(measuring.compare)
@@ -134,26 +142,21 @@ def copy(settings: SimpleNamespace) -> None:
 
 
 def pool(settings: SimpleNamespace) -> None:
-    """Read the whole disk through one pool, each thread a share, into a few buffers of its own."""
+    """Read the whole disk through one pool, each thread a share."""
     with connect(settings) as disk:
         size = disk.size
     share = -(-size // settings.request // settings.connections) * settings.request
 
-    def read(disk: Any, begin: int) -> None:
-        unused = [memoryview(bytearray(settings.request)) for _ in range(settings.depth)]
-        used: dict[int, memoryview] = {}
-
-        def items() -> Any:
-            for offset in range(begin, min(begin + share, size), settings.request):
-                used[offset] = buffer = unused.pop()[: size - offset]
-                yield offset, buffer
-
-        unused.extend(used.pop(offset) for offset in disk.pread_into_many(items(), depth=settings.depth))
-
-    def run() -> None:
+    def run(use: Use | None = None) -> None:
         with connect(settings, settings.connections) as disk, ThreadPoolExecutor(settings.connections) as threads:
-            list(threads.map(lambda begin: read(disk, begin), range(0, size, share)))
 
+            def read(begin: int) -> None:
+                read_into_few(disk, begin, min(begin + share, size), settings, use)
+
+            list(threads.map(read, range(0, size, share)))
+
+    if settings.verify:
+        run(measuring.compare)
     measuring.timed(run, size >> 20)
 
 
@@ -163,19 +166,11 @@ _RANGE = 32 << 20
 _START, _START_EACH = 1.0, 0.25
 
 
-def read_range(disk: Any, offset: int, count: int, *, request: int, depth: int, start: float) -> tuple[int, float]:
-    """Read a range, in a worker, into a few buffers that are used again, and not before `start`. Return its size and CPU time."""
+def read_range(disk: Any, offset: int, count: int, *, settings: SimpleNamespace, start: float) -> tuple[int, float]:
+    """Read a range, in a worker, and not before `start`. Return its size, and the processor time that it took."""
     time.sleep(max(0.0, start - time.monotonic()))
     before = time.process_time()
-    unused = [memoryview(bytearray(request)) for _ in range(depth)]
-    used: dict[int, memoryview] = {}
-
-    def items() -> Any:
-        for at in range(offset, offset + count, request):
-            used[at] = buffer = unused.pop()[: offset + count - at]
-            yield at, buffer
-
-    unused.extend(used.pop(at) for at in disk.pread_into_many(items(), depth=depth))
+    read_into_few(disk, offset, offset + count, settings, measuring.compare if settings.verify else None)
     return count, time.process_time() - before
 
 
@@ -184,16 +179,21 @@ def processes(settings: SimpleNamespace) -> None:
     with connect(settings) as disk:
         size = disk.size
     workers = settings.connections
-    start = time.monotonic() + _START + _START_EACH * workers
-    function = partial(read_range, request=settings.request, depth=settings.depth, start=start)
-    ranges = ((offset, min(_RANGE, size - offset)) for offset in range(0, size, _RANGE))
-    outcomes = map_ranges(settings.uri, function, ranges, workers=workers, ordered=False, allow_local_files=True)
-    done: list[tuple[int, float]] = []
-    ended = start
-    for outcome in outcomes:
-        done.append(outcome.value)
-        ended = time.monotonic()  # before the processes end: they could go on with other work
-    measuring.report(sum(count for count, _ in done) >> 20, ended - start, sum(cpu for _, cpu in done))
+
+    def run() -> None:
+        start = ended = time.monotonic() + _START + _START_EACH * workers
+        function = partial(read_range, settings=settings, start=start)
+        ranges = ((offset, min(_RANGE, size - offset)) for offset in range(0, size, _RANGE))
+        cpu = 0.0
+        for outcome in map_ranges(settings.uri, function, ranges, workers=workers, ordered=False, allow_local_files=True):
+            cpu += outcome.value[1]
+            ended = time.monotonic()  # before the processes end: they could go on with other work
+        measuring.report(size >> 20, ended - start, cpu)
+
+    if settings.verify:
+        run()
+        settings.verify = False
+    run()  # the last report counts
 
 
 def extents(settings: SimpleNamespace, *, columns: bool) -> None:
