@@ -166,12 +166,12 @@ _RANGE = 32 << 20
 _START, _START_EACH = 1.0, 0.25
 
 
-def read_range(disk: Any, offset: int, count: int, *, settings: SimpleNamespace, start: float) -> tuple[int, float]:
-    """Read a range, in a worker, and not before `start`. Return its size, and the processor time that it took."""
+def read_range(disk: Any, offset: int, count: int, *, settings: SimpleNamespace, start: float) -> float:
+    """Read a range, in a worker, and not before `start`. Return the seconds of a processor that it took."""
     time.sleep(max(0.0, start - time.monotonic()))
     before = time.process_time()
     read_into_few(disk, offset, offset + count, settings, measuring.compare if settings.verify else None)
-    return count, time.process_time() - before
+    return time.process_time() - before
 
 
 def processes(settings: SimpleNamespace) -> None:
@@ -186,7 +186,7 @@ def processes(settings: SimpleNamespace) -> None:
         ranges = ((offset, min(_RANGE, size - offset)) for offset in range(0, size, _RANGE))
         cpu = 0.0
         for outcome in map_ranges(settings.uri, function, ranges, workers=workers, ordered=False, allow_local_files=True):
-            cpu += outcome.value[1]
+            cpu += outcome.value
             ended = time.monotonic()  # before the processes end: they could go on with other work
         measuring.report(size >> 20, ended - start, cpu)
 
