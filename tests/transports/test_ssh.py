@@ -263,7 +263,7 @@ def test_a_server_behind_ssh_is_waited_for(ssh, socket_path):
         late.join(PATIENCE)
     assert len(ssh.calls()) > 1
     with pytest.raises(DeadlineExceeded, match="nc: ") as caught:
-        nbdcore.connect_ssh("db.example", socket="/nonexistent", wait=0.5)
+        nbdcore.connect_ssh("db.example", socket="/nonexistent", wait=2.0)
     assert isinstance(caught.value.__cause__, Disconnected)
 
 
