@@ -224,14 +224,25 @@ OPTION_CALLS: dict[str, tuple[Callable[..., Any], bytes]] = {
 }
 
 
-def ready_for_options(connection: Connection) -> None:
-    """Greet a client that asks for nothing by itself (`OPTION_MODE`)."""
+def greeted(connection: Connection) -> None:
+    """Greet a client that asks for nothing by itself (`SILENT_OPTION_MODE`)."""
     connection.send(greeting())
     connection.receive(4)
 
 
 #: Options of a client that pauses right after the greeting.
-OPTION_MODE: dict[str, Any] = {"opt_mode": True, "structured_replies": False, "contexts": ()}
+SILENT_OPTION_MODE: dict[str, Any] = {"opt_mode": True, "structured_replies": False, "contexts": ()}
+
+
+def ready_for_options(connection: Connection) -> None:
+    """Greet a client, and agree on structured replies, so that it may ask for any option (`OPTION_MODE`)."""
+    greeted(connection)
+    connection.receive_option()
+    connection.send(option_reply(Option.STRUCTURED_REPLY))
+
+
+#: Options of a client that pauses once it has structured replies.
+OPTION_MODE: dict[str, Any] = {"opt_mode": True, "extended_headers": False, "contexts": ()}
 
 
 # ---------------------------------------------------------------------------------------------- the handshake as bytes

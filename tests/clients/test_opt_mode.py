@@ -37,11 +37,11 @@ from nbdcore.testing.scripted import (
     simple,
     status,
 )
-from tests.clients.talking import CONTEXTS, DISK, OPTION_MODE, PATIENCE, ready_for_options
+from tests.clients.talking import CONTEXTS, DISK, PATIENCE, SILENT_OPTION_MODE, greeted
 
 
 def opt_client(server: ScriptedServer, **options: Any) -> Client:
-    return Client(server.stream(), timeout=PATIENCE, **{**OPTION_MODE, **options})
+    return Client(server.stream(), timeout=PATIENCE, **{**SILENT_OPTION_MODE, **options})
 
 
 def test_from_information_to_reading():
@@ -87,7 +87,7 @@ def test_going_to_another_export_selects_its_contexts_anew():
 
 
 def test_contexts_are_not_asked_for_before_structured_replies():
-    with ScriptedServer([ready_for_options, expect_option(Option.INFO), info_replies(Option.INFO, 5), drain]) as server:
+    with ScriptedServer([greeted, expect_option(Option.INFO), info_replies(Option.INFO, 5), drain]) as server:
         client = opt_client(server)
         with pytest.raises(UsageError, match="opt_structured_reply"):
             client.opt_set_meta_context(["base:allocation"], timeout=PATIENCE)
@@ -117,7 +117,7 @@ def test_a_refusal_is_an_answer_and_the_connection_goes_on_negotiating(make, opt
         expect_option(Option.INFO),
         info_replies(Option.INFO, 5),
     ]
-    with ScriptedServer([ready_for_options, *steps, drain]) as server:
+    with ScriptedServer([greeted, *steps, drain]) as server:
         client = opt_client(server)
         assert client.opt_structured_reply(timeout=PATIENCE)
         with pytest.raises(NegotiationError, match="never heard of it") as caught:
@@ -139,7 +139,7 @@ def test_a_refusal_is_an_answer_and_the_connection_goes_on_negotiating(make, opt
 )
 def test_what_may_be_granted_answers_true_or_false(make, option):
     steps = [*refuse(option, OptionReply.ERR_UNSUP), expect_option(option), option_reply(option)]
-    with ScriptedServer([ready_for_options, *steps, drain]) as server:
+    with ScriptedServer([greeted, *steps, drain]) as server:
         client = opt_client(server, start_tls=lambda stream: stream)
         assert make(client) is False
         assert make(client) is True
@@ -148,7 +148,7 @@ def test_what_may_be_granted_answers_true_or_false(make, option):
 
 def test_automatic_mode_ends_with_a_refusal_and_says_goodbye():
     steps = [expect_option(Option.GO), option_reply(Option.GO, OptionReply.ERR_UNKNOWN), expect_option(Option.ABORT), expect_end]
-    with ScriptedServer([ready_for_options, *steps]) as server:
+    with ScriptedServer([greeted, *steps]) as server:
         with pytest.raises(NegotiationError, match="opening export 'x' failed: the server has no such export") as caught:
             Client(server.stream(), timeout=PATIENCE, export="x", structured_replies=False, contexts=())
         assert caught.value.errno == 2
@@ -156,7 +156,7 @@ def test_automatic_mode_ends_with_a_refusal_and_says_goodbye():
 
 def test_the_goodbye_of_opt_mode():
     for leave in (Client.opt_abort, Client.close, Client.disconnect):
-        with ScriptedServer([ready_for_options, expect_option(Option.ABORT, b""), expect_end]) as server:
+        with ScriptedServer([greeted, expect_option(Option.ABORT, b""), expect_end]) as server:
             client = opt_client(server)
             leave(client)
             assert client.phase is Phase.CLOSED
@@ -164,14 +164,14 @@ def test_the_goodbye_of_opt_mode():
 
 def test_a_context_manager_in_opt_mode_says_goodbye():
     with (
-        ScriptedServer([ready_for_options, expect_option(Option.ABORT, b""), expect_end]) as server,
+        ScriptedServer([greeted, expect_option(Option.ABORT, b""), expect_end]) as server,
         opt_client(server) as client,
     ):
         assert client.phase is Phase.NEGOTIATING
 
 
 def test_a_wrong_export_name_is_a_usage_error_and_nothing_is_sent():
-    with ScriptedServer([ready_for_options, expect_option(Option.ABORT), expect_end]) as server:
+    with ScriptedServer([greeted, expect_option(Option.ABORT), expect_end]) as server:
         client = opt_client(server)
         for wrong in ("a\0b", "x" * 4097, b"x", 5):
             for make in (client.opt_info, client.opt_go, lambda name: client.opt_list_meta_context(export=name)):
@@ -277,7 +277,7 @@ def test_a_handshake_goes_on_over_the_stream_that_start_tls_makes():
         answer(simple(b"secret"), kind=CommandType.READ),
         goodbye,
     ]
-    with ScriptedServer([ready_for_options, *options, secretly(*rest)]) as server:
+    with ScriptedServer([greeted, *options, secretly(*rest)]) as server:
         client = Client(server.stream(), tls_policy=TLSPolicy.REQUIRE, start_tls=start_tls, timeout=PATIENCE)
         assert client.tls
         assert wrapped == ["a scripted server"]
@@ -300,7 +300,7 @@ def test_nothing_learnt_in_the_clear_survives():
         option_reply(Option.STARTTLS),
     ]
     secret = [expect_option(Option.INFO), info_replies(Option.INFO, DISK), drain]
-    with ScriptedServer([ready_for_options, *clear, secretly(*secret)]) as server:
+    with ScriptedServer([greeted, *clear, secretly(*secret)]) as server:
         client = opt_client(server, start_tls=Scrambled)
         assert client.opt_extended_headers()
         assert client.opt_set_meta_context(["base:allocation"]) == ["base:allocation"]
@@ -319,7 +319,7 @@ def test_nothing_learnt_in_the_clear_survives():
 
 def test_bytes_slipped_in_behind_the_answer_to_starttls_are_not_believed():
     forged = option_reply(Option.STARTTLS) + option_reply(Option.INFO, OptionReply.ERR_UNKNOWN, b"forged")
-    with ScriptedServer([ready_for_options, expect_option(Option.STARTTLS), forged, drain]) as server:
+    with ScriptedServer([greeted, expect_option(Option.STARTTLS), forged, drain]) as server:
         client = opt_client(server, start_tls=Scrambled)
         assert client.opt_starttls(timeout=PATIENCE)
         with pytest.raises(ProtocolViolation):
@@ -332,7 +332,7 @@ def test_a_start_tls_that_fails_ends_the_connection(raised):
     def start_tls(stream: Stream) -> Stream:
         raise raised
 
-    with ScriptedServer([ready_for_options, expect_option(Option.STARTTLS), option_reply(Option.STARTTLS), drain]) as server:
+    with ScriptedServer([greeted, expect_option(Option.STARTTLS), option_reply(Option.STARTTLS), drain]) as server:
         client = Client(opt_mode=False, tls_policy=TLSPolicy.REQUIRE, start_tls=start_tls)
         with pytest.raises(type(raised), match=r"expired|no handshake|a bug"):
             client.connect_stream(server.stream(), timeout=PATIENCE)
@@ -341,12 +341,12 @@ def test_a_start_tls_that_fails_ends_the_connection(raised):
 
 def test_a_server_without_tls_is_refused_where_tls_is_required_and_learns_nothing():
     steps = [*refuse(Option.STARTTLS, OptionReply.ERR_UNSUP), expect_end]
-    with ScriptedServer([ready_for_options, *steps]) as server, pytest.raises(TLSError, match="TLS is required"):
+    with ScriptedServer([greeted, *steps]) as server, pytest.raises(TLSError, match="TLS is required"):
         Client(server.stream(), export="secret", tls_policy=TLSPolicy.REQUIRE, start_tls=Scrambled, timeout=PATIENCE)
 
 
 def test_opt_starttls_is_refused_where_tls_is_forbidden():
-    with ScriptedServer([ready_for_options, expect_option(Option.ABORT), expect_end]) as server:
+    with ScriptedServer([greeted, expect_option(Option.ABORT), expect_end]) as server:
         client = opt_client(server, tls=False)
         with pytest.raises(UsageError, match="the client was made with tls=False"):
             client.opt_starttls()
