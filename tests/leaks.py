@@ -91,7 +91,7 @@ def _reaped(process: int) -> bool:
 def _command_line(process: int) -> str:
     try:
         return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # before it is opened, or after
         return "(just ended)"
 
 
