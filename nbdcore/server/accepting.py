@@ -15,7 +15,6 @@ from nbdcore.streams.waiting import NEVER, Deadline, wait_any
 
 __all__ = ["PAUSE", "start_accepting"]
 
-
 #: Seconds after a failed accept, since trying again at once would only spin.
 PAUSE = 0.25
 # What accept fails with when the process or the system has no descriptors or no memory left.

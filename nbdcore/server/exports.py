@@ -29,7 +29,6 @@ from nbdcore.server.settings import (
 
 __all__ = ["ServedExport", "ServedExports", "exports_of"]
 
-
 # Zeroes written in place of a zeroing that the back end cannot do: one shared piece, so that a request over the whole disk costs
 # no memory, and a stop need not wait for its end.
 _ZEROES = memoryview(bytes(1 << 20))

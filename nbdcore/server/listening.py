@@ -39,7 +39,6 @@ if TYPE_CHECKING:  # at run time they would bring pluggy, which only listening n
 
 __all__ = ["Server"]
 
-
 # Enough for four clients that write 32 MiB each at once; a small machine can spare it.
 _MEMORY = 128 << 20
 # What a thread cut off at the deadline may still need to end.

@@ -13,6 +13,7 @@ from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
+from nbdcore.logs import client_log
 from nbdcore.server.settings import ExportSettings
 from nbdcore.streams.base import Stream
 from nbdcore.streams.sockets import SocketStream
@@ -104,9 +105,8 @@ def work(orders: Connection, pipe: Connection, settings: ServerSettings, level: 
     """Serve what is handed over through `orders` until told to stop, or until that pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server's process stops this one
     reports = _Reports(pipe)
-    log = logging.getLogger("nbdcore")
-    log.setLevel(level)
-    log.addHandler(_ToServer(reports))
+    client_log.setLevel(level)  # the server's is below it
+    client_log.addHandler(_ToServer(reports))
     server = settings.make(settings)
     server.on_end = lambda: reports.send(Ended())
     server.stop(_serve(orders, server, reports))
