@@ -88,10 +88,20 @@ JOBS = os.cpu_count() or 1
 _ONE_PROCESS = "nbdcore memory, one process"
 
 
-def _served(name: str, title: str, work: str, ours: str, theirs: str, at_least: float, *, jobs: int = 1) -> Case:
+def _served(
+    name: str,
+    title: str,
+    work: str,
+    ours: str,
+    theirs: str,
+    at_least: float,
+    *,
+    jobs: int = 1,
+    labels: tuple[str, str] = ("nbdcore serve", "nbdkit"),
+) -> Case:
     programs = {
-        "ours": Fio("nbdcore serve" if "object" not in ours else "nbdcore.server", work, DEPTH, jobs, server=ours),
-        "nbdkit": Fio("nbdkit" if "python" not in theirs else "nbdkit, python plugin", work, DEPTH, jobs, server=theirs),
+        "ours": Fio(labels[0], work, DEPTH, jobs, server=ours),
+        "nbdkit": Fio(labels[1], work, DEPTH, jobs, server=theirs),
     }
     bars = (Bar("ours", "nbdkit", "speed", at_least=at_least),)
     return Case(name, title, "request", theirs, programs, bars, writes=work == "randwrite", own_server=True, extra=True)
@@ -322,6 +332,7 @@ CASES = (
         "nbdcore object",
         "nbdkit python",
         2.0,
+        labels=("nbdcore.server", "nbdkit, python plugin"),
     ),
     *map(_cores, _CORES),
 )

@@ -12,6 +12,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -155,13 +156,19 @@ class Ceiling(Program):
     depth: int
 
     def sample(self, tools: Tools, task: Task, variant: Mapping[str, Any]) -> Sample:  # noqa: ARG002 (it has no settings)
-        folder = REPOSITORY / ".cache/bench"
-        folder.mkdir(parents=True, exist_ok=True)
-        program = folder / "ceiling"
-        run([_found(tools.cc), "-O2", "-o", program, _SCRIPTS / "ceiling.c"], limit=task.limit)
+        program = _ceiling(_found(tools.cc), task.limit)
         (path,) = parse_qs(urlsplit(task.uri).query)["socket"]
         line = [program, path, self.work, measuring.SMALL, self.depth, task.seconds]
         return Sample(**json.loads(run(list(map(str, line)), limit=task.limit).output))
+
+
+@cache
+def _ceiling(compiler: str, limit: float) -> Path:
+    """Compile it, once a run, and return the program."""
+    program = REPOSITORY / ".cache/bench/ceiling"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    run([compiler, "-O2", "-o", program, _SCRIPTS / "ceiling.c"], limit=limit)
+    return program
 
 
 def _options(variant: Mapping[str, Any]) -> list[str]:
