@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-__all__ = ["client_log", "server_log"]
+__all__ = ["client_log", "in_one_line", "server_log"]
 
 #: How connections begin and end is INFO, the steps in between and which attempts failed is DEBUG.
 client_log: logging.Logger = logging.getLogger("nbdcore")
@@ -14,3 +14,8 @@ client_log.addHandler(logging.NullHandler())
 #: What whoever runs a server should know is a WARNING or an ERROR; which clients come and go is INFO; what else they bring about
 #: at will is DEBUG.
 server_log: logging.Logger = logging.getLogger("nbdcore.server")
+
+
+def in_one_line(record: logging.LogRecord) -> str:
+    """Return what a record says, and the exception that it is about, without its traceback."""
+    return record.getMessage() + (f" ({record.exc_info[1]!r})" if record.exc_info else "")

@@ -23,7 +23,7 @@ from nbdcore.cli.output import escaped, say, warn
 from nbdcore.cli.places import LOOPBACK, Place, for_clients, is_loopback, tcp_place, unix_place, uri_place, vsock_place
 from nbdcore.cli.signals import stopped_by_signals
 from nbdcore.cli.sizes import parsed, rounded
-from nbdcore.logs import client_log
+from nbdcore.logs import client_log, in_one_line
 from nbdcore.processes import available_processors
 from nbdcore.server import Backend, ExportSettings, FileDisk, MemoryDisk, Server, ServerTLS, SharedMemoryDisk
 from nbdcore.streams.base import Listener
@@ -238,7 +238,7 @@ class _OneLine(logging.Handler):
     """Prints what the server has to say, as this command prints everything."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        warn(record.getMessage() + (f" ({record.exc_info[1]!r})" if record.exc_info else ""))
+        warn(in_one_line(record))
 
 
 @contextlib.contextmanager

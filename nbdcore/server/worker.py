@@ -13,7 +13,7 @@ from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from nbdcore.logs import client_log
+from nbdcore.logs import client_log, in_one_line
 from nbdcore.server.settings import ExportSettings
 from nbdcore.streams.base import Stream
 from nbdcore.streams.sockets import SocketStream
@@ -97,7 +97,7 @@ class _ToServer(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send a record in words: what it was made of may be only here."""
-        text = record.getMessage() + (f" ({record.exc_info[1]!r})" if record.exc_info else "")
+        text = in_one_line(record)
         self._reports.send(logging.LogRecord(record.name, record.levelno, record.pathname, record.lineno, text, None, None))
 
 
