@@ -32,14 +32,11 @@ from nbdcore.streams.base import AnyOf, Opening, Stream, Want, from_signal_handl
 from nbdcore.streams.connecting import in_thread, relay
 from nbdcore.streams.waiting import NEVER, Deadline, Watch, wait_any
 
-__all__ = ["Connecting", "PolledClient"]
+__all__ = ["PolledClient"]
 
 Result = TypeVar("Result")
 
-#: A connection being opened, as transports do it.
-Connecting = Opening[Stream]
-
-_READ = Want.READ
+_WANT_READ = Want.READ
 _CONNECTED = Phase.CONNECTED
 # Commands queued while answers to others are awaited go out together, so many at most: one system call for all. With nothing
 # under way a command is sent at once, so that there is always an answer whose arrival sends the rest.
@@ -108,13 +105,13 @@ class PolledClient(ConnectMethods[None]):
         self._begin_connecting(call, target)
         self._begin(target.endpoint.open(None), target.start_tls)
 
-    def connect_steps(self, connecting: Connecting) -> None:
+    def connect_steps(self, connecting: Opening[Stream]) -> None:
         """Start connecting by any generator that does what a transport's `connect` does. TLS is `start_tls` alone."""
         self._legal("connect_stream")
         self._engine.connecting()
         self._begin(connecting, self._encryption.start_tls)
 
-    def _begin(self, connecting: Connecting, start_tls: StartTLS | None) -> None:
+    def _begin(self, connecting: Opening[Stream], start_tls: StartTLS | None) -> None:
         self._start_tls = start_tls
         self._connecting = relay(connecting, _one_descriptor)
         self._step(self._connecting)
@@ -222,10 +219,10 @@ class PolledClient(ConnectMethods[None]):
         want, fd = self.direction(), self.fileno()
         if not want:
             raise UsageError(errno.EINVAL, f"there is nothing to wait for while {self.phase.value}")
-        if timeout is None and also < 0 and want is _READ:
+        if timeout is None and also < 0 and want is _WANT_READ:
             self._watch.wait((fd,), NEVER)
         else:
-            waiting = ((fd, want),) if also < 0 else ((fd, want), (also, _READ))
+            waiting = ((fd, want),) if also < 0 else ((fd, want), (also, _WANT_READ))
             ready = wait_any(waiting, NEVER if timeout is None else Deadline.after(timeout))
             if all(found != fd for found, _ in ready):
                 return bool(ready)
@@ -297,7 +294,7 @@ class PolledClient(ConnectMethods[None]):
         while not pending.done:
             session = self._session
             try:
-                if session is not None and self.engine.phase is _CONNECTED and session.wanted() == _READ:
+                if session is not None and self.engine.phase is _CONNECTED and session.wanted() == _WANT_READ:
                     self._receive_once(session)
                 else:
                     self.poll()

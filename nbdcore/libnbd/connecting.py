@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from nbdcore.clients.connect.target import Endpoint, OpenStream, adopt, endpoint_by_name
-from nbdcore.clients.polled import Connecting, PolledClient
+from nbdcore.clients.polled import PolledClient
 from nbdcore.errors import Error as CoreError
 from nbdcore.errors import TransportError, UsageError
 from nbdcore.libnbd import arguments, uris
@@ -26,7 +26,7 @@ from nbdcore.libnbd.security import start_tls
 from nbdcore.libnbd.settings import HandleSettings
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
-from nbdcore.streams.base import Stream
+from nbdcore.streams.base import Opening, Stream
 from nbdcore.streams.process import ProcessStream, run_activated, run_command
 from nbdcore.uri import parse_uri
 
@@ -132,7 +132,7 @@ class ConnectCalls(Core):
         self._reach_command(argv)
 
     def _reach_command(self, argv: list[str]) -> None:
-        self._begin(_run(_command(argv)), self._settings)
+        self._begin(_started(_command(argv)), self._settings)
 
     @call("1.2", CREATED, moves_bytes=True)
     def connect_systemd_socket_activation(self, argv: list[str]) -> None:
@@ -159,7 +159,7 @@ class ConnectCalls(Core):
         steps = _tuned(route.transport.connect(address), _socket_options(settings)) if host else route.transport.connect(address)
         self._begin(steps, settings, Reached(host, route))
 
-    def _begin(self, steps: Connecting, settings: HandleSettings, reached: Reached | None = None) -> None:
+    def _begin(self, steps: Opening[Stream], settings: HandleSettings, reached: Reached | None = None) -> None:
         reached = reached or Reached()
         client = PolledClient(settings.for_handshake(), strict=settings.strict_mode, start_tls=start_tls(settings, reached.host))
         self._settings, self._client, self._reached = settings, client, reached
@@ -228,7 +228,7 @@ def _adopted(fd: int) -> Stream:
         raise
 
 
-def _noted(steps: Connecting, reached: Reached, engine: Engine) -> Connecting:
+def _noted(steps: Opening[Stream], reached: Reached, engine: Engine) -> Opening[Stream]:
     """Connect, and note in `reached` what was reached."""
     reached.stream = stream = yield from steps
     if isinstance(stream, ProcessStream):
@@ -240,7 +240,7 @@ def _noted(steps: Connecting, reached: Reached, engine: Engine) -> Connecting:
     return stream
 
 
-def _run(command: list[str]) -> Connecting:
+def _started(command: list[str]) -> Opening[Stream]:
     yield from ()
     return run_command(command)
 
@@ -250,7 +250,7 @@ def _socket_options(settings: HandleSettings) -> list[_Option]:
     return keepalive + [(socket.IPPROTO_TCP, option, value) for option, value in settings.tcp_options.items()]
 
 
-def _tuned(steps: Connecting, options: Iterable[_Option]) -> Connecting:
+def _tuned(steps: Opening[Stream], options: Iterable[_Option]) -> Opening[Stream]:
     """Connect, then set socket options."""
     stream = yield from steps
     for level, option, value in options:

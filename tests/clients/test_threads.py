@@ -64,7 +64,7 @@ def test_nobody_is_remembered_once_loops_and_single_reads_have_ended(disk):
 
     for _ in range(3):
         assert together(THREADS, work) == [51200] * THREADS
-    waiters = disk._shared._waiters
+    waiters = disk._shared._mover.waiters
     assert [len(waiters.parked), len(waiters.groups), len(waiters.woken), len(waiters.inbox)] == [0, 0, 0, 0]
 
 
@@ -397,7 +397,7 @@ def test_caller_whose_command_an_interrupted_decoding_lost_is_told_of_the_end():
     with talk(drain) as (client, _):
         shared, engine = client._shared, client._shared.engine
         with in_background(lambda: client.pread(1, 1)) as first, in_background(lambda: client.pread(1, 2)) as second:
-            while len(engine.in_flight) < 2 or not shared._waiters.parked:
+            while len(engine.in_flight) < 2 or not shared._mover.waiters.parked:
                 time.sleep(0.001)
             with shared._lock:
                 engine.in_flight.clear()

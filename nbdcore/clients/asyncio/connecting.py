@@ -44,7 +44,7 @@ class AsyncConnectMethods(ConnectMethods[Coroutine[Any, Any, Connected]]):
         driver = LoopDriver(loop)
 
         def use(sessions: list[Session]) -> None:
-            self._use(sessions, loop)
+            self._take_over(sessions, loop)
 
         self._drivers.add(driver)
         try:
@@ -53,7 +53,7 @@ class AsyncConnectMethods(ConnectMethods[Coroutine[Any, Any, Connected]]):
             self._drivers.discard(driver)
         return cast("Connected", self)
 
-    def _use(self, sessions: list[Session], loop: asyncio.AbstractEventLoop) -> None:
+    def _take_over(self, sessions: list[Session], loop: asyncio.AbstractEventLoop) -> None:
         """Take the open sessions over. Raises Disconnected where another task has closed the client meanwhile."""
         if self._engine.phase is not Phase.CONNECTING:
             for session in sessions:

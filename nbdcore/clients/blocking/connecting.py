@@ -57,7 +57,7 @@ class BlockingConnectMethods(ConnectMethods[Connected]):
             self._engine.fail(error)
 
     def _connect(self, call: str, find: Find, timeout: float | None, wait: float | None) -> Connected:
-        steps = self._establish(call, find, timeout, wait, self._use)
+        steps = self._establish(call, find, timeout, wait, self._take_over)
         try:
             self._connects[steps] = threading.get_ident()
             drive(steps, self._check_wanted)
@@ -69,7 +69,7 @@ class BlockingConnectMethods(ConnectMethods[Connected]):
         with self._changing:
             return super()._begin_connecting(call, target)
 
-    def _use(self, sessions: list[Session]) -> None:
+    def _take_over(self, sessions: list[Session]) -> None:
         """Take the open sessions over. Raises Disconnected where another thread has closed the client meanwhile."""
         connecting = self._engine
         with self._changing:

@@ -1,12 +1,12 @@
 """Several threads on one session: whoever has something to wait for waits for all.
 
 A caller queues its command under the lock and waits until it is done. At any time one of the waiting callers watches the
-descriptor, with the lock released, and then moves the bytes for everybody. Where it can, it does not only watch: it receives
-with the lock released. What may be touched meanwhile is the scratch buffer, which nobody else receives into, or its own memory:
-a large payload of its own is one receive that waits for all of it. The others are parked (`waiters`) until their outcome
-is there, or until the watching is theirs to do. Sending is the exception: a caller whose bytes do not fit the send buffer waits
-for that as well, since nobody else may be doing so. So a call costs no thread and no second descriptor, and one caller alone pays
-nothing for the others.
+descriptor, with the lock released, and then moves the bytes for everybody (`moving` has what is done with the lock held). Where
+it can, it does not only watch: it receives with the lock released. What may be touched meanwhile is the scratch buffer, which
+nobody else receives into, or its own memory: a large payload of its own is one receive that waits for all of it. The others are
+parked (`waiters`) until their outcome is there, or until the watching is theirs to do. Sending is the exception: a caller whose
+bytes do not fit the send buffer waits for that as well, since nobody else may be doing so. So a call costs no thread and no
+second descriptor, and one caller alone pays nothing for the others.
 
 A signal handler may raise in the main thread at any point (Ctrl-C does). While a call waits that harms nobody: its command is
 abandoned. So nothing here waits with the lock held, and the lock is taken by `with` alone, which an exception cannot get between.
@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from nbdcore.clients.blocking.moving import SENT_TOGETHER, Mover
 from nbdcore.clients.blocking.waiters import Pending, Wait, Waiters
 from nbdcore.clients.session.forks import in_use_when_forked, is_taken, when_forked
 from nbdcore.clients.session.pipeline import Pipeline
@@ -42,9 +43,6 @@ from nbdcore.streams.waiting import LOOK_AGAIN, Deadline, Watch, sooner, wait_an
 
 _READ = int(Want.READ)
 _CONNECTED = Phase.CONNECTED
-# So many commands are sent at once while other callers are woken that may have more. 16 threads that read 4 KiB each had 19
-# thousand answers a second with 4, 22 thousand with 8, and 26 thousand with 16.
-_SENT_TOGETHER = 16
 
 Waited = TypeVar("Waited", bound=Pending)
 
@@ -69,7 +67,7 @@ class SharedSession:
         self._use_new_lock()
         self._closing: Error | None = None  # what a signal handler asked the call that it interrupted to end the connection with
         self._watch = Watch()
-        self._waiters = Waiters()
+        self._mover = Mover(session)
         self._leaving = False
         when_forked(self, SharedSession.forked)
 
@@ -95,7 +93,7 @@ class SharedSession:
         """
         self.refuse_if_interrupted(what)
         with self._lock:
-            self._refuse_if_over()
+            self._mover.refuse_if_over()
             pending = start(self.engine)
         self.wait(pending, deadline, what)
         return pending
@@ -140,8 +138,8 @@ class SharedSession:
         try:
             with self._lock:
                 if not (self._session.over or self._session.waited_for):
-                    self._move(self._session.receive)
-                    self._hand_over()
+                    self._mover.move(self._session.receive)
+                    self._mover.hand_over()
         finally:
             self._close_if_asked()
 
@@ -160,7 +158,7 @@ class SharedSession:
             if error is not None:
                 self._session.fail(error)
             self._session.close()
-            self._wake_others()
+            self._mover.wake_others()
 
     @property
     def inherited(self) -> bool:
@@ -169,10 +167,10 @@ class SharedSession:
 
     def forked(self) -> None:
         """End this copy, in the child of a fork, where a call was under way: its thread is the parent's."""
-        waiters = self._waiters
+        waiters = self._mover.waiters
         if is_taken(self._lock) or self._session.waited_for or waiters.parked or waiters.woken or waiters.inbox:
             self._use_new_lock()
-            self._waiters = Waiters()
+            self._mover.waiters = Waiters()
             self._session.waited_for = 0
             self._session.fail(in_use_when_forked())
 
@@ -194,7 +192,7 @@ class SharedSession:
         # A copy: the original's traceback would hold on to the caller's memory for as long as the late answer takes.
         error = copied(why) if isinstance(why, Error) else DeadlineExceeded(errno.ETIMEDOUT, f"given up by the program ({why!r})")
         with self._lock:
-            self._submit_inbox()
+            self._mover.submit_inbox()
             for command in commands:
                 self.engine.abandon(command, error)
         self._close_if_asked()
@@ -232,7 +230,7 @@ class SharedSession:
         Returns True when the wait is over; else the caller watches what `wait.watched` says, or is parked.
         """
         with self._lock:
-            over = self._step(wait, expired=expired)
+            over = self._mover.step(wait, expired=expired)
         self._close_if_asked()
         return over
 
@@ -240,7 +238,7 @@ class SharedSession:
         """The caller's wait on several connections is over."""
         if wait.watched or wait.parker is not None:
             with self._lock:
-                self._stop(wait)
+                self._mover.stop(wait)
             self._close_if_asked()
 
     def fileno(self) -> int:
@@ -255,7 +253,8 @@ class SharedSession:
         Returns what is still to be submitted. The command may need more waiting than once; that is for `wait` as well. It is flat
         since a small command is mostly calls, and each of them costs.
         """
-        waiters, session, engine = self._waiters, self._session, self.engine
+        mover, session, engine = self._mover, self._session, self.engine
+        waiters = mover.waiters
         watched, room = False, None
         taken: list[int] = []
         if self._interrupted():
@@ -267,12 +266,12 @@ class SharedSession:
                 try:
                     engine.submit(command)
                 except UsageError:  # not connected any more
-                    self._refuse_if_over()
+                    mover.refuse_if_over()
                     raise
                 try:
                     session.send()
                 except BaseException as exc:
-                    self._give_up(exc)
+                    mover.give_up(exc)
                     raise
                 if session.fills and engine.phase is _CONNECTED:
                     room = engine.room_when_sent()
@@ -286,15 +285,15 @@ class SharedSession:
                 session.waited_for &= ~_READ
                 session.filling = watched = False
                 if room is None:
-                    self._move(session.receive)  # which also sends what others have queued meanwhile
+                    mover.move(session.receive)  # which also sends what others have queued meanwhile
                 else:
                     try:
                         session.take_in(room, taken)
                     except BaseException as exc:
-                        self._give_up(exc)
+                        mover.give_up(exc)
                         raise
                 if waiters.parked or engine.phase is not _CONNECTED:
-                    self._hand_over()
+                    mover.hand_over()
         except BaseException:
             if watched:
                 self._stop_alone(room, taken)
@@ -309,8 +308,8 @@ class SharedSession:
         with self._lock:
             self._session.unwatched(_READ)
             if room is not None and taken:
-                self._move(partial(self._session.take_in, room, taken))
-            self._hand_over()
+                self._mover.move(partial(self._session.take_in, room, taken))
+            self._mover.hand_over()
 
     def wait(
         self,
@@ -327,20 +326,20 @@ class SharedSession:
 
         Raises DeadlineExceeded, and the connection's own error where none is left to submit commands to.
         """
-        waiters = self._waiters
+        mover, waiters = self._mover, self._mover.waiters
         wait = Wait(pending, submit, any_of_several=any_of_several)
         expired = False
         self.refuse_if_interrupted(what)
         try:
             if waiters.woken and submit:
                 parker = waiters.leave_to_others(wait)
-                if waiters.woken and len(waiters.inbox) < _SENT_TOGETHER:
+                if waiters.woken and len(waiters.inbox) < SENT_TOGETHER:
                     parker.park(deadline)
                     if waiters.may_leave(wait):
                         return
             while True:
                 with self._lock:
-                    over = self._step(wait, expired=expired)
+                    over = mover.step(wait, expired=expired)
                 self._close_if_asked()
                 if over:
                     break
@@ -353,7 +352,7 @@ class SharedSession:
                 expired = deadline.at is not None and deadline.expired
         except BaseException:
             with self._lock:
-                self._stop(wait)
+                mover.stop(wait)
             self._close_if_asked()
             raise
         if not pending.done:
@@ -374,153 +373,6 @@ class SharedSession:
         # A caller that received meanwhile may leave: nothing would wake this one to receive in its place, and a server that
         # is sending may read no more before somebody does.
         return bool(wait_any([(session.fileno(), WANTS[wanted])], sooner(Deadline.after(LOOK_AGAIN), deadline)))
-
-    # ------------------------------------------------------------------------------------------ with the lock held
-
-    def _step(self, wait: Wait, *, expired: bool) -> bool:
-        """Move bytes, then settle what to wait for. Returns True when the caller's own wait is over."""
-        session = self._session
-        try:
-            if watched := wait.watched:
-                session.unwatched(watched)
-                wait.watched = 0
-                if not wait.ready:
-                    pass
-                elif wait.room is not None:
-                    self._move(partial(session.take_in, wait.room, wait.taken, eager=wait.any_of_several))
-                elif not watched & _READ:
-                    # What there is to receive is for the caller that watches for it: the system may have woken that one, and
-                    # have it wait on where nothing is left when it runs.
-                    self._move(session.send)
-                else:
-                    self._move(partial(session.advance, eager=wait.any_of_several, pausing=wait.gate is None))
-            else:
-                self._waiters.unpark(wait)
-                if wait.submit:
-                    self._submit(wait.submit)
-                    wait.submit = ()
-                self._send()
-            if wait.pending.done or expired:
-                self._hand_over()
-                return True
-            self._settle(wait)
-        except BaseException:
-            self._stop(wait)
-            raise
-        return False
-
-    def _settle(self, wait: Wait) -> None:
-        """Have a caller watch what nobody watches, or park it. While others are woken that may send more, they watch."""
-        session = self._session
-        wait.at_once = False
-        if not self._waiters.woken:
-            wait.watched = self._unwatched()
-        if not wait.watched:
-            self._refuse_if_over()  # what an exception in the middle of moving bytes has lost, nobody would wake this one for
-            self._waiters.park(wait)
-            return
-        session.waited_for |= wait.watched
-        wait.at_once = session.buffered
-        wait.room = self._room(wait.pending) if wait.watched == _READ and wait.gate is None and not wait.at_once else None
-
-    def _room(self, pending: Pending) -> memoryview | None:
-        """Return where somebody who waits for `pending` may receive with the lock released; None: nowhere.
-
-        The scratch buffer is nobody's. The memory of a caller may only be written to while that caller waits here.
-        """
-        engine = self.engine
-        if not self._session.fills or engine.phase is not Phase.CONNECTED:
-            return None
-        command = engine.direct
-        if command is None or command is pending or (isinstance(pending, Pipeline) and pending.owns(command)):
-            self._session.filling = True
-            return engine.room()
-        return None
-
-    def _stop(self, wait: Wait) -> None:
-        """A caller waits no more, whether it has its outcome or not. What it has received counts."""
-        self._session.unwatched(wait.watched)
-        wait.watched = 0
-        if wait.room is not None and wait.taken:
-            self._move(partial(self._session.take_in, wait.room, wait.taken))
-        self._waiters.unpark(wait)
-        self._hand_over()
-
-    def _refuse_if_over(self) -> None:
-        """Raise what ended the connection: another caller may have found out since this one looked at the phase."""
-        if self._session.over:
-            error = self.engine.error
-            raise self.own(error) if error else closed_by_program()
-
-    def _submit(self, commands: Sequence[Command]) -> None:
-        """Queue commands."""
-        try:
-            self.engine.submit_all(commands)
-        except UsageError:  # not connected any more
-            self._refuse_if_over()
-            raise
-
-    def _submit_inbox(self) -> None:
-        """Queue what parked callers left. What cannot be queued is an outcome like others."""
-        inbox = self._waiters.inbox
-        while inbox:
-            command = inbox.popleft()
-            try:
-                self._submit((command,))
-            except Error as exc:
-                command.error, command.done = exc, True
-                if command.completion is not None:
-                    command.completion(command)
-
-    def _send(self) -> None:
-        """Send what is queued, unless others are about to queue more and there is little of it."""
-        if self._waiters.inbox:
-            self._submit_inbox()
-        if not self._waiters.woken or len(self.engine.queue) >= _SENT_TOGETHER:
-            self._move(self._session.send)
-
-    def _move(self, move: Callable[[], None]) -> None:
-        """Move bytes for everybody; whose outcome that brings is woken by its completion."""
-        try:
-            move()
-        except BaseException as exc:
-            self._session.give_up(exc)
-            raise
-        finally:
-            if self._waiters.parked:
-                self._wake_others()
-
-    def _give_up(self, exc: BaseException) -> None:
-        """An exception broke off the moving of bytes: the connection ends, for everybody."""
-        self._session.give_up(exc)
-        self._wake_others()
-
-    def _wake_others(self) -> None:
-        """Wake whom no completion wakes. The end of the connection is an outcome for everybody, whatever they wait for."""
-        waiters = self._waiters
-        if self._session.over:
-            for parker in [*waiters.parked]:
-                parker.wake()
-        elif waiters.groups:
-            for parker in [*waiters.groups]:
-                if parker.pending.done:
-                    parker.wake()
-
-    def _unwatched(self) -> int:
-        """Return what nobody watches for, as the bits of a Want."""
-        session = self._session
-        return session.wanted() & ~session.waited_for
-
-    def _hand_over(self) -> None:
-        """A caller is about to leave: if it did something that must go on, another takes its place."""
-        if self._session.over:
-            self._session.close()  # what was kept open for those that watched
-        waiters = self._waiters
-        if waiters.parked:
-            self._submit_inbox()
-            self._wake_others()
-            if waiters.parked and not waiters.woken and self._unwatched():
-                [*waiters.parked][0].wake()  # noqa: RUF015 (an iterator does not outlive one more that parks)
 
 
 class _End:

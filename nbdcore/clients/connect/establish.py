@@ -15,7 +15,7 @@ import time
 from collections.abc import Collection
 from functools import partial
 
-from nbdcore.clients.connect.steps import AnyOf, Steps, Waits
+from nbdcore.clients.connect.steps import AnyOf, Steps, WaitingSteps
 from nbdcore.clients.connect.target import Endpoint, OpenStream, Target
 from nbdcore.clients.requests.arguments import deadline_after
 from nbdcore.clients.session.session import Session
@@ -97,7 +97,7 @@ def _never_up(target: Target, wait: float, last: Error) -> DeadlineExceeded:
 # ---------------------------------------------------------------------------------------------- one connection
 
 
-def open_session(engine: Engine, target: Target, deadline: Deadline) -> Waits[Session]:
+def open_session(engine: Engine, target: Target, deadline: Deadline) -> WaitingSteps[Session]:
     """Open a stream and shake hands. Whatever goes wrong ends the engine too."""
     try:
         stream = yield from _open_stream(target.endpoint, deadline)
@@ -113,14 +113,14 @@ def open_session(engine: Engine, target: Target, deadline: Deadline) -> Waits[Se
     return session
 
 
-def _open_stream(endpoint: Endpoint | OpenStream, deadline: Deadline) -> Waits[Stream]:
+def _open_stream(endpoint: Endpoint | OpenStream, deadline: Deadline) -> WaitingSteps[Stream]:
     client_log.debug("connecting to %s", endpoint)
     wait = partial(_until, deadline=deadline, message=f"connecting to {endpoint} took too long")
     with transport_errors(f"connect to {endpoint}"):
         return (yield from relay(endpoint.open(deadline.remaining()), wait))
 
 
-def _shake_hands(session: Session, target: Target, deadline: Deadline) -> Waits[None]:
+def _shake_hands(session: Session, target: Target, deadline: Deadline) -> WaitingSteps[None]:
     client_log.debug("%s is there: its handshake begins", target.endpoint)
     exchange = session.engine.handshake()
     session.advance()
@@ -155,7 +155,7 @@ def _log_agreement(engine: Engine, target: Target) -> None:
     )
 
 
-def _until(need: AnyOf, deadline: Deadline, message: str) -> Waits[Collection[int]]:
+def _until(need: AnyOf, deadline: Deadline, message: str) -> WaitingSteps[Collection[int]]:
     """Wait, no longer than until the deadline. Raises DeadlineExceeded when it passes."""
     remaining = deadline.remaining()
     if remaining is not None and (need.seconds is None or remaining < need.seconds):

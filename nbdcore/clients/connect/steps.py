@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from nbdcore.streams.base import AnyOf
 
-__all__ = ["AnyOf", "Blocking", "Steps", "Waits"]
+__all__ = ["AnyOf", "Blocking", "Steps", "WaitingSteps"]
 
 Result = TypeVar("Result")
 
@@ -27,4 +27,4 @@ class Blocking:
 #: A generator in steps: each yields a request, and is sent the answer.
 Steps = Generator[AnyOf | Blocking, Any, Result]
 #: One that only waits.
-Waits = Generator[AnyOf, Any, Result]
+WaitingSteps = Generator[AnyOf, Any, Result]

@@ -1,0 +1,188 @@
+"""The steps that callers make on their session while they hold its lock: nothing here waits, and nothing takes the lock.
+
+A step moves what bytes it can, for everybody; whoever has an outcome by then is woken. Then it settles what its own caller does
+next: that one returns, watches the descriptor for what nobody else watches it for, or is parked among the `waiters`. Whoever
+leaves sees to it that another takes over what must go on.
+
+In the middle of moving bytes an exception, such as Ctrl-C, leaves the stream out of step; that ends the connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from nbdcore.clients.blocking.waiters import Pending, Wait, Waiters
+from nbdcore.clients.session.pipeline import Pipeline
+from nbdcore.clients.session.session import Session, closed_by_program
+from nbdcore.errors import Error, UsageError, copied
+from nbdcore.protocol.engine import Engine
+from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission.commands import Command
+from nbdcore.streams.base import Want
+
+_READ = int(Want.READ)
+# So many commands are sent at once while other callers are woken that may have more. 16 threads that read 4 KiB each had 19
+# thousand answers a second with 4, 22 thousand with 8, and 26 thousand with 16.
+SENT_TOGETHER = 16
+
+
+class Mover:
+    """Moves a session's bytes for all of its callers. Every call is made with the session's lock held.
+
+    Args:
+        session: open, or in opt mode.
+
+    Attributes:
+        waiters: the callers that do not watch the session.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.engine: Engine = session.engine
+        self.waiters = Waiters()
+
+    def step(self, wait: Wait, *, expired: bool) -> bool:
+        """Move bytes, then settle what to wait for. Returns True when the caller's own wait is over."""
+        session = self.session
+        try:
+            if watched := wait.watched:
+                session.unwatched(watched)
+                wait.watched = 0
+                if not wait.ready:
+                    pass
+                elif wait.room is not None:
+                    self.move(partial(session.take_in, wait.room, wait.taken, eager=wait.any_of_several))
+                elif not watched & _READ:
+                    # What there is to receive is for the caller that watches for it: the system may have woken that one, and
+                    # have it wait on where nothing is left when it runs.
+                    self.move(session.send)
+                else:
+                    self.move(partial(session.advance, eager=wait.any_of_several, pausing=wait.gate is None))
+            else:
+                self.waiters.unpark(wait)
+                if wait.submit:
+                    self.submit(wait.submit)
+                    wait.submit = ()
+                self._send()
+            if wait.pending.done or expired:
+                self.hand_over()
+                return True
+            self._settle(wait)
+        except BaseException:
+            self.stop(wait)
+            raise
+        return False
+
+    def _settle(self, wait: Wait) -> None:
+        """Have a caller watch what nobody watches, or park it. While others are woken that may send more, they watch."""
+        session = self.session
+        wait.at_once = False
+        if not self.waiters.woken:
+            wait.watched = self._unwatched()
+        if not wait.watched:
+            self.refuse_if_over()  # what an exception in the middle of moving bytes has lost, nobody would wake this one for
+            self.waiters.park(wait)
+            return
+        session.waited_for |= wait.watched
+        wait.at_once = session.buffered
+        wait.room = self._room(wait.pending) if wait.watched == _READ and wait.gate is None and not wait.at_once else None
+
+    def _room(self, pending: Pending) -> memoryview | None:
+        """Return where somebody who waits for `pending` may receive with the lock released; None: nowhere.
+
+        The scratch buffer is nobody's. The memory of a caller may only be written to while that caller waits here.
+        """
+        engine = self.engine
+        if not self.session.fills or engine.phase is not Phase.CONNECTED:
+            return None
+        command = engine.direct
+        if command is None or command is pending or (isinstance(pending, Pipeline) and pending.owns(command)):
+            self.session.filling = True
+            return engine.room()
+        return None
+
+    def stop(self, wait: Wait) -> None:
+        """A caller waits no more, whether it has its outcome or not. What it has received counts."""
+        self.session.unwatched(wait.watched)
+        wait.watched = 0
+        if wait.room is not None and wait.taken:
+            self.move(partial(self.session.take_in, wait.room, wait.taken))
+        self.waiters.unpark(wait)
+        self.hand_over()
+
+    def refuse_if_over(self) -> None:
+        """Raise what ended the connection: another caller may have found out since this one looked at the phase."""
+        if self.session.over:
+            error = self.engine.error
+            raise copied(error) if error else closed_by_program()  # others may raise it as well
+
+    def submit(self, commands: Sequence[Command]) -> None:
+        """Queue commands."""
+        try:
+            self.engine.submit_all(commands)
+        except UsageError:  # not connected any more
+            self.refuse_if_over()
+            raise
+
+    def submit_inbox(self) -> None:
+        """Queue what parked callers left. What cannot be queued is an outcome like others."""
+        inbox = self.waiters.inbox
+        while inbox:
+            command = inbox.popleft()
+            try:
+                self.submit((command,))
+            except Error as exc:
+                command.error, command.done = exc, True
+                if command.completion is not None:
+                    command.completion(command)
+
+    def _send(self) -> None:
+        """Send what is queued, unless others are about to queue more and there is little of it."""
+        if self.waiters.inbox:
+            self.submit_inbox()
+        if not self.waiters.woken or len(self.engine.queue) >= SENT_TOGETHER:
+            self.move(self.session.send)
+
+    def move(self, move: Callable[[], None]) -> None:
+        """Move bytes for everybody; whose outcome that brings is woken by its completion."""
+        try:
+            move()
+        except BaseException as exc:
+            self.session.give_up(exc)
+            raise
+        finally:
+            if self.waiters.parked:
+                self.wake_others()
+
+    def give_up(self, exc: BaseException) -> None:
+        """An exception broke off the moving of bytes: the connection ends, for everybody."""
+        self.session.give_up(exc)
+        self.wake_others()
+
+    def wake_others(self) -> None:
+        """Wake whom no completion wakes. The end of the connection is an outcome for everybody, whatever they wait for."""
+        waiters = self.waiters
+        if self.session.over:
+            for parker in [*waiters.parked]:
+                parker.wake()
+        elif waiters.groups:
+            for parker in [*waiters.groups]:
+                if parker.pending.done:
+                    parker.wake()
+
+    def _unwatched(self) -> int:
+        """Return what nobody watches for, as the bits of a Want."""
+        session = self.session
+        return session.wanted() & ~session.waited_for
+
+    def hand_over(self) -> None:
+        """A caller is about to leave: if it did something that must go on, another takes its place."""
+        if self.session.over:
+            self.session.close()  # what was kept open for those that watched
+        waiters = self.waiters
+        if waiters.parked:
+            self.submit_inbox()
+            self.wake_others()
+            if waiters.parked and not waiters.woken and self._unwatched():
+                [*waiters.parked][0].wake()  # noqa: RUF015 (an iterator does not outlive one more that parks)
