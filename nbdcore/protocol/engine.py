@@ -50,6 +50,8 @@ _READ, _DISC, _BLOCK_STATUS = int(CommandType.READ), int(CommandType.DISC), int(
 _SHUTTING_DOWN = "the server is shutting down"
 # Most commands packed at once: sendmsg takes 1024 parts, and a command has two at most.
 _BURST = 256
+# Most bytes for one call that waits until they are sent: others have to wait with what they send.
+_SENT_AT_ONCE = 1 << 20
 
 
 class Engine:
@@ -305,6 +307,19 @@ class Engine:
     def has_outgoing(self) -> bool:
         """Whether `outgoing` would return something."""
         return bool(self._parts or self.queue)
+
+    def large_payload(self) -> list[memoryview]:
+        """Return the first of `outgoing()` where that is a large payload, for a call that waits until all of it is sent.
+
+        Empty where it is not, and where large answers are due: a server may wait until they are received before it reads on.
+        """
+        if self.phase is not _CONNECTED or any(one.type in (_READ, _BLOCK_STATUS) for one in self.in_flight.values()):
+            return []
+        taken, left = [], _SENT_AT_ONCE
+        for part in self._parts[:2]:
+            taken.append(part[:left])
+            left -= len(taken[-1])
+        return taken if _SENT_AT_ONCE - left >= LARGE else []
 
     def sent(self, count: int) -> bool:
         """The first `count` bytes of `outgoing()` have been sent. Returns whether there is more to send."""

@@ -117,6 +117,21 @@ class Stream(ABC):
         """
         return False
 
+    def send_all(
+        self,
+        parts: Sequence[memoryview],  # noqa: ARG002 (for those that can)
+        sent: list[int],  # noqa: ARG002
+        seconds: float | None = None,  # noqa: ARG002
+    ) -> bool:
+        """Send `parts` and wait until all of it is sent, in one step, if the stream has a way.
+
+        How many bytes were sent is appended to `sent`, before a signal handler can raise anything. It may return early, having
+        sent less. Where the stream has failed nothing is appended: the next `send` says what happened. Returns False where the
+        stream has no such way, and where nothing could be sent for a moment, or for so many seconds. Other threads may receive
+        meanwhile, and `hang_up` and `close` end it.
+        """
+        return False
+
     def wants(self) -> Want:
         """Return what the stream itself waits for (unsent ciphertext, a handshake), beyond what its user waits for.
 

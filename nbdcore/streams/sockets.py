@@ -30,12 +30,15 @@ _MOST_PARTS = 1024
 #: systems have the flag and do not always heed it: macOS waits all the same in sending to a unix socket.
 _DONT_WAIT = socket.MSG_DONTWAIT if sys.platform == "linux" else 0
 #: A peer that hangs up must not kill a program that has SIGPIPE at its default, as command-line tools do.
-_SEND_FLAGS = getattr(socket, "MSG_NOSIGNAL", 0) | _DONT_WAIT
+_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
+_SEND_FLAGS = _NO_SIGNAL | _DONT_WAIT
 #: Seconds that a receive waits where a deadline is to be kept. Python begins a receive that a signal interrupts anew, with all of
 #: its time: a timer that fires more often than this would put the deadline off for ever. Profilers' timers fire every 10 ms.
 _SHORT = 0.005
+#: Seconds that a send waits where none is to be kept: then whoever sends looks whether there is something to receive.
+_MOMENT = 0.1
 _TIMEVAL = struct.Struct("@ll")  # struct timeval: seconds and microseconds, and both 0 are for ever
-_FOR_EVER, _FOR_SHORT = _TIMEVAL.pack(0, 0), _TIMEVAL.pack(0, round(_SHORT * 1e6))
+_FOR_EVER, _FOR_SHORT, _FOR_A_MOMENT = (_TIMEVAL.pack(0, round(seconds * 1e6)) for seconds in (0, _SHORT, _MOMENT))
 #: What a receive answers where there is no peeking (vsock under Hyper-V).
 _NO_SUCH_WAIT = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
 _WHOLE = getattr(socket, "MSG_WAITALL", 0)
@@ -95,7 +98,8 @@ class SocketStream(Stream):
         self._can_wait = _DONT_WAIT != 0
         # Whoever receives in a way of their own must be asked for every byte.
         self._can_fill = self._can_wait and type(self).recv_into is SocketStream.recv_into
-        self._limit = _FOR_EVER  # how long a receive waits now
+        self._can_send_all = self._can_wait and _HAS_SENDMSG and type(self).send is SocketStream.send
+        self._limit = self._send_limit = _FOR_EVER  # how long a receive waits now, and a send that waits
         self._can_limit = True
         self._failed: OSError | None = None  # what `wait` met, which the system tells once only
         self._closed = False
@@ -161,19 +165,44 @@ class SocketStream(Stream):
             self._failed = exc
         return True
 
+    def send_all(self, parts: Sequence[memoryview], sent: list[int], seconds: float | None = None) -> bool:
+        """Send with one system call, which waits: never longer than a moment for room, or, where there is a deadline, less."""
+        if not self._can_send_all or (seconds is not None and seconds < _SHORT):
+            return False
+        limit = _FOR_A_MOMENT if seconds is None else _FOR_SHORT
+        if limit is not self._send_limit:
+            if not self._set_limit(socket.SO_SNDTIMEO, limit):
+                return False
+            self._send_limit = limit
+        try:
+            # As in `fill`: no signal handler runs between the call and the list.
+            sent.extend(map(self._sock.sendmsg, (parts,), ((),), (_NO_SIGNAL,)))
+        except BlockingIOError:
+            return False
+        except OSError as exc:
+            if from_signal_handler(exc):
+                raise
+            # The system tells it again.
+        return True
+
     def _limit_receives(self, limit: bytes) -> bool:
         """Have receives wait so long. Returns False where that cannot be."""
         if limit is not self._limit:
-            if not self._can_limit:
-                return False
-            try:
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-            except (OSError, TypeError) as exc:  # TypeError: Python sets no option of a vsock socket but to a whole number
-                if from_signal_handler(exc):
-                    raise
-                self._can_limit = False
+            if not self._set_limit(socket.SO_RCVTIMEO, limit):
                 return False
             self._limit = limit
+        return True
+
+    def _set_limit(self, option: int, limit: bytes) -> bool:
+        if not self._can_limit:
+            return False
+        try:
+            self._sock.setsockopt(socket.SOL_SOCKET, option, limit)
+        except (OSError, TypeError) as exc:  # TypeError: Python sets no option of a vsock socket but to a whole number
+            if from_signal_handler(exc):
+                raise
+            self._can_limit = False
+            return False
         return True
 
     def send(self, parts: Sequence[memoryview]) -> int | None:

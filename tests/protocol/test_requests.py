@@ -316,3 +316,51 @@ def test_command_is_taken_as_soon_as_the_export_is_open():
     client.submit(commands.read(client.engine.limits, 3, 0)).hear(simple(1, data=b"abc"))
 
     assert client.commands[0].result() == b"abc"
+
+
+# ---------------------------------------------------------------------------------------------- what may be waited for
+
+
+def large_write(client, count, offset=0):
+    return commands.write(client.engine.limits, memoryview(bytearray(count)), offset)
+
+
+def test_large_payload_may_be_waited_for_a_part_at_a_time():
+    client = connected(size=1 << 24)
+    client.queue(large_write(client, 5 << 19))
+    whole = b"".join(client.engine.outgoing())
+
+    sent, counts = b"", []
+    while parts := client.engine.large_payload():
+        sent += b"".join(parts)
+        counts.append(sum(map(len, parts)))
+        client.engine.sent(counts[-1])
+
+    assert sent == whole
+    assert counts == [1 << 20, 1 << 20, (1 << 19) + 28]
+
+
+def test_small_payload_is_not_waited_for():
+    client = connected()
+    client.queue(large_write(client, 1 << 16))
+    client.engine.outgoing()
+    assert client.engine.large_payload() == []
+
+
+@pytest.mark.parametrize("call", ["read", "status"])
+def test_nobody_waits_to_send_while_a_large_answer_may_be_due(call):
+    client = connected(size=1 << 24, contexts=CONTEXTS)
+    client.queue(build(client, call))
+    client.speak()
+    client.queue(large_write(client, 1 << 20))
+    assert client.engine.outgoing()
+    assert client.engine.large_payload() == []
+
+
+def test_small_answers_that_are_due_keep_nobody_from_waiting_to_send():
+    client = connected(size=1 << 24)
+    client.queue(build(client, "flush"))
+    client.speak()
+    client.queue(large_write(client, 1 << 20))
+    assert client.engine.outgoing()
+    assert client.engine.large_payload()

@@ -344,7 +344,7 @@ class SharedSession:
                 if over:
                     break
                 if wait.parker is None:
-                    wait.ready = wait.at_once or self._fill(wait, deadline) or self._look(wait.watched, deadline)
+                    wait.ready = self._watch_for(wait, deadline)
                 else:
                     wait.parker.park(deadline)
                     if waiters.may_leave(wait):
@@ -358,12 +358,18 @@ class SharedSession:
         if not pending.done:
             raise DeadlineExceeded(errno.ETIMEDOUT, f"no answer from the server in time ({what})")
 
-    def _fill(self, wait: Wait, deadline: Deadline) -> bool:
-        """Receive, where this caller has room to receive into, as `Session.fill` does."""
-        room = wait.room
-        return room is not None and self._session.fill(
-            room, wait.taken, deadline.remaining(), whole=self.engine.direct is not None
-        )
+    def _watch_for(self, wait: Wait, deadline: Deadline) -> bool:
+        """Wait for what this caller watches; where it can, receive or send meanwhile. Returns whether something happened."""
+        session = self._session
+        if wait.at_once:
+            return True
+        if wait.parts:
+            return session.send_all(wait.parts, wait.sent, deadline.remaining())
+        if wait.room is not None and session.fill(
+            wait.room, wait.taken, deadline.remaining(), whole=self.engine.direct is not None
+        ):
+            return True
+        return self._look(wait.watched, deadline)
 
     def _look(self, wanted: int, deadline: Deadline) -> bool:
         """Wait for what this caller watches. Returns whether the stream is worth a look, which says what happened."""

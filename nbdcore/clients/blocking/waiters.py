@@ -105,11 +105,28 @@ class Wait:
         at_once: there is something to receive already.
         room: where it receives, with the lock released; None where it only looks whether there is something to receive.
         taken: how many bytes it has received there, until they are taken in.
+        parts: what it sends, with the lock released; empty where it only looks whether something can be sent.
+        sent: how many bytes of that it has sent, until they are counted.
+        held_up: nothing could be sent so for a while: it is to look.
         gate: what wakes it, where that is not a lock of the parker's own.
         parker: what it is parked in, when it does not watch.
     """
 
-    __slots__ = ("any_of_several", "at_once", "gate", "parker", "pending", "ready", "room", "submit", "taken", "watched")
+    __slots__ = (
+        "any_of_several",
+        "at_once",
+        "gate",
+        "held_up",
+        "parker",
+        "parts",
+        "pending",
+        "ready",
+        "room",
+        "sent",
+        "submit",
+        "taken",
+        "watched",
+    )
 
     def __init__(self, pending: Pending, submit: Sequence[Command], *, any_of_several: bool, gate: Gate | None = None) -> None:
         self.pending: Pending = pending
@@ -120,6 +137,9 @@ class Wait:
         self.at_once: bool = False
         self.room: memoryview | None = None
         self.taken: list[int] = []
+        self.parts: Sequence[memoryview] = ()
+        self.sent: list[int] = []
+        self.held_up: bool = False
         self.gate: Gate | None = gate
         self.parker: Parker | None = None
 

@@ -53,6 +53,8 @@ class Session:
         self.waited_for: int = 0
         #: somebody may be in `fill`: nobody else receives
         self.filling: bool = False
+        #: somebody may be in `send_all`: nobody else sends
+        self.sending: bool = False
         self._hung_up: Error | OSError | None = None  # what sending met meanwhile
         self._process = os.getpid()
         self._ended = False  # which was logged
@@ -66,6 +68,9 @@ class Session:
         #: the stream's, into the engine's `room`; what came is for `take_in`. The one step that may be made while other threads
         #: use the session, as long as they do not receive.
         self.fill: Callable[..., bool] = stream.fill
+        #: the stream's, likewise, for the engine's `large_payload`; how much was sent is for `count_sent`
+        self.send_all: Callable[..., bool] = stream.send_all
+        self.sends_all: bool = type(stream).send_all is not Stream.send_all
 
     def fileno(self) -> int:
         """Return the descriptor to wait on; -1 when the connection is over."""
@@ -81,10 +86,12 @@ class Session:
         return self._stream.wait(seconds)
 
     def unwatched(self, wanted: int) -> None:
-        """Nobody waits on the descriptor any more for these bits of a Want, nor in `fill`."""
+        """Nobody waits on the descriptor any more for these bits of a Want, nor in `fill` or `send_all`."""
         self.waited_for &= ~wanted
         if wanted & _READ:
             self.filling = False
+        if wanted & _WRITE:
+            self.sending = False
 
     def interest(self) -> Want:
         """Return what to wait for before `advance()` can do more."""
@@ -118,7 +125,7 @@ class Session:
     def send(self) -> None:
         """Send what is queued, as far as the stream takes it now."""
         engine, stream = self.engine, self._stream
-        if self._hung_up is not None:
+        if self._hung_up is not None or self.sending:
             return
         try:
             if self._shake_hands is not None and not self._go_on_shaking(self._shake_hands):
@@ -135,6 +142,12 @@ class Session:
                 stream.send([])
         except (Error, OSError) as exc:
             self._sending_failed(exc)
+
+    def count_sent(self, sent: list[int]) -> None:
+        """Let the engine know how much `send_all` has sent."""
+        count = sent.pop() if sent else 0
+        if count and self.engine.phase not in _OVER:
+            self.engine.sent(count)
 
     def _sending_failed(self, exc: Error | OSError) -> None:
         if exc.errno in _HUNG_UP and not from_signal_handler(exc):

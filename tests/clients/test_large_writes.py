@@ -1,0 +1,191 @@
+"""Large writes are sent with the connection unlocked: whatever happens in the middle of one, no byte is lost or misplaced."""
+
+from __future__ import annotations
+
+import errno
+import random
+import signal
+import threading
+import time
+
+import pytest
+
+import nbdcore
+from nbdcore import CommandError, DeadlineExceeded, Disconnected, Phase
+from nbdcore.protocol import wire
+from nbdcore.protocol.constants import CommandType, ErrorNumber
+from nbdcore.server import MemoryDisk, Server
+from nbdcore.testing.scripted import Request, answer, error, hang_up, reset, serve, unless_gone, wait_for
+from tests.alarms import needs_alarms
+from tests.clients.talking import DONE, PATIENCE, SHORT, expected, good, in_background, slow_to_receive, talk, together
+from tests.clients.test_interrupts import ctrl_c_when
+
+#: More than any system keeps for a server that does not receive.
+LARGE = 8 << 20
+SIZE = 2 * LARGE
+
+
+@pytest.fixture
+def go_on():
+    return threading.Event()
+
+
+@pytest.fixture
+def data():
+    return random.Random(1).randbytes(LARGE)
+
+
+def write(client, data, **options):
+    client.pwrite(data, 7, **options)
+
+
+def write_in_a_loop(client, data, **options):
+    list(client.pwrite_many([(7, data)], **options))
+
+
+ways = pytest.mark.parametrize("way", [write, write_in_a_loop])
+
+
+def begun(client):
+    """Return a condition: a part of the write has been sent, and the rest waits for the server."""
+    before = client._engine.traffic.bytes_sent
+    return lambda: client._engine.traffic.bytes_sent > before
+
+
+@needs_alarms
+@ways
+def test_ctrl_c_in_the_middle_of_a_payload_leaves_the_connection_usable(way, go_on, data):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    payloads = []
+    try:
+        with talk(slow_to_receive(go_on, payloads), serve(good), size=SIZE) as (client, _):
+            with ctrl_c_when(begun(client)), pytest.raises(KeyboardInterrupt):
+                way(client, data)
+            assert client.phase is Phase.CONNECTED
+            go_on.set()
+            assert client.pread(9, 9, timeout=PATIENCE) == expected(9, 9)
+            assert payloads == [data]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@ways
+def test_deadline_in_the_middle_of_a_payload_leaves_the_connection_usable_and_the_buffer_alone(way, go_on, data):
+    payloads, memory = [], bytearray(data)
+    with talk(slow_to_receive(go_on, payloads), serve(good), size=SIZE) as (client, _):
+        with pytest.raises(DeadlineExceeded):
+            way(client, memory, timeout=SHORT)
+        memory[:] = bytes(LARGE)  # the caller's own again
+        go_on.set()
+        assert client.pread(9, 9, timeout=PATIENCE) == expected(9, 9)
+        assert payloads == [data]
+
+
+@ways
+@pytest.mark.parametrize("timeout", [None, PATIENCE])
+def test_closing_in_the_middle_of_a_payload_ends_the_call(way, go_on, timeout, data):
+    with talk(unless_gone(slow_to_receive(go_on, [])), size=SIZE) as (client, _):
+        started = begun(client)
+        with in_background(lambda: way(client, data, timeout=timeout)) as outcome:
+            while not started():
+                time.sleep(0.001)
+            client.close()
+        assert isinstance(outcome[0], Disconnected)
+        assert "closed by this program" in str(outcome[0])
+        go_on.set()
+
+
+@ways
+@pytest.mark.parametrize("end", [hang_up, reset])
+def test_server_that_goes_in_the_middle_of_a_payload_ends_the_call(way, end, data):
+    def half(connection):
+        connection.receive(LARGE // 2)
+        end(connection)
+
+    with talk(half, size=SIZE) as (client, _):
+        outcome = together(1, lambda _: way(client, data))
+        assert isinstance(outcome[0], Disconnected)
+
+
+def test_answer_in_the_middle_of_a_payload_is_taken_and_the_rest_still_sent(go_on, data):
+    """The server refuses a write of which it has seen the header only, and then receives the payload all the same."""
+    payloads = []
+
+    def refuse_at_once(connection):
+        _, flags, kind, cookie, offset, count = wire.REQUEST.unpack(connection.receive(wire.REQUEST.size))
+        connection.send(error(ErrorNumber.ENOSPC, "full")(Request(kind, flags, cookie, offset, count)))
+        wait_for(go_on)(connection)
+        payloads.append(connection.receive(count))
+
+    with talk(refuse_at_once, serve(good), size=SIZE) as (client, _):
+        with in_background(lambda: write(client, data, timeout=PATIENCE)) as outcome:
+            while not outcome:
+                time.sleep(0.001)
+            go_on.set()
+        assert isinstance(outcome[0], CommandError)
+        assert outcome[0].errno == errno.ENOSPC
+        assert client.pread(9, 9, timeout=PATIENCE) == expected(9, 9)
+        assert payloads == [data]
+
+
+def test_late_answer_to_a_read_that_was_given_up_is_taken_before_the_server_receives_more(go_on, data):
+    """A server that sends a large answer, and reads nothing before it is received, is not waited for in vain."""
+    payloads = []
+
+    def answer_before_receiving(connection):
+        reading = connection.receive_request()
+        wait_for(go_on)(connection)
+        connection.send(good(reading))
+        slow_to_receive(go_on, payloads)(connection)
+
+    with talk(answer_before_receiving, serve(good), size=SIZE) as (client, _):
+        with pytest.raises(DeadlineExceeded):
+            client.pread(LARGE, 3, timeout=SHORT)
+        go_on.set()
+        write(client, data, timeout=PATIENCE)
+        assert payloads == [data]
+
+
+def test_others_are_answered_while_a_payload_waits_for_the_server(go_on, data):
+    """The answers to what was asked before are received by their callers, whoever sends meanwhile."""
+
+    def answer_before_receiving(connection):
+        flushing = connection.receive_request()
+        assert flushing.kind == CommandType.FLUSH
+        wait_for(go_on)(connection)
+        connection.send(DONE(flushing))
+        answer(DONE, kind=CommandType.WRITE)(connection)
+
+    with talk(answer_before_receiving, serve(good), size=SIZE) as (client, connection):
+        with in_background(client.flush) as flushed:
+            while not connection.requests:
+                time.sleep(0.001)
+            started = begun(client)
+            with in_background(lambda: write(client, data)) as written:
+                while not started():
+                    time.sleep(0.001)
+                go_on.set()
+        assert flushed == [None]
+        assert written == [None]
+
+
+@pytest.mark.parametrize("connections", [1, 4])
+def test_every_byte_of_many_threads_is_right(connections, socket_path):
+    """Sizes on both sides of every limit, from threads that share connections, some of them with a deadline."""
+    share, threads, sizes = 4 << 20, 8, [1, 4096, 1 << 17, 1 << 20, 3 << 20]
+    with Server(MemoryDisk(share * threads)) as server:
+        uri = server.listen("unix", path=str(socket_path)).address.uri()
+        pool = nbdcore.create_pool(uri, connections=connections, timeout=PATIENCE)
+
+        def work(number):
+            rng, base = random.Random(number), number * share
+            wanted = bytearray(share)
+            for _ in range(30):
+                offset = rng.randrange(share)
+                payload = rng.randbytes(min(rng.choice(sizes), share - offset))
+                pool.pwrite(payload, base + offset, timeout=rng.choice([None, PATIENCE]))
+                wanted[offset : offset + len(payload)] = payload
+            return pool.pread(share, base) == wanted
+
+        with pool:
+            assert together(threads, work) == [True] * threads
