@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import pickle
@@ -16,6 +17,7 @@ from typing import Any
 
 from nbdcore.clients.blocking.functions import connect, create_pool
 from nbdcore.disk.shared import mapped
+from nbdcore.errors import UsageError
 
 __all__ = ["Connected", "Failure", "Task", "work"]
 
@@ -84,7 +86,11 @@ def _serve(pipe: Connection, task: Task, shared: str | None, room: int) -> None:
             else:
                 with memory[place * room : (place + 1) * room] as view:
                     value = task.function(disk, offset, count, memory=view)
-            pipe.send((number, value))
+            try:
+                pipe.send((number, value))
+            except (pickle.PicklingError, AttributeError, TypeError) as exc:
+                what = f"what the function returned for {count} bytes at offset {offset}"
+                raise UsageError(errno.EINVAL, f"{what} must be picklable, for the program to have it: {exc}") from exc
 
 
 def _end_with_the_program() -> None:
