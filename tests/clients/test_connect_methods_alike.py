@@ -263,6 +263,25 @@ def test_what_is_no_way_is_a_usage_error_and_stays_the_callers(use):
 
 
 @pytest.mark.parametrize("use", [blocking, asynchronous], ids=lambda it: it.__name__)
+@pytest.mark.parametrize("given", ["socket", "descriptor", "stream"])
+def test_what_was_given_stays_the_callers_after_a_wrong_timeout(use, given):
+    near, far = socket.socketpair()
+    with near, far:
+        stream = SocketStream(near.dup())
+        call, where = {
+            "socket": ("connect_socket", near),
+            "descriptor": ("connect_socket", near.fileno()),
+            "stream": ("connect_stream", stream),
+        }[given]
+        with pytest.raises(UsageError, match="a timeout is a number of seconds"):
+            use(call, where, timing={"timeout": -1})
+        near.send(b"open")
+        assert far.recv(4) == b"open"
+        assert stream.send([memoryview(b"this too")]) == 8
+        stream.close()
+
+
+@pytest.mark.parametrize("use", [blocking, asynchronous], ids=lambda it: it.__name__)
 @pytest.mark.parametrize("call", ["connect_unix", "connect", "connect_transport"])
 def test_a_server_that_is_not_up_yet_is_waited_for(use, call, server, socket_path):
     late = threading.Timer(0.2, lambda: server.listen("unix", path=str(socket_path)))

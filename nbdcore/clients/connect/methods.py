@@ -161,8 +161,8 @@ class ConnectMethods(Info, Generic[Connected]):
         self, call: str, find: Find, timeout: float | None, wait: float | None, use: Callable[[list[Session]], None]
     ) -> Steps[None]:
         """Find the target, take the one step from newly created to connecting, open the sessions and give them to `use`."""
+        deadline_after(timeout), deadline_after(wait)  # wrong ones show now, before a socket changes hands
         target = yield from self._find(call, find)
-        deadline_after(timeout), deadline_after(wait)  # wrong ones show now
         settings = self._begin_connecting(call, target).settings
         try:
             use((yield from establish(target, settings, timeout=timeout, wait=wait, connections=self._connections)))
