@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 import nbdcore
-from nbdcore import Client, CommandError, DeadlineExceeded, Disconnected, Phase, UsageError
+from nbdcore import Client, CommandError, DeadlineExceeded, Disconnected, Phase, TransmissionFlag, UsageError
 from nbdcore.protocol.constants import CommandType
 from nbdcore.protocol.transmission.commands import Command
 from nbdcore.server import Server
 from nbdcore.testing.choppy import ChoppyStream
-from nbdcore.testing.scripted import ScriptedServer, answer, drain, serve
+from nbdcore.testing.scripted import ScriptedServer, answer, drain, half_close, serve, wait_for
 from tests.clients.many import (
     CONTENTS,
     RANGES,
@@ -32,7 +32,7 @@ from tests.clients.many import (
     offsets_of,
     start,
 )
-from tests.clients.talking import DONE, PATIENCE, SHORT, expected, good, held, in_background, script, talk
+from tests.clients.talking import DONE, PATIENCE, SHORT, expected, good, held, in_background, script, talk, together
 
 
 @every_call
@@ -278,6 +278,38 @@ def test_an_answer_that_came_before_the_server_died_counts_though_sending_fails_
         with pytest.raises(Disconnected):
             collect(results, taken)
         assert offsets_of(name, taken) == [0, 16]
+
+
+@pytest.mark.parametrize("connections", [1, 2])
+def test_what_another_caller_received_before_the_server_hung_up_is_still_yielded(connections):
+    """Somebody else takes in the loop's answer, and the end behind it, while the loop is busy with its input."""
+    go_on = threading.Event()
+
+    def two_and_the_end(connection):
+        requests = {request.offset: request for request in (connection.receive_request() for _ in range(3 - connections))}
+        if 0 in requests:
+            connection.send(good(requests[0]))
+        if 16 in requests:
+            wait_for(go_on)(connection)
+            connection.send(good(requests[16]))
+        half_close(connection)
+        drain(connection)
+
+    def items(disk):
+        yield (0, 16)
+        yield (16, 16)
+        go_on.set()
+        for _ in range(connections):
+            assert isinstance(together(1, lambda _: disk.pread(1, 64))[0], Disconnected)
+        yield (32, 16)
+
+    offer = {"flags": TransmissionFlag.HAS_FLAGS | TransmissionFlag.CAN_MULTI_CONN}
+    offsets = []
+    with ScriptedServer(*[script(two_and_the_end, **offer)] * connections, patience=PATIENCE) as server:
+        uri = f"nbd://127.0.0.1:{server.listen_tcp()}"
+        with nbdcore.create_pool(uri, connections=connections, timeout=PATIENCE) as disk, pytest.raises(Disconnected):
+            offsets.extend(offset for offset, _ in disk.pread_many(items(disk), depth=2, timeout=PATIENCE))
+    assert sorted(offsets) == [0, 16]
 
 
 @every_call

@@ -43,8 +43,7 @@ class LoopPipeline:
             try:
                 submit(command)
             except Error as exc:
-                command.error, command.done = exc, True
-                self._finish(command)
+                self.pipeline.refuse((command,), exc)
 
     def _finish(self, command: Command) -> None:
         self.pipeline.finished.append(command)

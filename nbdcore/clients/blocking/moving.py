@@ -64,8 +64,7 @@ class Mover:
             else:
                 self.waiters.unpark(wait)
                 if wait.submit:
-                    self.submit(wait.submit)
-                    wait.submit = ()
+                    self._submit_for(wait)
                 self._send()
             if wait.pending.done or expired:
                 self.hand_over()
@@ -128,6 +127,16 @@ class Mover:
         if self.session.over:
             error = self.engine.error
             raise copied(error) if error else closed_by_program()  # others may raise it as well
+
+    def _submit_for(self, wait: Wait) -> None:
+        """Queue a caller's commands. A loop has others under way: what keeps these from being queued is their outcome alone."""
+        commands, wait.submit = wait.submit, ()
+        try:
+            self.submit(commands)
+        except Error as exc:
+            if not isinstance(wait.pending, Pipeline):
+                raise
+            wait.pending.refuse(commands, exc)
 
     def submit(self, commands: Sequence[Command]) -> None:
         """Queue commands."""

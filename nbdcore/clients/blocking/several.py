@@ -174,9 +174,13 @@ class SharedSessions:
             loop.close()
 
     def _submit(self, pipeline: Pipeline, commands: Sequence[Command]) -> None:
-        """Queue commands, each where the fewest are under way."""
+        """Queue commands, each where the fewest are under way. Where no connection is left, that is their outcome."""
         while commands:
-            places = self._places(pipeline)
+            try:
+                places = self._places(pipeline)
+            except Error as exc:
+                pipeline.refuse(commands, exc)
+                return
             shares = {places[0]: [*commands]} if len(places) == 1 else _shared_out(commands, places)
             refused: list[Command] = []
             for connection, share in shares.items():

@@ -12,7 +12,7 @@ as there is room for. While the caller is busy with a burst, the server has all 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -82,6 +82,12 @@ class Pipeline:
         if len(self._begun) > _KEPT * self._depth:
             self._begun = self.unfinished()
         return commands
+
+    def refuse(self, commands: Iterable[Command], error: Error) -> None:
+        """None of these could be submitted: that is their outcome. What is under way has one of its own."""
+        for command in commands:
+            command.error, command.done = error, True
+            self._finish(command)
 
     def settle(self, command: Command) -> Command | SplitRequest | None:
         """Look at one that was taken out of `finished`. Returns the request that has finished well with it, if one has."""
