@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import threading
+import time
 
 import pytest
 
@@ -29,7 +30,7 @@ from nbdcore.testing.scripted import (
     serve,
     wait_for,
 )
-from tests.clients.talking import PATIENCE, script
+from tests.clients.talking import PATIENCE, in_background, script
 from tests.clients.test_parity import COUNT, FRONT_ENDS, RANGES, collect, connected, every_front_end
 
 SHUTDOWN = error(ErrorNumber.ESHUTDOWN, "back at noon")
@@ -210,6 +211,34 @@ def test_pool_goes_on_with_the_connections_that_are_left():
     with ScriptedServer(*two, patience=PATIENCE) as server:
         uri = f"nbd://127.0.0.1:{server.listen_tcp()}"
         assert asyncio.run(asyncio.wait_for(run(uri), PATIENCE)) == [bytes(COUNT)] * 11
+
+
+def test_call_that_chose_a_connection_just_before_its_server_shut_down_goes_to_another():
+    """The call has chosen the connection and waits for its lock, whose holder takes in that the server shuts down."""
+    release = threading.Event()
+    offer = {"flags": 1 | nbdcore.TransmissionFlag.CAN_MULTI_CONN}
+
+    def closing(connection):
+        first, second = connection.receive_request(), connection.receive_request()
+        connection.send(SHUTDOWN(first))
+        wait_for(release)(connection)
+        connection.send(data(bytes(COUNT))(second))
+
+    two = [script(closing, goodbye, **offer), script(serve(data(bytes(COUNT))), **offer)]
+    with ScriptedServer(*two, patience=PATIENCE) as server:
+        uri = f"nbd://127.0.0.1:{server.listen_tcp()}"
+        with nbdcore.create_pool(uri, connections=2, timeout=PATIENCE) as pool:
+            first = pool._shared._connections[0]
+            engine = first.engine
+            two_reads = [commands.read(engine.limits, COUNT, 0) for _ in range(2)]
+            with in_background(lambda: pool.pread(COUNT, 0)) as outcome, first._lock:
+                while not first.callers:
+                    time.sleep(0.001)
+                engine.submit_all(two_reads)
+                while not engine.shutting_down:
+                    first._session.advance()
+            release.set()
+            assert outcome == [bytes(COUNT)]
 
 
 @every_kind

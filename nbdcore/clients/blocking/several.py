@@ -28,7 +28,6 @@ from nbdcore.clients.session.pipeline import Pipeline
 from nbdcore.clients.session.session import Session, closed_by_program
 from nbdcore.errors import DeadlineExceeded, Error
 from nbdcore.protocol.engine import Engine
-from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission.commands import Command
 from nbdcore.streams.base import WANTS, Want
 from nbdcore.streams.bell import Bell
@@ -80,8 +79,8 @@ class SharedSessions:
             except Error as exc:
                 if command.mark is not None:
                     raise
-                # Where it ended before it had the command, another one takes that.
-                if not connection.over or not self._group.live:
+                # Where it ended, or began to, before it had the command, another one takes that.
+                if connection.takes_commands or not any(one.takes_commands for one in self._connections):
                     connection.abandon((command,), exc)
                     raise
                 command.error, command.done = None, False
@@ -97,10 +96,9 @@ class SharedSessions:
             self._look_at_unwatched()
         best, fewest = None, 0
         for connection in self._connections:
-            engine = connection.engine
-            if engine.phase is not Phase.CONNECTED or engine.shutting_down:
+            if not connection.takes_commands:
                 continue
-            pending = engine.pending
+            pending = connection.engine.pending
             if connection.callers:  # some may be about to submit
                 pending += sum(one.mark is None for one in [*connection.callers])
             if best is None or pending < fewest:
