@@ -41,6 +41,8 @@ class Bell:
         if self._ends:
             with contextlib.suppress(OSError):  # it has been rung so often that there is no room, or is closed
                 self._ends[1].send(b"\0")
+            # It may have been silenced in between: a bell that is readable and not `rung` would be silenced by nobody.
+            self.rung = True
 
     def silence(self) -> None:
         """Forget that it was rung; what it was rung for is looked at after this."""

@@ -43,6 +43,29 @@ def test_bell_that_rang_before_it_had_a_descriptor_says_so(bell):
     assert not rings(bell)
 
 
+class SilencedFirst:
+    """An end of a bell that another thread silences just before it is sent to."""
+
+    def __init__(self, bell):
+        self._bell, self._end = bell, bell._ends[1]
+
+    def send(self, data):
+        self._bell.silence()
+        return self._end.send(data)
+
+    def close(self):
+        self._end.close()
+
+
+def test_bell_that_is_silenced_while_it_is_rung_does_not_ring_for_ever(bell):
+    bell.fileno()
+    bell._ends = (bell._ends[0], SilencedFirst(bell))
+    bell.release()
+    while bell.rung:  # as whoever waits for it does
+        bell.silence()
+    assert not rings(bell)
+
+
 def test_bell_without_a_descriptor_is_none_to_wait_for(bell, monkeypatch):
     def none_left():
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
