@@ -11,11 +11,13 @@ import pytest
 
 import nbdcore
 from nbdcore import libnbd
+from nbdcore.protocol.transmission import commands
 from nbdcore.server import MemoryDisk, Server, ServerTLS
 from nbdcore.streams.base import from_signal_handler
+from nbdcore.testing.scripted import answer, drain, unless_gone
 from tests.alarms import alarm_after, needs_alarms, watchdog
 from tests.certificates import CertificateAuthority
-from tests.clients.talking import PATIENCE, in_background
+from tests.clients.talking import PATIENCE, good, in_background, talk
 
 pytestmark = needs_alarms
 
@@ -92,6 +94,41 @@ def test_other_calls_in_a_handler_fail_and_the_interrupted_one_goes_on(uri):
     with nbdcore.connect(uri, timeout=PATIENCE) as client, alarm_after(0.001, handler):
         assert len(list(client.pread_many(RANGES, depth=64))) == len(RANGES)
     assert errno.EDEADLK in outcomes
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.pread(512, 0),
+        lambda client: client.flush(),
+        lambda client: list(client.pread_many([(0, 512)])),
+        lambda client: list(client.extents(count=512)),
+    ],
+)
+def test_refused_call_in_a_handler_touches_nothing_of_the_interrupted_one(uri, call):
+    """Whoever holds the lock may be in the middle of a step: what others left to be submitted stays where it is."""
+    with nbdcore.connect(uri, timeout=PATIENCE) as client:
+        shared = client._shared
+        left = commands.flush(client._engine.limits)
+        with shared._lock:  # the interrupted call, of this thread
+            shared._mover.waiters.inbox.append(left)
+            with pytest.raises(nbdcore.UsageError) as refused:
+                call(client)
+            assert [*shared._mover.waiters.inbox] == [left]
+            shared._mover.waiters.inbox.clear()
+        assert refused.value.errno == errno.EDEADLK
+        assert client.pread(512, 0, timeout=PATIENCE) == bytes(512)
+
+
+def test_loop_that_goes_on_in_a_handler_and_is_refused_ends_the_connection():
+    """What it has under way cannot be given up just then, and must not be written to later."""
+    with talk(answer(good), unless_gone(drain)) as (client, _):
+        loop = client.pread_into_many([(offset, bytearray(8)) for offset in (0, 8, 16)], depth=2)
+        assert next(loop) == 0
+        with client._shared._lock, pytest.raises(nbdcore.UsageError):  # the interrupted call, of this thread
+            next(loop)
+        with pytest.raises(nbdcore.Disconnected):
+            client.pread(8, 0, timeout=PATIENCE)
 
 
 class AlarmError(TimeoutError):

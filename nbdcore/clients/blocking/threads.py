@@ -104,6 +104,8 @@ class SharedSession:
         `may_move`: where the connection has ended before it had the command, that is left as it is, payload and all, so that
         another connection can have it; `command.mark` tells.
         """
+        if self._interrupted():
+            self.refuse_if_interrupted(command)
         try:
             submit = self._run_alone(command, deadline)
             if not command.done:
@@ -191,6 +193,11 @@ class SharedSession:
         """Give commands up: their memory is not touched any more, and answers that come are thrown away."""
         # A copy: the original's traceback would hold on to the caller's memory for as long as the late answer takes.
         error = copied(why) if isinstance(why, Error) else DeadlineExceeded(errno.ETIMEDOUT, f"given up by the program ({why!r})")
+        if self._interrupted():
+            # In a signal handler the engine may be in the middle of something. Only the end keeps memory from being written to.
+            if any(self.engine.knows(command) for command in commands):
+                self.close(error)
+            return
         with self._lock:
             self._mover.submit_inbox()
             for command in commands:
@@ -257,8 +264,6 @@ class SharedSession:
         waiters = mover.waiters
         watched, room = False, None
         taken: list[int] = []
-        if self._interrupted():
-            self.refuse_if_interrupted(command)
         try:
             with self._lock:
                 if session.waited_for or waiters.parked or waiters.woken:
