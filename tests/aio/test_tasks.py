@@ -103,7 +103,7 @@ def test_the_requests_of_one_turn_of_the_loop_are_sent_together(run):
 
     async def main():
         async with talk(all_at_once, drain, over=Counting) as (client, _):
-            stream = client._live._session._stream
+            stream = client._shared._session._stream
             stream.sends = 0
             await asyncio.gather(*(client.pread(8, 8 * n) for n in range(64)))
             assert stream.sends == 1
@@ -120,7 +120,7 @@ def test_the_descriptor_is_watched_for_writing_only_while_something_is_unsent(ru
 
     async def main():
         async with talk(slow, drain, size=16 << 20) as (client, _):
-            live = client._live
+            live = client._shared
             assert live._watched == Want.READ
             task = asyncio.create_task(client.pwrite(bytes(8 << 20), 0))
             await until(lambda: client._engine.in_flight, "the write has begun")

@@ -48,8 +48,8 @@ def test_what_tasks_ask_that_were_answered_together_is_sent_together_and_at_once
 
             async def two_reads(offset: int) -> None:
                 await client.pread(4, offset)
-                turns.append(client._live.engine.pending)
-                asyncio.get_running_loop().call_soon(lambda: turns.append(len(client._live.engine.queue)))
+                turns.append(client._shared.engine.pending)
+                asyncio.get_running_loop().call_soon(lambda: turns.append(len(client._shared.engine.queue)))
                 assert await client.pread(4, offset + 8) == bytes([offset + 8]) * 4
 
             await asyncio.gather(*(two_reads(offset) for offset in range(8)))

@@ -169,6 +169,22 @@ def test_others_are_answered_while_a_payload_waits_for_the_server(go_on, data):
         assert written == [None]
 
 
+def test_caller_behind_a_payload_sends_the_rest_of_it_when_its_sender_has_given_up(go_on, data):
+    payloads = []
+    with talk(slow_to_receive(go_on, payloads), serve(good), size=SIZE) as (client, _):
+        started = begun(client)
+        with in_background(lambda: write(client, data, timeout=10 * SHORT)) as written:
+            while not started():
+                time.sleep(0.001)
+            with in_background(lambda: client.flush(timeout=PATIENCE)) as flushed:
+                while not written:
+                    time.sleep(0.001)
+                go_on.set()
+        assert isinstance(written[0], DeadlineExceeded)
+        assert flushed == [None]
+        assert payloads == [data]
+
+
 @pytest.mark.parametrize("connections", [1, 4])
 def test_every_byte_of_many_threads_is_right(connections, socket_path):
     """Sizes on both sides of every limit, from threads that share connections, some of them with a deadline."""

@@ -232,7 +232,7 @@ def test_call_that_chose_a_connection_just_before_its_server_shut_down_goes_to_a
             engine = first.engine
             two_reads = [commands.read(engine.limits, COUNT, 0) for _ in range(2)]
             with in_background(lambda: pool.pread(COUNT, 0)) as outcome, first._lock:
-                while not first.callers:
+                while not first.assigned:
                     time.sleep(0.001)
                 engine.submit_all(two_reads)
                 while not engine.shutting_down:

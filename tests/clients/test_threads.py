@@ -65,7 +65,7 @@ def test_nobody_is_remembered_once_loops_and_single_reads_have_ended(disk):
     for _ in range(3):
         assert together(THREADS, work) == [51200] * THREADS
     waiters = disk._shared._mover.waiters
-    assert [len(waiters.parked), len(waiters.groups), len(waiters.woken), len(waiters.inbox)] == [0, 0, 0, 0]
+    assert [len(waiters.parked), len(waiters.waiting_for_any), len(waiters.woken), len(waiters.inbox)] == [0, 0, 0, 0]
 
 
 def test_mixed_reads_and_writes_of_many_threads_keep_their_contents(disk):

@@ -95,7 +95,9 @@ def test_broken_connection_is_for_the_next_send_to_tell(ends):
     far.close()
     sent = []
     assert stream.send_all([memoryview(b"abc")], sent)
-    assert not sent
+    while sent:  # over TCP the first bytes find out
+        sent.clear()
+        assert stream.send_all([memoryview(b"abc")], sent)
     with pytest.raises(Disconnected):
         stream.send([memoryview(b"abc")])
 

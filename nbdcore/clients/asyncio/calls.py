@@ -42,13 +42,13 @@ class AsyncCalls(AsyncConnectMethods[Connected]):
     # ------------------------------------------------------------------------------------------ ending
 
     async def disconnect(self, *, timeout: float | None = None) -> None:
-        """Say goodbye (NBD_CMD_DISC, or NBD_OPT_ABORT in opt mode), wait until the server has hung up, and close.
+        """Say goodbye (NBD_CMD_DISC), wait until the server has hung up, and close. In opt mode, say NBD_OPT_ABORT and close.
 
         It does not wait for commands of other tasks, and it does not flush. Does nothing on a connection that has ended.
         """
         deadline = deadline_after(timeout)
         try:
-            if self._live is not None and self.phase is Phase.CONNECTED:
+            if self._shared is not None and self.phase is Phase.CONNECTED:
                 await self._session().take_leave(deadline)
         finally:
             self._close()
@@ -77,7 +77,7 @@ class AsyncCalls(AsyncConnectMethods[Connected]):
 
         A count larger than the server's maximum is split, unless `df` asks for an answer in one piece.
         """
-        live = self._live
+        live = self._shared
         if live is None or live.engine.phase is not _CONNECTED:
             self._legal("pread")
             live = self._session()

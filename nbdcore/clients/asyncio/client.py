@@ -9,7 +9,7 @@ from functools import partial
 from typing import Unpack
 
 from nbdcore.clients.asyncio.calls import AsyncCalls
-from nbdcore.clients.asyncio.options import AsyncOptionCalls
+from nbdcore.clients.asyncio.opt_mode import AsyncOptionCalls
 from nbdcore.clients.connect.options import ClientOptions
 from nbdcore.clients.connect.target import already_found, target_of_another
 from nbdcore.clients.requests.arguments import deadline_after

@@ -10,8 +10,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
 from nbdcore.clients.asyncio.drive import LoopDriver
-from nbdcore.clients.asyncio.loop import LoopSession, LoopSessions, check_runs, close_in_loop
-from nbdcore.clients.asyncio.loop_pool import LoopPool
+from nbdcore.clients.asyncio.loop import LoopSession, Shared, check_runs, close_in_loop
+from nbdcore.clients.asyncio.several import LoopSessions
 from nbdcore.clients.connect.establish import closed_meanwhile
 from nbdcore.clients.connect.methods import Connected, ConnectMethods
 from nbdcore.clients.connect.options import (
@@ -35,9 +35,9 @@ class AsyncConnectMethods(ConnectMethods[Coroutine[Any, Any, Connected]]):
     def __init__(self, options: ClientOptions) -> None:
         super().__init__(Engine(checked_settings(options)), checked_encryption(options), checked_permissions(options))
         self._command_timeout = checked_timeout(options)  # of calls that name none
-        self._live: LoopSessions | None = None
+        self._shared: Shared | None = None
         self._drivers: set[LoopDriver] = set()  # of connect calls that have not returned
-        self._lost: weakref.finalize[..., Any] | None = None
+        self._finalizer: weakref.finalize[..., Any] | None = None
 
     async def _connect(self, call: str, find: Find, timeout: float | None, wait: float | None) -> Connected:
         loop = asyncio.get_running_loop()
@@ -60,18 +60,18 @@ class AsyncConnectMethods(ConnectMethods[Coroutine[Any, Any, Connected]]):
                 session.close()
             raise closed_meanwhile()
         live = [LoopSession(session, loop) for session in sessions]
-        self._live = live[0] if len(live) == 1 else LoopPool(live)
+        self._shared = live[0] if len(live) == 1 else LoopSessions(live)
         self._engine = sessions[0].engine
         # A client that nobody knows any more is closed by this, not by a __del__: in a cycle (asyncio makes them, of cancelled
         # tasks) its socket could go before it, with a warning.
-        self._lost = weakref.finalize(self, close_in_loop, self._live)
+        self._finalizer = weakref.finalize(self, close_in_loop, self._shared)
 
     async def _exchange(self, start: Callable[[Engine], Exchange], deadline: Deadline, what: str) -> Any:
         return await self._session().exchange(start, deadline, what)
 
-    def _session(self) -> LoopSessions:
+    def _session(self) -> Shared:
         """Return the session. Raises UsageError in any loop but its own, whose thread alone may touch it."""
-        live = self._live
+        live = self._shared
         if live is None:
             raise UsageError(errno.ENOTCONN, "not connected")
         check_runs(live.loop)
@@ -79,8 +79,8 @@ class AsyncConnectMethods(ConnectMethods[Coroutine[Any, Any, Connected]]):
 
     def _close(self) -> None:
         """End the connection now, from wherever this is called."""
-        if self._live is not None:
-            close_in_loop(self._live)
+        if self._shared is not None:
+            close_in_loop(self._shared)
             return
         self._engine.end()
         for driver in self._drivers:

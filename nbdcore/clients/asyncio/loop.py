@@ -36,7 +36,7 @@ _READ, _WRITE = int(Want.READ), int(Want.WRITE)
 _BURST, _RECEIVES = 1 << 16, 3
 
 
-class LoopSessions(Protocol):
+class Shared(Protocol):
     """What callers know of one session in a loop, or of several to the same export. See `LoopSession`."""
 
     loop: asyncio.AbstractEventLoop
@@ -89,7 +89,7 @@ class LoopSession:
         self._session = session
         self._descriptor = session.fileno()
         self._watched = 0  # what the loop watches the descriptor for: the bits of Want, as a plain int
-        self._sending = self._receiving = self._waking = False  # due: in this turn of the loop, or in one of its own
+        self._send_due = self._receive_due = self._wake_due = False  # a call of it is scheduled, or will be made
         self._finished: deque[Command] = deque()  # commands that are done, and their callers have not run yet
         self._finish = self._finished.append
         # libuv, under uvloop, tells of a connection that broke only once, and there may be bytes before the error: so everything
@@ -123,7 +123,7 @@ class LoopSession:
 
         Raises UsageError in any loop but its own, whose thread alone may touch it, and what ended the connection once it is over.
         """
-        if not self._sending:
+        if not self._send_due:
             self._send_soon()
         try:
             self.engine.submit(command)
@@ -135,7 +135,7 @@ class LoopSession:
     def run(self, command: Command, timeout: float | None) -> Generator[Waiter, None, None]:
         """Run one command and raise its error. At the deadline, or when the task is cancelled, it is abandoned."""
         seconds = None if timeout is None else deadline_after(timeout).remaining()
-        if not self._sending:  # as `submit` does: this is once a small read
+        if not self._send_due:  # as `submit` does: this is once a small read
             self._send_soon()
         self.engine.submit(command)
         command.completion = self._finish
@@ -259,7 +259,7 @@ class LoopSession:
 
     def _receive(self) -> None:
         session, engine = self._session, self.engine
-        self._sending = self._waking = True
+        self._send_due = self._wake_due = True
         try:
             while True:
                 before = engine.traffic.bytes_received
@@ -271,7 +271,7 @@ class LoopSession:
             self._turn_to_callers()
 
     def _receive_more(self) -> None:
-        self._receiving = False
+        self._receive_due = False
         self._readable()
 
     def _turn_to_callers(self) -> None:
@@ -279,17 +279,17 @@ class LoopSession:
         try:
             self._wake()
         finally:
-            self._sending = False
+            self._send_due = False
             if self.engine.has_outgoing:
                 self._move(self._session.send)
 
     def _send_soon(self) -> None:
         check_runs(self.loop)
-        self._sending = True
+        self._send_due = True
         self.loop.call_soon(self._send)
 
     def _send(self) -> None:
-        self._sending = False
+        self._send_due = False
         self._move(self._session.send)
 
     def _wake(self) -> None:
@@ -297,12 +297,12 @@ class LoopSession:
         try:
             Waiter.wake_all(self._finished)
         finally:
-            self._waking = False
+            self._wake_due = False
             self._wake_soon()  # the rest, where one of them ended the program
 
     def _wake_soon(self) -> None:
-        if self._finished and not self._waking and not self.loop.is_closed():
-            self._waking = True
+        if self._finished and not self._wake_due and not self.loop.is_closed():
+            self._wake_due = True
             self.loop.call_soon(self._wake)
 
     def _move(self, move: Callable[[], None]) -> None:
@@ -323,8 +323,8 @@ class LoopSession:
         if session.over:
             self._leave_loop()
             return
-        if session.buffered and not self._receiving:
-            self._receiving = True
+        if session.buffered and not self._receive_due:
+            self._receive_due = True
             self.loop.call_soon(self._receive_more)
         wanted = session.wanted()
         if wanted != self._watched:
@@ -361,7 +361,7 @@ def check_runs(loop: asyncio.AbstractEventLoop) -> None:
         raise UsageError(errno.EINVAL, "the client belongs to the event loop that it was connected in, and this is another")
 
 
-def close_in_loop(live: LoopSessions) -> None:
+def close_in_loop(live: Shared) -> None:
     """End all now, from wherever this is called. In the copy that a fork made, the loop is the parent's as well."""
     if live.inherited:
         live.close()

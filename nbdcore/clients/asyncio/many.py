@@ -14,7 +14,7 @@ import errno
 from collections.abc import AsyncIterator, Callable, Generator
 from typing import Generic, TypeVar
 
-from nbdcore.clients.asyncio.loop import LoopSessions, call_in
+from nbdcore.clients.asyncio.loop import Shared, call_in
 from nbdcore.clients.asyncio.pipeline import LoopPipeline
 from nbdcore.clients.requests.batches import SplitRequest
 from nbdcore.errors import UsageError
@@ -35,7 +35,7 @@ class Many(AsyncIterator[Item], Generic[Item]):
 
     def __init__(
         self,
-        session: LoopSessions,
+        session: Shared,
         fresh: Generator[Command],
         pick: Callable[[Command | SplitRequest], Item],
         *,

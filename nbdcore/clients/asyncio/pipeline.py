@@ -9,7 +9,7 @@ import asyncio
 import errno
 from collections.abc import Iterator
 
-from nbdcore.clients.asyncio.loop import LoopSessions, settle
+from nbdcore.clients.asyncio.loop import Shared, settle
 from nbdcore.clients.requests.single import PIECES_AT_A_TIME, Pieces
 from nbdcore.clients.session.pipeline import Pipeline
 from nbdcore.errors import DeadlineExceeded, Error
@@ -26,7 +26,7 @@ class LoopPipeline:
 
     __slots__ = ("_session", "_waiter", "pipeline")
 
-    def __init__(self, session: LoopSessions, fresh: Iterator[Command], depth: int) -> None:
+    def __init__(self, session: Shared, fresh: Iterator[Command], depth: int) -> None:
         self._session = session
         self._waiter: asyncio.Future[bool] | None = None
         self.pipeline: Pipeline = Pipeline(fresh, depth, session.own, self._finish)
@@ -72,7 +72,7 @@ class LoopPipeline:
             settle(self._waiter)
 
 
-async def run_pieces(session: LoopSessions, pieces: Pieces, deadline: Deadline) -> None:
+async def run_pieces(session: Shared, pieces: Pieces, deadline: Deadline) -> None:
     """Run the pieces of one request, then raise the first error of any.
 
     At the deadline, or when the task is cancelled, those that are under way are given up.

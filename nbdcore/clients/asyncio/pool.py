@@ -24,7 +24,7 @@ class AsyncPool(AsyncCalls["AsyncPool"]):
 
     def __init__(self, *, connections: int = CONNECTIONS, **options: Unpack[ClientOptions]) -> None:
         self._connections = checked_connections(connections, options)
-        self._live = None  # the engine is asked for by way of it
+        self._shared = None  # the engine is asked for by way of it
         super().__init__(options)
 
     def _connected_to(self) -> str:
@@ -33,12 +33,12 @@ class AsyncPool(AsyncCalls["AsyncPool"]):
     @property
     def connections(self) -> int:
         """How many connections there are now: 0 before connecting and after the end."""
-        return 0 if self._live is None else self._live.connections
+        return 0 if self._shared is None else self._shared.connections
 
     @property
     def _engine(self) -> Engine:
         """The engine that stands for all: one whose connection lives, as long as there is one."""
-        return self._first if self._live is None else self._live.engine
+        return self._first if self._shared is None else self._shared.engine
 
     @_engine.setter
     def _engine(self, engine: Engine) -> None:

@@ -39,7 +39,7 @@ class BlockingCalls(ManyCalls, BlockingConnectMethods[Connected]):
     # ------------------------------------------------------------------------------------------ ending
 
     def disconnect(self, *, timeout: float | None = None) -> None:
-        """Say goodbye (NBD_CMD_DISC, or NBD_OPT_ABORT in opt mode), wait until the server has hung up, and close.
+        """Say goodbye (NBD_CMD_DISC), wait until the server has hung up, and close. In opt mode, say NBD_OPT_ABORT and close.
 
         It does not wait for commands of other threads, and it does not flush. Does nothing on a connection that has ended.
         """

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Unpack
 
 from nbdcore.clients.blocking.calls import BlockingCalls
-from nbdcore.clients.blocking.options import OptionCalls
+from nbdcore.clients.blocking.opt_mode import OptionCalls
 from nbdcore.clients.blocking.threads import SharedSession
 from nbdcore.clients.connect.options import ClientOptions
 from nbdcore.clients.connect.target import already_found, target_of_another

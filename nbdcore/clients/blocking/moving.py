@@ -16,7 +16,7 @@ from nbdcore.clients.blocking.waiters import Pending, Wait, Waiters
 from nbdcore.clients.session.pipeline import Pipeline
 from nbdcore.clients.session.session import Session, closed_by_program
 from nbdcore.errors import Error, UsageError, copied
-from nbdcore.protocol.engine import Engine
+from nbdcore.protocol.engine import INLINE_PAYLOAD, Engine
 from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission.commands import Command
 from nbdcore.streams.base import Want
@@ -47,7 +47,7 @@ class Mover:
         session = self.session
         try:
             if watched := wait.watched:
-                session.unwatched(watched)
+                session.stop_watching(watched)
                 wait.watched = 0
                 wait.held_up = bool(wait.parts) and not wait.ready
                 self._count_sent(wait)
@@ -78,20 +78,36 @@ class Mover:
     def _settle(self, wait: Wait) -> None:
         """Have a caller watch what nobody watches, or park it. While others are woken that may send more, they watch."""
         session = self.session
+        wanted = session.wanted()
         wait.at_once = False
         if not self.waiters.woken:
-            wait.watched = self._unwatched()
+            wait.watched = wanted & ~session.waited_for
         if not wait.watched:
             self.refuse_if_over()  # what an exception in the middle of moving bytes has lost, nobody would wake this one for
             self.waiters.park(wait)
             return
-        if wait.watched & _WRITE and wait.gate is None and session.sends_all and not (wait.held_up or self.waiters.parked):
-            wait.parts = self.engine.large_payload()
+        if wait.watched & _WRITE:
+            wait.parts = self._parts(wait)
             if wait.parts:
                 wait.watched, session.sending = _WRITE, True
         session.waited_for |= wait.watched
         wait.at_once = session.buffered
-        wait.room = self._room(wait.pending) if wait.watched == _READ and wait.gate is None and not wait.at_once else None
+        wait.alone = wait.watched == wanted == _READ
+        wait.room = self._room(wait.pending) if wait.alone and wait.gate is None and not wait.at_once else None
+
+    def _parts(self, wait: Wait) -> Sequence[memoryview]:
+        """Return what a caller may send with the lock released, and wait until it is sent: large payloads, its own at least.
+
+        Nobody is parked then, who would have to receive meanwhile.
+        """
+        pending = wait.pending
+        if wait.gate is not None or wait.held_up or self.waiters.parked or not self.session.sends_all:
+            return ()
+        if not isinstance(pending, Pipeline):
+            payload = pending.payload if isinstance(pending, Command) else None
+            if payload is None or len(payload) <= INLINE_PAYLOAD:
+                return ()
+        return self.engine.large_payload()
 
     def _room(self, pending: Pending) -> memoryview | None:
         """Return where somebody who waits for `pending` may receive with the lock released; None: nowhere.
@@ -114,7 +130,7 @@ class Mover:
 
     def stop(self, wait: Wait) -> None:
         """A caller waits no more, whether it has its outcome or not. What it has received counts."""
-        self.session.unwatched(wait.watched)
+        self.session.stop_watching(wait.watched)
         wait.watched = 0
         if wait.room is not None and wait.taken:
             self.move(partial(self.session.take_in, wait.room, wait.taken))
@@ -187,15 +203,10 @@ class Mover:
         if self.session.over:
             for parker in [*waiters.parked]:
                 parker.wake()
-        elif waiters.groups:
-            for parker in [*waiters.groups]:
+        elif waiters.waiting_for_any:
+            for parker in [*waiters.waiting_for_any]:
                 if parker.pending.done:
                     parker.wake()
-
-    def _unwatched(self) -> int:
-        """Return what nobody watches for, as the bits of a Want."""
-        session = self.session
-        return session.wanted() & ~session.waited_for
 
     def hand_over(self) -> None:
         """A caller is about to leave: if it did something that must go on, another takes its place."""
@@ -205,5 +216,5 @@ class Mover:
         if waiters.parked:
             self.submit_inbox()
             self.wake_others()
-            if waiters.parked and not waiters.woken and self._unwatched():
+            if waiters.parked and not waiters.woken and self.session.wanted() & ~self.session.waited_for:
                 [*waiters.parked][0].wake()  # noqa: RUF015 (an iterator does not outlive one more that parks)

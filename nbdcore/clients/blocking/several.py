@@ -1,14 +1,14 @@
-"""Several connections to one export, each with its own callers: which one a call goes to, and a loop that has more than one.
+"""Several connections to one export, each with its own callers: which one a call goes to, and a pipeline that has more than one.
 
 Each connection has its own lock, and its own callers that watch it (`threads`). Nothing is held over all of them: so nobody who
 waits for one connection is needed by another's callers, and threads move large data side by side.
 
-A call goes to one connection and stays there: to one that is idle, or else to the one with the fewest commands under way. A loop
-over many requests has every connection that nobody else uses, and where there is none, it joins the one with the fewest users.
-So one loop has all connections; as many loops as there are connections soon have one each.
+A call goes to one connection and stays there: to one that is idle, or else to the one with the fewest commands under way. A
+pipeline, the requests of one `pread_many` or its kind, has every connection that nobody else uses, and where there is none, it
+joins the one with the fewest users. So one pipeline has all connections; as many as there are connections soon have one each.
 
-A loop on one connection waits as any caller does. On several it watches those that nobody watches, and is parked at the others,
-where it is not woken by a lock but by a bell: a descriptor that it waits for together with those that it watches.
+A pipeline on one connection waits as any caller does. On several it watches those that nobody watches, and is parked at the
+others, where it is not woken by a lock but by a bell: a descriptor that it waits for together with those that it watches.
 
 The end of a connection is the end of its own commands only. One that ends while nobody watches it is noticed by the next call
 after a moment, before a command goes there. So are answers to commands that were given up.
@@ -49,7 +49,7 @@ class SharedSessions:
     def __init__(self, sessions: Sequence[Session]) -> None:
         self._connections = [SharedSession(session) for session in sessions]
         self._group = Group([connection.engine for connection in self._connections])
-        self._loops: dict[Pipeline, _Loop] = {}
+        self._waits: dict[Pipeline, _WaitOnSeveral] = {}
         self._looked = 0.0  # when unwatched connections were looked at, by the clock of time.monotonic
 
     @property
@@ -74,8 +74,8 @@ class SharedSessions:
         while True:
             connection = self._choose(command)
             try:
-                connection.callers[command] = None
-                connection.run_command(command, deadline, may_move=True)
+                connection.assigned[command] = None
+                connection.run_command(command, deadline, retry_elsewhere=True)
             except Error as exc:
                 if command.mark is not None:
                     raise
@@ -87,7 +87,7 @@ class SharedSessions:
             else:
                 return
             finally:
-                connection.callers.pop(command, None)
+                connection.assigned.pop(command, None)
 
     def _choose(self, command: Command) -> SharedSession:
         """Return the connection for one more command: an idle one, or the one with the fewest under way."""
@@ -99,8 +99,8 @@ class SharedSessions:
             if not connection.takes_commands:
                 continue
             pending = connection.engine.pending
-            if connection.callers:  # some may be about to submit
-                pending += sum(one.mark is None for one in [*connection.callers])
+            if connection.assigned:  # some may be about to submit
+                pending += sum(one.mark is None for one in [*connection.assigned])
             if best is None or pending < fewest:
                 best, fewest = connection, pending
                 if not pending:
@@ -145,31 +145,31 @@ class SharedSessions:
         """Return the caller's own copy of an error that others may be raising as well."""
         return self._group.own(error)
 
-    # ------------------------------------------------------------------------------------------ loops
+    # ------------------------------------------------------------------------------------------ pipelines
 
     def wait_for_any(self, pipeline: Pipeline, commands: Sequence[Command], deadline: Deadline) -> None:
-        """Submit a loop's commands, and wait until there is something for it to settle."""
+        """Submit a pipeline's commands, and wait until there is something for it to settle."""
         self._refuse_if_interrupted(pipeline)
         if time.monotonic() - self._looked > _LOOK_AT_UNWATCHED:
             self._look_at_unwatched()
-        loop = self._loops.get(pipeline)
-        if loop is None:
-            loop = self._loops[pipeline] = _Loop(pipeline)
+        wait = self._waits.get(pipeline)
+        if wait is None:
+            wait = self._waits[pipeline] = _WaitOnSeveral(pipeline)
         if commands:
             self._submit(pipeline, commands)
         used = self._used_by(pipeline)
         if len(used) == 1:
             used[0].wait(pipeline, deadline, pipeline, any_of_several=True)
         else:
-            loop.wait(used, deadline)
+            wait.wait(used, deadline)
 
     def forget(self, pipeline: Pipeline) -> None:
-        """A loop has ended, and has no commands under way any more."""
+        """A pipeline has ended, and has no commands under way any more."""
         for connection in self._connections:
-            connection.loops.pop(pipeline, None)
-        loop = self._loops.pop(pipeline, None)
-        if loop is not None:
-            loop.close()
+            connection.pipelines.pop(pipeline, None)
+        wait = self._waits.pop(pipeline, None)
+        if wait is not None:
+            wait.close()
 
     def _submit(self, pipeline: Pipeline, commands: Sequence[Command]) -> None:
         """Queue commands, each where the fewest are under way. Where no connection is left, that is their outcome."""
@@ -182,30 +182,30 @@ class SharedSessions:
             shares = {places[0]: [*commands]} if len(places) == 1 else _shared_out(commands, places)
             refused: list[Command] = []
             for connection, share in shares.items():
-                connection.loops[pipeline] = None
+                connection.pipelines[pipeline] = None
                 if not connection.submit(share):
                     refused += share
             commands = refused
 
     def _places(self, pipeline: Pipeline) -> list[SharedSession]:
-        """Return where a loop's next commands may go. Raises what ended the connections where none is left."""
+        """Return where a pipeline's next commands may go. Raises what ended the connections where none is left."""
         live = [connection for connection in self._connections if connection.takes_commands]
         if not live:
             error = self.engine.error
             raise self.own(error) if error else closed_by_program()
-        others = {one: len(one.callers) + len(one.loops) - (pipeline in one.loops) for one in live}
+        others = {one: len(one.assigned) + len(one.pipelines) - (pipeline in one.pipelines) for one in live}
         free = [connection for connection in live if not others[connection]]
         return free or [min(live, key=lambda connection: (others[connection], connection.engine.pending))]
 
     def _used_by(self, pipeline: Pipeline) -> list[SharedSession]:
-        """Return the connections that have commands of a loop under way, or have just finished some."""
-        used = [connection for connection in self._connections if pipeline in connection.loops]
+        """Return the connections that have commands of a pipeline under way, or have just finished some."""
+        used = [connection for connection in self._connections if pipeline in connection.pipelines]
         if len(used) == 1:
             return used
         unfinished = pipeline.unfinished()
         for connection in used[:]:
             if not any(connection.engine.knows(command) for command in unfinished):
-                del connection.loops[pipeline]
+                del connection.pipelines[pipeline]
                 used.remove(connection)
         return used
 
@@ -225,8 +225,8 @@ def _shared_out(commands: Sequence[Command], places: Sequence[SharedSession]) ->
     return {place: share for place, share in shares.items() if share}
 
 
-class _Loop:
-    """A loop's wait on several connections at once."""
+class _WaitOnSeveral:
+    """A pipeline's wait on several connections at once."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
@@ -237,7 +237,7 @@ class _Loop:
         self._bell.close()
 
     def wait(self, connections: Sequence[SharedSession], deadline: Deadline) -> None:
-        """Wait until the loop has something to settle, doing on each connection what nobody else does there."""
+        """Wait until the pipeline has something to settle, doing on each connection what nobody else does there."""
         pipeline = self._pipeline
         waits = {connection: Wait(pipeline, (), any_of_several=True, gate=self._bell) for connection in connections}
         expired = False
@@ -263,7 +263,7 @@ class _Loop:
         if any(wait.ready for wait in watching.values()):
             return
         wanted = {fd: wait.watched for fd, wait in watching.items()}
-        all_tell = all(bits == _READ for bits in wanted.values())  # where not, see `SharedSession._look`
+        all_tell = all(wait.alone for wait in watching.values())  # where not, see `SharedSession._look`
         if len(watching) < len(waits):  # it is parked at the others
             bell = self._bell.fileno()  # made before `rung` is looked at
             if bell < 0:

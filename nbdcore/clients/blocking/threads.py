@@ -55,17 +55,17 @@ class SharedSession:
 
     Attributes:
         engine: the session's.
-        callers: the single commands that were sent here by whoever chooses among several connections.
-        loops: likewise the loops that have commands under way here.
+        assigned: commands that a pool gave to this connection and whose calls have not returned.
+        pipelines: those that have commands of theirs here. Both are for a pool alone.
     """
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self.engine: Engine = session.engine
-        self.loops: dict[Pipeline, None] = {}
-        self.callers: dict[Command, None] = {}
+        self.pipelines: dict[Pipeline, None] = {}
+        self.assigned: dict[Command, None] = {}
         self._use_new_lock()
-        self._closing: Error | None = None  # what a signal handler asked the call that it interrupted to end the connection with
+        self._closing: Error | None = None  # with which `close`, called in a signal handler, wants the connection ended
         self._watch = Watch()
         self._mover = Mover(session)
         self._leaving = False
@@ -98,11 +98,11 @@ class SharedSession:
         self.wait(pending, deadline, what)
         return pending
 
-    def run_command(self, command: Command, deadline: Deadline, *, may_move: bool = False) -> None:
+    def run_command(self, command: Command, deadline: Deadline, *, retry_elsewhere: bool = False) -> None:
         """Run one command and raise its error. At the deadline, or when the caller is interrupted, it is abandoned.
 
-        `may_move`: where the connection has ended before it had the command, that is left as it is, payload and all, so that
-        another connection can have it; `command.mark` tells.
+        `retry_elsewhere`: if the connection ended before the command was queued on it, the command is left as it is, payload and
+        all, so that another connection can take it. Its `mark` is None then.
         """
         if self._interrupted():
             self.refuse_if_interrupted(command)
@@ -111,7 +111,7 @@ class SharedSession:
             if not command.done:
                 self.wait(command, deadline, command, submit=submit)
         except BaseException as exc:
-            if not (may_move and command.mark is None and isinstance(exc, Error)):
+            if not (retry_elsewhere and command.mark is None and isinstance(exc, Error)):
                 self.abandon((command,), exc)
             raise
         if command.error is not None:
@@ -208,14 +208,14 @@ class SharedSession:
         """Return the caller's own copy of an error that others may be raising as well."""
         return copied(error) if error is self.engine.error else error
 
-    # ------------------------------------------------------------------------------------------ loops
+    # ------------------------------------------------------------------------------------------ pipelines
 
     def wait_for_any(self, pipeline: Pipeline, commands: Sequence[Command], deadline: Deadline) -> None:
-        """Submit a loop's commands, and wait until there is something for it to settle."""
+        """Submit a pipeline's commands, and wait until there is something for it to settle."""
         self.wait(pipeline, deadline, pipeline, submit=commands, any_of_several=True)
 
     def forget(self, pipeline: Pipeline) -> None:
-        """A loop has ended, and has no commands under way any more."""
+        """A pipeline has ended, and has no commands under way any more."""
 
     @property
     def takes_commands(self) -> bool:
@@ -255,10 +255,10 @@ class SharedSession:
     # ------------------------------------------------------------------------------------------ steps of a caller
 
     def _run_alone(self, command: Command, deadline: Deadline) -> Sequence[Command]:  # noqa: C901, PLR0912 (flat on purpose)
-        """What `wait` does, in the few steps that it takes where nobody else is here: half of the Python of a small read.
+        """The short way of a caller that is alone: send, wait once, take in. It is written out flat, since each call costs.
 
-        Returns what is still to be submitted. The command may need more waiting than once; that is for `wait` as well. It is flat
-        since a small command is mostly calls, and each of them costs.
+        Returns the commands that are still to be submitted: this one if other callers are here, else none. If the command is not
+        done afterwards, the caller goes on with `wait`.
         """
         mover, session, engine = self._mover, self._session, self.engine
         waiters = mover.waiters
@@ -285,7 +285,7 @@ class SharedSession:
                 watched = True
                 session.waited_for, session.filling = _READ, room is not None
             if room is None or not session.fill(room, taken, None if deadline.at is None else deadline.remaining()):
-                self._look(_READ, deadline)
+                self._look(_READ, deadline, alone=True)
             with self._lock:
                 session.waited_for &= ~_READ
                 session.filling = watched = False
@@ -311,7 +311,7 @@ class SharedSession:
     def _stop_alone(self, room: memoryview | None, taken: list[int]) -> None:
         """An exception ends the wait of a caller that was alone. What it has received counts."""
         with self._lock:
-            self._session.unwatched(_READ)
+            self._session.stop_watching(_READ)
             if room is not None and taken:
                 self._mover.move(partial(self._session.take_in, room, taken))
             self._mover.hand_over()
@@ -374,15 +374,15 @@ class SharedSession:
             wait.room, wait.taken, deadline.remaining(), whole=self.engine.direct is not None
         ):
             return True
-        return self._look(wait.watched, deadline)
+        return self._look(wait.watched, deadline, alone=wait.alone)
 
-    def _look(self, wanted: int, deadline: Deadline) -> bool:
+    def _look(self, wanted: int, deadline: Deadline, *, alone: bool) -> bool:
         """Wait for what this caller watches. Returns whether the stream is worth a look, which says what happened."""
         session = self._session
-        if wanted == _READ:
+        if alone:
             return session.wait(deadline.remaining()) or bool(self._watch.wait((session.fileno(),), deadline))
-        # A caller that received meanwhile may leave: nothing would wake this one to receive in its place, and a server that
-        # is sending may read no more before somebody does.
+        # Another caller, who receives or sends meanwhile, may leave, and nothing would wake this one to do it instead: while
+        # nobody receives, a server that is sending may read no more, and what was queued behind a payload waits for that.
         return bool(wait_any([(session.fileno(), WANTS[wanted])], sooner(Deadline.after(LOOK_AGAIN), deadline)))
 
 

@@ -43,16 +43,16 @@ class Waiters:
 
     Attributes:
         parked: in the order in which they parked.
-        groups: those of them that wait for any of several commands.
+        waiting_for_any: those of them that wait for any of several commands.
         woken: those that were woken and have not come by.
         inbox: commands that they left for another to submit.
     """
 
-    __slots__ = ("groups", "inbox", "parked", "woken")
+    __slots__ = ("inbox", "parked", "waiting_for_any", "woken")
 
     def __init__(self) -> None:
         self.parked: dict[Parker, None] = {}
-        self.groups: dict[Parker, None] = {}
+        self.waiting_for_any: dict[Parker, None] = {}
         self.woken: dict[Parker, None] = {}
         self.inbox: deque[Command] = deque()
 
@@ -61,7 +61,7 @@ class Waiters:
         # An exception may come after any call: so the wait has its parker before others know that.
         wait.parker = parker = Parker(self, wait.pending, wait.gate)
         if wait.any_of_several:
-            self.groups[parker] = None
+            self.waiting_for_any[parker] = None
         else:
             wait.pending.completion = parker.wake
         self.parked[parker] = None
@@ -72,7 +72,7 @@ class Waiters:
         parker = wait.parker
         if parker is not None:
             self.parked.pop(parker, None)
-            self.groups.pop(parker, None)
+            self.waiting_for_any.pop(parker, None)
             self.woken.pop(parker, None)
             wait.parker = None
 
@@ -86,7 +86,8 @@ class Waiters:
     def may_leave(self, wait: Wait) -> bool:
         """Whether a caller that has its outcome may return without the lock, since others are woken that see to the rest."""
         parker = wait.parker
-        # At its deadline it may go on with its outcome and not be woken yet: then it would be taken for woken ever after.
+        # The deadline may end its wait just as its outcome comes, before it is woken. If it left then, `wake` would count it as
+        # woken later, for ever.
         if parker is None or not wait.pending.done or parker not in self.woken:
             return False
         self.woken.pop(parker, None)
@@ -101,18 +102,20 @@ class Wait:
         submit: commands to submit first.
         any_of_several: `pending` stands for several commands, and nothing calls its completion.
         watched: what it watches the connection for, with the lock released, as the bits of a Want.
-        ready: whether something of that has happened.
+        alone: that is to receive, and nothing is left to send: nobody else need do anything before something comes.
+        ready: whether something of what it watches for has happened.
         at_once: there is something to receive already.
         room: where it receives, with the lock released; None where it only looks whether there is something to receive.
         taken: how many bytes it has received there, until they are taken in.
         parts: what it sends, with the lock released; empty where it only looks whether something can be sent.
         sent: how many bytes of that it has sent, until they are counted.
         held_up: nothing could be sent so for a while: it is to look.
-        gate: what wakes it, where that is not a lock of the parker's own.
+        gate: what wakes it, where it waits on several connections; None where on one: then a lock of the parker's does.
         parker: what it is parked in, when it does not watch.
     """
 
     __slots__ = (
+        "alone",
         "any_of_several",
         "at_once",
         "gate",
@@ -133,6 +136,7 @@ class Wait:
         self.submit: Sequence[Command] = submit
         self.any_of_several: bool = any_of_several
         self.watched: int = 0
+        self.alone: bool = False
         self.ready: bool = False
         self.at_once: bool = False
         self.room: memoryview | None = None
@@ -173,5 +177,5 @@ class Parker:
         if self in waiters.parked:
             waiters.woken[self] = None
             del waiters.parked[self]
-            waiters.groups.pop(self, None)
+            waiters.waiting_for_any.pop(self, None)
             self._gate.release()

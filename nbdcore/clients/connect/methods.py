@@ -1,7 +1,8 @@
-"""The `connect` calls of every client, once: their signatures, what they mean, and the one step that all of them take.
+"""The `connect` calls of every client, once: their signatures, what they mean, and what all of them do.
 
 What a call returns is for the front end to say: a blocking client returns itself, an asyncio one a coroutine, a polled one
-nothing. Each call only says how its target is found. `_establish` is what then happens, as steps that the front end drives.
+nothing. Each call only says how its target is found. `_establish` does the rest, as a generator that the front end drives. Each
+attempt to connect has an engine of its own; the client keeps the one that it was made with until a session is open.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ class ConnectMethods(Info, Generic[Connected]):
     def _establish(
         self, call: str, find: Find, timeout: float | None, wait: float | None, use: Callable[[list[Session]], None]
     ) -> Steps[None]:
-        """Find the target, take the one step from newly created to connecting, open the sessions and give them to `use`."""
+        """Find the target, go from newly created to connecting, open the sessions and give them to `use`."""
         deadline_after(timeout), deadline_after(wait)  # wrong ones show now, before a socket changes hands
         target = yield from self._find(call, find)
         settings = self._begin_connecting(call, target).settings
@@ -176,7 +177,7 @@ class ConnectMethods(Info, Generic[Connected]):
         return (yield from find(ConnectCall(call, self._encryption, self._permissions, by_hand, self._connections)))
 
     def _begin_connecting(self, call: str, target: Target) -> Engine:
-        """Take the one step from newly created to connecting that a client has. Returns the engine."""
+        """Go from newly created to connecting, which a client does once. Returns the engine."""
         self._legal(call)
         engine = self._engine
         if target.export:

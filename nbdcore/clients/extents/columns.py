@@ -2,8 +2,8 @@
 
 Extents of a walk follow each other without a gap, so a reply comes down to offsets at which the status changes. The arithmetic
 is written twice: with the standard library's iterators, and with numpy for who wants columns and has it. Both are fed extents
-that were checked against the export's size (`protocol.outcomes`), whose sums therefore fit 64 bits. No I/O; of the client
-nothing is known here.
+that were checked against the export's size (`protocol.transmission.results`), whose sums therefore fit 64 bits. No I/O; of the
+client nothing is known here.
 """
 
 from __future__ import annotations

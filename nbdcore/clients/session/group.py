@@ -49,15 +49,6 @@ class Group:
         """The one with the fewest commands pending; where all have ended, any."""
         return min(self.live or self.engines, key=_PENDING)
 
-    def submit(self, commands: Sequence[Command]) -> None:
-        """Queue commands, each where the fewest are pending. Raises as the engine does."""
-        if len(self.engines) == 1:
-            self.engines[0].submit_all(commands)
-            return
-        engines = self.live or self.engines
-        for command in commands:
-            min(engines, key=_PENDING).submit(command)
-
     def owner(self, command: Command) -> Engine:
         """Return the one that knows a command; where it has finished, any."""
         if len(self.engines) > 1:

@@ -1,5 +1,6 @@
-"""A session joins one engine with one stream and moves bytes between them. It never waits, and raises nothing because of a peer.
+"""A session joins one engine with one stream and moves bytes between them. It raises nothing because of a peer.
 
+It does not wait, except in `wait`, `fill` and `send_all`, which are the stream's own calls.
 Whoever owns it asks `interest()` what to wait for on `fileno()`, then calls `advance()`; outcomes are read from commands and
 exchanges, and from the engine's phase and error. The stream comes as an argument: a session neither knows nor cares what kind it
 is. When the engine has reached its end, the stream is closed here, at once.
@@ -49,13 +50,15 @@ class Session:
         self._start_tls = start_tls
         self._shake_hands: Callable[[], bool] | None = None  # TLS's handshake, while it lasts
         self._half_closed = self._finishing = False
-        #: what somebody waits for on the descriptor, as the bits of a Want: until nobody does, its number goes to no other
+        #: Which events callers wait for on the descriptor, as the bits of a Want. While there are any, `close` only hangs up: the
+        #: number of a closed descriptor could be given to another file.
         self.waited_for: int = 0
         #: somebody may be in `fill`: nobody else receives
         self.filling: bool = False
         #: somebody may be in `send_all`: nobody else sends
         self.sending: bool = False
-        self._hung_up: Error | OSError | None = None  # what sending met meanwhile
+        # The error of a send while another thread was in `fill`: that one is to receive the rest first.
+        self._hung_up: Error | OSError | None = None
         self._process = os.getpid()
         self._ended = False  # which was logged
 
@@ -65,8 +68,8 @@ class Session:
         self._owes = type(stream).wants is not Stream.wants
         self._holds = type(stream).buffered is not Stream.buffered
         self.fills: bool = type(stream).fill is not Stream.fill
-        #: the stream's, into the engine's `room`; what came is for `take_in`. The one step that may be made while other threads
-        #: use the session, as long as they do not receive.
+        #: The stream's `fill`. The caller receives into `engine.room()`, with the lock released, and then calls `take_in`. Other
+        #: threads may use the session meanwhile, as long as they do not receive.
         self.fill: Callable[..., bool] = stream.fill
         #: the stream's, likewise, for the engine's `large_payload`; how much was sent is for `count_sent`
         self.send_all: Callable[..., bool] = stream.send_all
@@ -85,7 +88,7 @@ class Session:
         """Wait until there is something to receive, and return whether there is, as `Stream.wait` does: False, then poll."""
         return self._stream.wait(seconds)
 
-    def unwatched(self, wanted: int) -> None:
+    def stop_watching(self, wanted: int) -> None:
         """Nobody waits on the descriptor any more for these bits of a Want, nor in `fill` or `send_all`."""
         self.waited_for &= ~wanted
         if wanted & _READ:

@@ -17,8 +17,8 @@ from nbdcore.protocol.transmission.commands import Command
 from nbdcore.streams.waiting import Deadline
 
 
-class LoopPool:
-    """Several sessions in one loop, for their callers like one (`LoopSessions`).
+class LoopSessions:
+    """Several sessions in one loop, for their callers like one (`Shared`).
 
     Args:
         sessions: one or more, with the same export open.
