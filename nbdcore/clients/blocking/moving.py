@@ -38,9 +38,9 @@ class Mover:
     """
 
     def __init__(self, session: Session) -> None:
-        self.session = session
+        self.session: Session = session
         self.engine: Engine = session.engine
-        self.waiters = Waiters()
+        self.waiters: Waiters = Waiters()
 
     def step(self, wait: Wait, *, expired: bool) -> bool:
         """Move bytes, then settle what to wait for. Returns True when the caller's own wait is over."""
