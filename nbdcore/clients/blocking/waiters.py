@@ -11,6 +11,7 @@ Whoever goes through a container takes a copy first: others may park meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -172,10 +173,16 @@ class Parker:
         self._lock.acquire(timeout=-1 if remaining is None else min(remaining, threading.TIMEOUT_MAX))
 
     def wake(self, _: object = None) -> None:
-        """Wake it, unless it goes on already. Called with the lock held; no exception can come between these statements."""
+        """Wake it, unless it goes on already. Called with the lock held."""
         waiters = self._waiters
         if self in waiters.parked:
             waiters.woken[self] = None
             del waiters.parked[self]
-            waiters.waiting_for_any.pop(self, None)
-            self._gate.release()
+            try:
+                self._gate.release()
+            except BaseException:  # a signal handler's; the gate may be open, and may not
+                with contextlib.suppress(RuntimeError):  # a lock that is open already
+                    self._gate.release()
+                raise
+            finally:
+                waiters.waiting_for_any.pop(self, None)
