@@ -114,7 +114,11 @@ class PolledClient(ConnectMethods[None]):
     def _begin(self, connecting: Opening[Stream], start_tls: StartTLS | None) -> None:
         self._start_tls = start_tls
         self._connecting = relay(connecting, _one_descriptor)
-        self._step(self._connecting)
+        try:
+            self._step(self._connecting)
+        except BaseException as exc:
+            self._look_for_interruption(exc)
+            raise
 
     def _step(self, connecting: _OneByOne) -> None:
         """Let the transport go on until it has to wait again, or is done."""
@@ -213,8 +217,8 @@ class PolledClient(ConnectMethods[None]):
         engine = self.engine
         if also < 0 and len(engine.in_flight) > 1 and self._answers_are_there():
             return True
-        if self._session is not None and engine.has_outgoing:
-            self._session.send()
+        if engine.has_outgoing:
+            self.send()
             self._raise_if_dead()
         want, fd = self.direction(), self.fileno()
         if not want:
@@ -275,11 +279,14 @@ class PolledClient(ConnectMethods[None]):
     def send(self) -> None:
         """Send what is queued, as far as it goes now: else it leaves with what is submitted next, or the next wait."""
         if self._session is not None and not self._advancing:
+            self._advancing = True  # where the server has hung up, what it answered before is received, and callbacks run
             try:
                 self._session.send()
             except BaseException as exc:
                 self._look_for_interruption(exc)
                 raise
+            finally:
+                self._advancing = False
 
     # ------------------------------------------------------------------------------------------ for blocking callers
 

@@ -118,8 +118,12 @@ class CommandCalls(CommandBuilders):
     def _run(self, call: str, command: Command) -> None:
         client = self._connection
         client.check_may_wait()
-        client.submit(command)
-        client.wait_for(command)
+        try:
+            client.submit(command)
+            client.wait_for(command)
+        except BaseException:
+            client.engine.abandon(command, _given_up())
+            raise
         command.target = command.on_chunk = command.on_extents = None
         if command.error is not None:
             raise command_failure(call, command) from command.error
@@ -143,6 +147,10 @@ class CommandCalls(CommandBuilders):
                             inbox.append(command)
                             self._submit_inbox(client)
                         client.wait_for(command)
+                except BaseException:
+                    if command.cookie:
+                        client.engine.abandon(command, _given_up())
+                    raise
                 finally:
                     self._callbacks.interrupt()
         except BaseException:
@@ -242,3 +250,8 @@ class CommandCalls(CommandBuilders):
             client.disconnect()
         while client.phase is Phase.CONNECTED:
             self._poll_once()
+
+
+def _given_up() -> Disconnected:
+    """Return the outcome of a command whose call was interrupted: nothing of the caller's is touched for it any more."""
+    return Disconnected(errno.ENOTCONN, "given up by the program: its call was interrupted")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import select
 
@@ -17,7 +18,8 @@ from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission import commands
 from nbdcore.protocol.transmission.commands import Command
 from nbdcore.streams.base import Want
-from nbdcore.testing.scripted import ScriptedServer, answer, data, drain, goodbye, hang_up, receive
+from nbdcore.streams.sockets import SocketStream
+from nbdcore.testing.scripted import ScriptedServer, answer, data, drain, goodbye, hang_up, receive, unless_gone
 from tests.clients.talking import PATIENCE, SHORT, script
 
 
@@ -234,3 +236,77 @@ def test_what_a_completion_raises_reaches_the_caller_and_harms_no_other_command(
         assert raised == [mine]
         assert (client.phase, second.result()) == (Phase.CONNECTED, b"abcdefgh")
         client.close()
+
+
+class InterruptedOnce(SocketStream):
+    """A stream where a signal handler raises once, right after something was sent."""
+
+    armed = False
+
+    def send(self, parts):
+        count = super().send(parts)
+        if self.armed and count:
+            self.armed = False
+            raise KeyboardInterrupt
+        return count
+
+
+def test_poll_that_is_interrupted_in_the_middle_of_sending_ends_the_connection():
+    """Nobody knows how much was sent: to go on would send requests twice."""
+    seen = []
+
+    def see(connection):
+        while True:
+            seen.append(connection.receive_request().offset)
+
+    with ScriptedServer(script(unless_gone(see)), patience=PATIENCE) as server:
+        stream = InterruptedOnce(server.socket())
+        client = PolledClient(Settings())
+        client.connect_stream(stream)
+        while client.phase is Phase.CONNECTING:
+            client.poll(PATIENCE)
+        for offset in (0, 512):  # the second one waits for company
+            client.submit(commands.read(client.engine.limits, 8, offset))
+        stream.armed = True
+        with pytest.raises(KeyboardInterrupt):
+            client.poll(PATIENCE)
+        assert client.phase is Phase.DEAD
+        client.close()
+    assert seen == [0, 512]
+
+
+def test_callback_may_not_wait_while_sending_meets_a_server_that_has_hung_up():
+    """What the server answered before is received then, in the middle of sending."""
+    refused = []
+
+    def answer_and_go(connection):
+        connection.send(data(bytes(8))(connection.receive_request()))
+        hang_up(connection)
+
+    def callback(*_):
+        with pytest.raises(UsageError) as caught:
+            client.check_may_wait()
+        refused.append(caught.value.errno)
+
+    with ScriptedServer(script(answer_and_go), patience=PATIENCE) as server:
+        client = connected(server)
+        first = read(client)
+        first.on_chunk = callback
+        client.submit(first)
+        while not client.engine.error:  # it takes a moment until sending fails
+            with contextlib.suppress(Error):
+                client.submit(commands.write(client.engine.limits, bytes(40_000), 0))
+        assert refused == [errno.EDEADLK]
+        assert first.error is None
+        client.close()
+
+
+def test_connecting_that_is_interrupted_in_its_first_step_leaves_a_dead_client():
+    def steps():
+        raise KeyboardInterrupt
+        yield
+
+    client = PolledClient(Settings())
+    with pytest.raises(KeyboardInterrupt):
+        client.connect_steps(steps())
+    assert client.phase is Phase.DEAD

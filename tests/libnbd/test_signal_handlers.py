@@ -338,3 +338,55 @@ def test_what_a_handler_raises_comes_out_as_it_is(work, handles, server, monkeyp
         except AlarmError:
             continue
         assert isinstance(in_callbacks.pop(), AlarmError), "what is raised in the middle of a callback is the callback's"
+
+
+class HandlerError(Exception):
+    """What the handler raises."""
+
+
+def interrupted(*_):
+    raise HandlerError
+
+
+def test_memory_of_a_write_that_was_interrupted_is_the_callers_again(handles):
+    go_on, payloads = threading.Event(), []
+
+    def slow(connection):
+        wait_for(go_on)(connection)
+        payloads.append(connection.receive_request().payload)
+
+    with ScriptedServer([greeting(), Negotiation(size=1 << 26), slow], patience=PATIENCE) as server:
+        handle = handles()
+        handle.connect_socket(server.socket().detach())
+        memory = bytearray(b"A") * (8 << 20)
+        with alarm_after(0.1, interrupted), pytest.raises(HandlerError):
+            handle.pwrite(memory, 0)
+        memory[:] = bytes(len(memory))
+        memory.append(0)  # nobody has a view of it
+        go_on.set()
+        end = time.monotonic() + PATIENCE
+        while not payloads and time.monotonic() < end:
+            with contextlib.suppress(nbd.Error):  # the server hangs up then
+                handle.poll(100)
+        assert payloads == [b"A" * (8 << 20)]
+
+
+def test_callback_of_a_call_that_was_interrupted_is_not_called_any_more(handles):
+    go_on = threading.Event()
+
+    def late(connection):
+        first = connection.receive_request()
+        wait_for(go_on)(connection)
+        connection.send(data(bytes(512))(first))
+        connection.send(data(bytes(512))(connection.receive_request()))
+        drain(connection)
+
+    with ScriptedServer([greeting(), Negotiation(size=1 << 20), late], patience=PATIENCE) as server:
+        handle, called = handles(), []
+        handle.connect_socket(server.socket().detach())
+        with alarm_after(0.1, interrupted), pytest.raises(HandlerError):
+            handle.pread_structured(512, 0, lambda *_: called.append(1))
+        go_on.set()
+        assert handle.pread(512, 512) == bytes(512)
+        assert not called
+        handle.close()
