@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -308,18 +308,22 @@ class Engine:
         """Whether `outgoing` would return something."""
         return bool(self._parts or self.queue)
 
-    def large_payload(self) -> list[memoryview]:
-        """Return the first of `outgoing()` where that is a large payload, for a call that waits until all of it is sent.
+    def large_payload(self, commands: Iterable[Command]) -> list[memoryview]:
+        """Return the first of `outgoing()`, for a call that waits until it is sent, where that is a large payload of `commands`.
 
         Empty where it is not, and where large answers are due: a server may wait until they are received before it reads on.
         """
         if self.phase is not _CONNECTED or any(one.type in (_READ, _BLOCK_STATUS) for one in self.in_flight.values()):
             return []
-        taken, left = [], _SENT_AT_ONCE
-        for part in self._parts[:2]:
+        taken: list[memoryview] = []
+        left, begun = _SENT_AT_ONCE, self._begun
+        for part in self._parts[:2]:  # a header may come before the payload
+            payload, begun = part if begun is None else begun, None
             taken.append(part[:left])
             left -= len(taken[-1])
-        return taken if _SENT_AT_ONCE - left >= LARGE else []
+            if len(part) >= LARGE:
+                return taken if any(command.payload is payload for command in commands) else []
+        return []
 
     def sent(self, count: int) -> bool:
         """The first `count` bytes of `outgoing()` have been sent. Returns whether there is more to send."""

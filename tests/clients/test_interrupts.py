@@ -9,10 +9,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 import pytest
 
+import nbdcore
 from nbdcore import Client, Disconnected, Phase
+from nbdcore.clients.blocking.moving import Mover
+from nbdcore.clients.blocking.threads import SharedSession
+from nbdcore.clients.session.session import Session
+from nbdcore.server import MemoryDisk, Server
 from nbdcore.streams.sockets import SocketStream
 from nbdcore.testing.scripted import (
     Connection,
@@ -27,6 +33,7 @@ from nbdcore.testing.scripted import (
     wait_for,
 )
 from tests.clients.talking import CALLS, DONE, OPTION_CALLS, OPTION_MODE, PATIENCE, in_background, ready_for_options, script, talk
+from tests.interruptions import interrupted_at
 
 MAIN = threading.main_thread().ident
 
@@ -277,3 +284,56 @@ def test_ctrl_c_at_any_moment_leaves_a_working_or_an_ended_connection():
         thread.join(PATIENCE)
         while server._played < 100:
             server.socket().close()
+
+
+# ---------------------------------------------------------------------------------------------- at chosen places
+
+
+def test_ctrl_c_while_a_caller_leaves_hands_over_all_the_same():
+    """Another caller has parked meanwhile. Nobody but the one that leaves would wake it."""
+    go_on = threading.Event()
+
+    def late(connection: Connection) -> None:
+        flushing, reading = connection.receive_request(), connection.receive_request()
+        connection.send(DONE(flushing))
+        wait_for(go_on)(connection)
+        connection.send(data(b"12345678")(reading))
+
+    with talk(late) as (client, connection):
+
+        def read() -> bytes:
+            while not connection.requests:
+                time.sleep(0.001)
+            return client.pread(8, 0, timeout=PATIENCE)
+
+        with in_background(read) as outcome:
+            with pytest.raises(KeyboardInterrupt), interrupted_at(Mover.hand_over):
+                client.flush(timeout=PATIENCE)
+            go_on.set()
+        assert outcome == [b"12345678"]
+
+
+@pytest.mark.parametrize("function", [SharedSession.stop, Mover.stop, Session.stop_watching, Mover.hand_over])
+def test_ctrl_c_while_a_pool_s_loop_leaves_its_connections_leaves_none_of_them_watched(function, socket_path):
+    with Server(MemoryDisk(1 << 20)) as server:
+        uri = server.listen("unix", path=str(socket_path)).address.uri()
+        with nbdcore.create_pool(uri, connections=4, timeout=PATIENCE) as pool:
+            ranges = [(index * 512, 512) for index in range(16)]
+
+            def keep_reading():
+                for _ in range(10_000):
+                    list(pool.pread_many(ranges, depth=16, timeout=PATIENCE))
+
+            with pytest.raises(KeyboardInterrupt), interrupted_at(function, in_a_wait_on_several):
+                keep_reading()
+            assert [one._session.waited_for for one in pool._shared._connections] == [0] * 4
+            assert len([*pool.pread_many(ranges, timeout=PATIENCE)]) == len(ranges)
+
+
+def in_a_wait_on_several(frame: FrameType | None) -> bool:
+    """Whether a frame is of a step that ends the wait of a pool's loop."""
+    while frame is not None:
+        if frame.f_code is SharedSession.stop.__code__:
+            return True
+        frame = frame.f_back
+    return False

@@ -12,13 +12,17 @@ import pytest
 
 import nbdcore
 from nbdcore import CommandError, DeadlineExceeded, Disconnected, Phase
+from nbdcore.clients.session.session import Session
 from nbdcore.protocol import wire
 from nbdcore.protocol.constants import CommandType, ErrorNumber
+from nbdcore.protocol.engine import Engine
+from nbdcore.protocol.transmission import commands
 from nbdcore.server import MemoryDisk, Server
 from nbdcore.testing.scripted import Request, answer, error, hang_up, reset, serve, unless_gone, wait_for
 from tests.alarms import needs_alarms
 from tests.clients.talking import DONE, PATIENCE, SHORT, expected, good, in_background, slow_to_receive, talk, together
 from tests.clients.test_interrupts import ctrl_c_when
+from tests.interruptions import interrupted_at
 
 #: More than any system keeps for a server that does not receive.
 LARGE = 8 << 20
@@ -67,6 +71,26 @@ def test_ctrl_c_in_the_middle_of_a_payload_leaves_the_connection_usable(way, go_
             assert payloads == [data]
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("function", [Session.count_sent, Engine.sent])
+def test_ctrl_c_before_what_was_sent_is_counted_ends_the_connection(function, data):
+    """To go on would send some of it twice, and the server would take payload for requests."""
+    received = []
+
+    def take_all(connection):
+        while True:
+            received.append(connection.receive_request().payload)
+
+    def sent_by_waiting(frame):
+        return frame.f_locals.get("sent") or frame.f_back.f_code is Session.count_sent.__code__
+
+    with talk(unless_gone(take_all), size=SIZE) as (client, _):
+        with pytest.raises(KeyboardInterrupt), interrupted_at(function, sent_by_waiting):
+            client.pwrite(data, 0)
+        with pytest.raises(Disconnected):
+            client.flush(timeout=PATIENCE)
+    assert received in ([], [data])
 
 
 @ways
@@ -167,6 +191,26 @@ def test_others_are_answered_while_a_payload_waits_for_the_server(go_on, data):
                 go_on.set()
         assert flushed == [None]
         assert written == [None]
+
+
+def test_caller_behind_a_payload_never_sends_it_from_memory_that_is_somebody_elses_again(go_on, data):
+    """A write has begun, and before its caller waits, another with a large write comes by; then the first one gives up."""
+    payloads, memory = [], bytearray(data)
+    with talk(slow_to_receive(go_on, payloads), slow_to_receive(go_on, payloads), size=SIZE) as (client, _):
+        shared = client._shared
+        first = commands.write(client._engine.limits, memoryview(memory), 0)
+        with shared._lock:
+            client._engine.submit(first)
+            shared._session.send()
+        with in_background(lambda: client.pwrite(data, 0, timeout=PATIENCE)) as other:
+            while not shared._session.waited_for:
+                time.sleep(0.001)
+            shared.abandon((first,), DeadlineExceeded(errno.ETIMEDOUT, "no answer in time"))
+            memory[:] = bytes(LARGE)
+            memory.append(0)  # nobody has a view of it
+            go_on.set()
+        assert other == [None]
+        assert payloads == [data, data]
 
 
 def test_caller_behind_a_payload_sends_the_rest_of_it_when_its_sender_has_given_up(go_on, data):

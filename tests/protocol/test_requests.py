@@ -321,17 +321,19 @@ def test_command_is_taken_as_soon_as_the_export_is_open():
 # ---------------------------------------------------------------------------------------------- what may be waited for
 
 
-def large_write(client, count, offset=0):
-    return commands.write(client.engine.limits, memoryview(bytearray(count)), offset)
+def queue_large_write(client, count):
+    command = commands.write(client.engine.limits, memoryview(bytearray(count)), 0)
+    client.queue(command)
+    return command
 
 
 def test_large_payload_may_be_waited_for_a_part_at_a_time():
     client = connected(size=1 << 24)
-    client.queue(large_write(client, 5 << 19))
+    command = queue_large_write(client, 5 << 19)
     whole = b"".join(client.engine.outgoing())
 
     sent, counts = b"", []
-    while parts := client.engine.large_payload():
+    while parts := client.engine.large_payload([command]):
         sent += b"".join(parts)
         counts.append(sum(map(len, parts)))
         client.engine.sent(counts[-1])
@@ -340,11 +342,26 @@ def test_large_payload_may_be_waited_for_a_part_at_a_time():
     assert counts == [1 << 20, 1 << 20, (1 << 19) + 28]
 
 
+@pytest.mark.parametrize("sent", [0, 10, 28, 1000])
+def test_only_the_caller_whose_payload_it_is_may_wait_for_it(sent):
+    """Another one could still be sending it when the call is over, and the memory is used for something else."""
+    client = connected(size=1 << 24)
+    one, other = queue_large_write(client, 1 << 20), queue_large_write(client, 1 << 20)
+    assert client.engine.outgoing()
+    if sent:
+        client.engine.sent(sent)
+    assert client.engine.large_payload([other]) == []
+    assert client.engine.large_payload([other, one])
+    client.engine.sent(28 + (1 << 20) - sent)
+    assert client.engine.large_payload([one]) == []
+    assert client.engine.large_payload([other])
+
+
 def test_small_payload_is_not_waited_for():
     client = connected()
-    client.queue(large_write(client, 1 << 16))
+    command = queue_large_write(client, 1 << 16)
     client.engine.outgoing()
-    assert client.engine.large_payload() == []
+    assert client.engine.large_payload([command]) == []
 
 
 @pytest.mark.parametrize("call", ["read", "status"])
@@ -352,15 +369,15 @@ def test_nobody_waits_to_send_while_a_large_answer_may_be_due(call):
     client = connected(size=1 << 24, contexts=CONTEXTS)
     client.queue(build(client, call))
     client.speak()
-    client.queue(large_write(client, 1 << 20))
+    command = queue_large_write(client, 1 << 20)
     assert client.engine.outgoing()
-    assert client.engine.large_payload() == []
+    assert client.engine.large_payload([command]) == []
 
 
 def test_small_answers_that_are_due_keep_nobody_from_waiting_to_send():
     client = connected(size=1 << 24)
     client.queue(build(client, "flush"))
     client.speak()
-    client.queue(large_write(client, 1 << 20))
+    command = queue_large_write(client, 1 << 20)
     assert client.engine.outgoing()
-    assert client.engine.large_payload()
+    assert client.engine.large_payload([command])

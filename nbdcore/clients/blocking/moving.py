@@ -16,7 +16,7 @@ from nbdcore.clients.blocking.waiters import Pending, Wait, Waiters
 from nbdcore.clients.session.pipeline import Pipeline
 from nbdcore.clients.session.session import Session, closed_by_program
 from nbdcore.errors import Error, UsageError, copied
-from nbdcore.protocol.engine import INLINE_PAYLOAD, Engine
+from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission.commands import Command
 from nbdcore.streams.base import Want
@@ -96,18 +96,17 @@ class Mover:
         wait.room = self._room(wait.pending) if wait.alone and wait.gate is None and not wait.at_once else None
 
     def _parts(self, wait: Wait) -> Sequence[memoryview]:
-        """Return what a caller may send with the lock released, and wait until it is sent: large payloads, its own at least.
+        """Return what a caller may send with the lock released, and wait until it is sent: a large payload of its own.
 
-        Nobody is parked then, who would have to receive meanwhile.
+        Another's could be given up meanwhile, and its memory be used for something else. Nobody is parked then, who would have to
+        receive.
         """
         pending = wait.pending
         if wait.gate is not None or wait.held_up or self.waiters.parked or not self.session.sends_all:
             return ()
-        if not isinstance(pending, Pipeline):
-            payload = pending.payload if isinstance(pending, Command) else None
-            if payload is None or len(payload) <= INLINE_PAYLOAD:
-                return ()
-        return self.engine.large_payload()
+        if isinstance(pending, Pipeline):
+            return self.engine.large_payload(pending.unfinished())
+        return self.engine.large_payload((pending,)) if isinstance(pending, Command) else ()
 
     def _room(self, pending: Pending) -> memoryview | None:
         """Return where somebody who waits for `pending` may receive with the lock released; None: nowhere.
@@ -125,8 +124,9 @@ class Mover:
 
     def _count_sent(self, wait: Wait) -> None:
         if wait.parts:
+            # An exception in here ends the connection, since nobody knows then whether they were counted.
+            self.move(partial(self.session.count_sent, wait.sent))
             wait.parts = ()
-            self.session.count_sent(wait.sent)
 
     def stop(self, wait: Wait) -> None:
         """A caller waits no more, whether it has its outcome or not. What it has received counts."""

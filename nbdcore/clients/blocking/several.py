@@ -249,9 +249,12 @@ class _WaitOnSeveral:
                     break
                 self._look(waits, deadline)
                 expired = deadline.at is not None and deadline.expired
-        finally:
             for connection, wait in waits.items():
                 connection.stop(wait)
+        except BaseException:
+            for connection, wait in waits.items():
+                connection.stop(wait, interrupted=True)
+            raise
         if not pipeline.done:
             raise DeadlineExceeded(errno.ETIMEDOUT, f"no answer from the server in time ({pipeline})")
 

@@ -241,9 +241,9 @@ class SharedSession:
         self._close_if_asked()
         return over
 
-    def stop(self, wait: Wait) -> None:
-        """The caller's wait on several connections is over."""
-        if wait.watched or wait.parker is not None:
+    def stop(self, wait: Wait, *, interrupted: bool = False) -> None:
+        """The caller's wait on several connections is over. `interrupted`: an exception may have broken off this very call."""
+        if wait.watched or wait.parker is not None or interrupted:
             with self._lock:
                 self._mover.stop(wait)
             self._close_if_asked()
@@ -300,19 +300,19 @@ class SharedSession:
                 if waiters.parked or engine.phase is not _CONNECTED:
                     mover.hand_over()
         except BaseException:
-            if watched:
-                self._stop_alone(room, taken)
+            self._stop_alone(room, taken, watched=watched)
             raise
         finally:
             if self._closing is not None:
                 self._close_if_asked()
         return ()
 
-    def _stop_alone(self, room: memoryview | None, taken: list[int]) -> None:
-        """An exception ends the wait of a caller that was alone. What it has received counts."""
+    def _stop_alone(self, room: memoryview | None, taken: list[int], *, watched: bool) -> None:
+        """An exception ends the wait of a caller that was alone. What it has received counts, and others may have parked."""
         with self._lock:
-            self._session.stop_watching(_READ)
-            if room is not None and taken:
+            if watched:
+                self._session.stop_watching(_READ)
+            if watched and room is not None and taken:
                 self._mover.move(partial(self._session.take_in, room, taken))
             self._mover.hand_over()
 
