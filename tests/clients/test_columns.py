@@ -170,11 +170,16 @@ def test_flags_and_lengths_of_64_bits_are_kept_whole(installed):
 
 
 @ways
-def test_chunks_whose_lengths_together_pass_64_bits_are_cut(installed):
-    size = (1 << 63) - 1
-    pieces = replies(*(status(1, [(size, number)], done=number == 3) for number in range(4)))
+@pytest.mark.parametrize("size", [1 << 20, (1 << 63) - 1, (1 << 64) - 512])
+@pytest.mark.parametrize("quarters", [3, 4])
+def test_chunks_of_one_context_that_pass_the_end_together_are_an_error(installed, size, quarters):
+    """Each begins where the one before ended. One that tells all anew would be taken for what follows the end."""
+    described = size * quarters // 4
+    pieces = replies(*(status(1, [(described, number)], done=number == 3) for number in range(4)))
     with numpy_if(installed), talk(answer(pieces), size=size, extended=True) as (client, _):
-        assert rows(client.extent_columns(timeout=PATIENCE)) == [Extent(0, size, 0)]
+        with pytest.raises(CommandError, match="past the end"):
+            client.extent_columns(timeout=PATIENCE)
+        assert client.phase is Phase.CONNECTED
 
 
 @ways

@@ -415,7 +415,8 @@ class Decoder:
         name = None if status is None else self._contexts.get(status[0])
         if status is None or name is None or command.discard:
             return
-        lengths, flags = possible_extents(command, status[1], status[2], self._size)
+        before = sum(sum(chunk.lengths) for chunk in command.chunks if chunk.context == name)
+        lengths, flags = possible_extents(command, status[1], status[2], self._size - before)
         if not lengths:
             return
         if command.on_extents is not None:

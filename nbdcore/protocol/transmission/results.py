@@ -151,7 +151,10 @@ def _numbers(typecode: str, payload: memoryview) -> Numbers:
 
 
 def possible_extents(command: Command, lengths: Numbers, flags: Numbers, size: int) -> tuple[Numbers, Numbers]:
-    """Return the extents up to the first impossible one: of no bytes, or past the end of an export of `size` bytes."""
+    """Return the extents up to the first impossible one: of no bytes, or past the end of an export of `size` bytes.
+
+    Where an earlier chunk has described some of it, `size` is without that.
+    """
     # A million numbers: 4 ms for the first look, which mistakes some neighbours for a zero, and 16 for the second.
     if bytes(lengths.itemsize) in lengths.tobytes() and 0 in lengths:
         stop = lengths.index(0)
