@@ -143,7 +143,12 @@ class TransportError(Error, OSError):
     """The way to the server could not be opened; the cause is the operating system's own error.
 
     That client cannot be connected any more: make a new one to try again.
+
+    Attributes:
+        failures: where several addresses were tried, what came of each, in order; else empty.
     """
+
+    failures: tuple[Error, ...] = ()
 
 
 class TransportUnavailable(TransportError):

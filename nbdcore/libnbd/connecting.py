@@ -253,7 +253,11 @@ def _socket_options(settings: HandleSettings) -> list[_Option]:
 def _tuned(steps: Opening[Stream], options: Iterable[_Option]) -> Opening[Stream]:
     """Connect, then set socket options."""
     stream = yield from steps
-    for level, option, value in options:
-        with socket.socket(fileno=os.dup(stream.fileno())) as sock:
-            sock.setsockopt(level, option, value)
+    try:
+        for level, option, value in options:
+            with socket.socket(fileno=os.dup(stream.fileno())) as sock:
+                sock.setsockopt(level, option, value)
+    except BaseException:
+        stream.close()
+        raise
     return stream

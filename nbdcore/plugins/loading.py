@@ -176,6 +176,9 @@ def _transports(plugin: Plugin) -> list[Transport]:
 
 def _check_names(transport: Transport) -> None:
     """A stranger may not have run a type checker: a bare string in place of a tuple would claim a scheme a letter."""
+    name: object = getattr(transport, "name", None)
+    if not isinstance(name, str) or not name:
+        raise _BrokenContractError(f"its transport {printable(repr(transport))} has no name, which must be a str")
     for attribute in ("schemes", "parameters"):
         names: object = getattr(transport, attribute)
         if not isinstance(names, tuple) or not all(isinstance(name, str) and name == name.lower() for name in names):

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from math import inf
-from typing import Any, Generic, NoReturn, TypeVar, cast
+from typing import Any, Generic, NoReturn, Protocol, TypeVar, cast
 
 from nbdcore.errors import Error, TransportError
 from nbdcore.streams.base import AnyOf, Opening, Want
@@ -26,6 +26,13 @@ __all__ = ["Branch", "any_of", "connect_socket", "first_of", "in_thread", "relay
 
 Result = TypeVar("Result")
 
+
+class _Closable(Protocol):
+    def close(self) -> object: ...
+
+
+#: What an attempt opens.
+Opened = TypeVar("Opened", bound=_Closable)
 #: What a generator yields in place of what it was asked to relay.
 Relayed = TypeVar("Relayed")
 
@@ -146,13 +153,15 @@ def any_of(branches: Iterable[Branch[Any]], seconds: float = inf) -> AnyOf:
     return AnyOf(tuple(waiting), None if seconds == inf else seconds)
 
 
-def first_of(attempts: Sequence[Opening[Result]], *, delay: float = ATTEMPT_DELAY) -> Opening[Result]:
+def first_of(attempts: Sequence[Opening[Opened]], *, delay: float = ATTEMPT_DELAY) -> Opening[Opened]:
     """Make attempts until one succeeds (RFC 8305, "happy eyeballs"), and return its result.
 
     The next attempt is begun when the one before has failed, or has taken `delay` seconds, after which that one goes on. When one
-    succeeds the others are closed. When all have failed, raises one TransportError: the first attempt's, with the words of all.
+    succeeds the others are closed, and whatever they have opened. When all have failed, raises one TransportError: the first
+    attempt's, with the words of all.
     """
-    begun: list[Branch[Result]] = []
+    begun: list[Branch[Opened]] = []
+    chosen: Branch[Opened] | None = None
     next_at = 0.0
     try:
         while True:
@@ -169,12 +178,16 @@ def first_of(attempts: Sequence[Opening[Result]], *, delay: float = ATTEMPT_DELA
                 advanced = waiting
             else:
                 raise _all_failed([branch.error for branch in begun if branch.error is not None])
-            for branch in advanced:
-                if branch.need is None and branch.error is None:
-                    return cast("Result", branch.result)
-                if branch.error is not None:
-                    next_at = 0.0
+            done = [branch for branch in advanced if branch.need is None and branch.error is None]
+            if done:
+                chosen = done[0]
+                return cast("Opened", chosen.result)
+            if any(branch.error is not None for branch in advanced):
+                next_at = 0.0
     finally:
+        for branch in begun:
+            if branch is not chosen and branch.result is not None:
+                branch.result.close()
         for steps in attempts:
             steps.close()
 
@@ -183,6 +196,7 @@ def _all_failed(failures: Sequence[Error]) -> TransportError:
     """Return the one error for several: the first, whose address the resolver thought best, with the others' words."""
     error = TransportError(failures[0].errno or 0, "; ".join(failure.message for failure in failures))
     error.__cause__ = failures[0].__cause__
+    error.failures = tuple(failures)
     return error
 
 

@@ -13,7 +13,7 @@ import pytest
 from nbdcore import Phase, UsageError, aio
 from nbdcore.aio import AsyncClient
 from nbdcore.server import MemoryDisk, Server
-from nbdcore.testing.scripted import ScriptedServer, drain, expect_end
+from nbdcore.testing.scripted import ScriptedServer, drain, expect_end, wait_for
 from tests.aio.talking import PATIENCE, until
 from tests.clients.talking import script
 
@@ -45,6 +45,20 @@ def test_a_loop_may_be_closed_with_a_client_that_lives(new_loop, served, quiet):
     assert client.phase is Phase.CONNECTED
     client._close()
     assert client.phase is Phase.CLOSED
+
+
+def test_a_loop_may_be_closed_with_a_goodbye_that_waits(new_loop):
+    ended = threading.Event()
+    with ScriptedServer(script(wait_for(ended)), patience=PATIENCE) as server:
+        loop = new_loop()
+        client = loop.run_until_complete(aio.connect_stream(server.stream(), timeout=PATIENCE).__aenter__())
+        task = loop.create_task(client.disconnect())
+        loop.run_until_complete(asyncio.sleep(0.01))
+        loop.close()
+        asyncio.run(client.close())
+        assert client.phase in (Phase.CLOSED, Phase.DEAD)
+        ended.set()
+        task._log_destroy_pending = False  # nobody can wait for it any more
 
 
 def test_a_loop_may_be_closed_with_a_client_that_nobody_knows_any_more(new_loop, served, quiet):

@@ -186,6 +186,40 @@ def test_what_cannot_heal(error):
     assert not endpoint_by_name("unix", {"path": "/nonexistent"}).is_retryable(error, heard=False)
 
 
+def test_one_of_several_addresses_that_may_heal_is_enough():
+    """Such as a first address of a kind that this machine has no way to reach, and a second that refuses for the moment."""
+    error = TransportError(errno.EADDRNOTAVAIL, "both failed")
+    error.failures = (TransportError(errno.EADDRNOTAVAIL, ""), TransportError(errno.ECONNREFUSED, ""))
+    route = endpoint_by_name("tcp", {"host": "db.example"})
+    assert route.is_retryable(error, heard=False)
+    error.failures = error.failures[:1]
+    assert not route.is_retryable(error, heard=False)
+
+
+def test_host_of_which_an_address_cannot_be_reached_from_here_is_waited_for(monkeypatch):
+    real = socket.getaddrinfo
+
+    def look_up(host, *arguments, flags=0, **options):
+        if host not in ("two.test", b"two.test"):
+            return real(host, *arguments, flags=flags, **options)
+        if flags & socket.AI_NUMERICHOST:
+            raise socket.gaierror(socket.EAI_NONAME, "no number")
+        kind = socket.SOCK_STREAM
+        # Nothing can be connected to from here by the first: it is for documentation only, or there is no IPv6 at all.
+        return [(socket.AF_INET6, kind, 0, "", ("2001:db8::1", port, 0, 0)), (socket.AF_INET, kind, 0, "", ("127.0.0.1", port))]
+
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with (
+        Server(MemoryDisk(DISK)) as server,
+        later(lambda: server.listen("tcp", host="127.0.0.1", port=port)),
+        nbdcore.connect(f"nbd://two.test:{port}", wait=PATIENCE) as disk,
+    ):
+        assert disk.size == DISK
+
+
 def test_names_that_cannot_be_looked_up_just_now():
     route = endpoint_by_name("tcp", {"host": "db.example"})
 

@@ -35,6 +35,7 @@ from nbdcore.testing.scripted import (
     EVERYTHING,
     ClientGone,
     Connection,
+    Negotiation,
     Request,
     ScriptedServer,
     Step,
@@ -75,6 +76,13 @@ def kinds(connection: Connection) -> list[int]:
 
 
 # ---------------------------------------------------------------------------------------------- how many there are
+
+
+def test_further_connection_that_disagrees_and_hangs_up_at_once_costs_only_itself():
+    other_size = [greeting(), Negotiation(size=2 * DISK)]  # and the end
+    with pooled(script(serve(good)), other_size, script(serve(good))) as (pool, _):
+        assert pool.connections == 2
+        assert pool.pread(8, 5, timeout=PATIENCE) == expected(5, 8)
 
 
 def test_as_many_as_asked_for_are_opened_and_each_takes_leave():

@@ -152,3 +152,19 @@ def test_program_is_a_server_until_the_handle_is_closed(connect, handles):
     assert handle.pread(16, 0) == bytes.fromhex("00000000000000000000000000000008")
     assert handle.get_subprocess_pid() > 0
     handle.close()
+
+
+def test_connection_whose_socket_options_cannot_be_set_is_closed(handles):
+    import socket
+
+    handle = handles()
+    handle.set_tcp_option(socket.TCP_KEEPCNT, 100_000)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10)
+        with pytest.raises(nbd.Error) as refused:
+            handle.connect_tcp("127.0.0.1", str(server.getsockname()[1]))
+        far, _ = server.accept()
+        with far:
+            far.settimeout(10)
+            assert far.recv(1) == b""
+        assert refused.value.errnum == errno.EINVAL

@@ -201,6 +201,12 @@ CLASS = (
         (HOOK + "return [Example()]" + CLASS + "schemes = ('nbd bad',)", "scheme"),
         (HOOK + "return [Example()]" + CLASS + "parameters = 'socket'", "parameters must be a tuple"),
         (HOOK + "return [Example()]" + CLASS + "del schemes", "schemes"),
+        (HOOK + "return [Example(), Other()]" + CLASS + "\nclass Other(Example): name = 7", "has no name"),
+        (
+            HOOK + "return [Example(), Other()]" + CLASS.replace("Example", "Other").replace("    name = 'bad'\n", "") + "\n"
+            "class Example(Other): name = 'bad'",
+            "has no name",
+        ),
     ],
 )
 def test_broken_plugin_is_warned_of_once_and_harms_no_other(site, source, reason):

@@ -175,6 +175,18 @@ def steps(log, name, *wanted, outcome):
         log.append(f"{name} ended")
 
 
+class Opened(str):
+    """What an attempt has opened, known by its name."""
+
+    __slots__ = ("closed",)
+
+    def __init__(self, _):
+        self.closed = False
+
+    def close(self):
+        self.closed = True
+
+
 def refused(text):
     return TransportError(errno.ECONNREFUSED, text)
 
@@ -192,7 +204,7 @@ def played(generator, *answers):
 
 def test_second_attempt_is_begun_at_once_when_the_first_fails():
     log = []
-    first = first_of([steps(log, "a", outcome=refused("a")), steps(log, "b", (7, Want.WRITE), outcome="b")])
+    first = first_of([steps(log, "a", outcome=refused("a")), steps(log, "b", (7, Want.WRITE), outcome=Opened("b"))])
     waited, result = played(first, {7})
     assert result == "b"
     assert [request.waiting for request in waited] == [((7, Want.WRITE),)]
@@ -202,7 +214,10 @@ def test_second_attempt_is_begun_at_once_when_the_first_fails():
 
 def test_second_attempt_is_begun_beside_the_first_when_that_takes_long():
     log = []
-    slow, fast = steps(log, "slow", (5, Want.WRITE), outcome="slow"), steps(log, "fast", (6, Want.WRITE), outcome="fast")
+    slow, fast = (
+        steps(log, "slow", (5, Want.WRITE), outcome=Opened("slow")),
+        steps(log, "fast", (6, Want.WRITE), outcome=Opened("fast")),
+    )
     waited, result = played(first_of([slow, fast], delay=0), {6})
     assert result == "fast"
     assert waited[0].waiting == ((5, Want.WRITE), (6, Want.WRITE))
@@ -211,10 +226,20 @@ def test_second_attempt_is_begun_beside_the_first_when_that_takes_long():
 
 def test_first_attempt_may_still_win_when_the_second_has_begun():
     log = []
-    slow, fast = steps(log, "slow", (5, Want.WRITE), outcome="slow"), steps(log, "fast", (6, Want.WRITE), outcome="fast")
+    slow, fast = (
+        steps(log, "slow", (5, Want.WRITE), outcome=Opened("slow")),
+        steps(log, "fast", (6, Want.WRITE), outcome=Opened("fast")),
+    )
     _, result = played(first_of([slow, fast], delay=0), {5, 6})
     assert result == "slow"
     assert log[-1] == "fast ended"
+
+
+def test_second_of_two_attempts_that_succeed_at_once_is_closed():
+    results = [Opened("one"), Opened("other")]
+    attempts = [steps([], result, (number, Want.WRITE), outcome=result) for number, result in enumerate(results)]
+    _, result = played(first_of(attempts, delay=0), {0, 1})
+    assert [result, *(one.closed for one in results)] == ["one", False, True]
 
 
 def test_all_attempts_failed_is_the_first_ones_error_with_the_words_of_all():
@@ -227,7 +252,7 @@ def test_all_attempts_failed_is_the_first_ones_error_with_the_words_of_all():
 
 def test_attempts_that_are_given_up_are_closed():
     log = []
-    first = first_of([steps(log, "a", (5, Want.WRITE), outcome="a"), steps(log, "b", outcome="b")])
+    first = first_of([steps(log, "a", (5, Want.WRITE), outcome=Opened("a")), steps(log, "b", outcome=Opened("b"))])
     next(first)
     first.close()
     assert log == ["a begun", "a ended"]
@@ -235,7 +260,7 @@ def test_attempts_that_are_given_up_are_closed():
 
 def test_second_attempt_waits_for_its_turn():
     log = []
-    first = first_of([steps(log, "a", (5, Want.WRITE), outcome="a"), steps(log, "b", outcome="b")], delay=100)
+    first = first_of([steps(log, "a", (5, Want.WRITE), outcome=Opened("a")), steps(log, "b", outcome=Opened("b"))], delay=100)
     waited, result = played(first, {5})
     assert 99 < waited[0].seconds <= 100
     assert (result, log) == ("a", ["a begun", "a ended"])

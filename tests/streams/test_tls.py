@@ -676,3 +676,22 @@ def test_signal_handler_while_the_last_words_of_a_peer_are_read_comes_out_as_it_
         below.send = broken
         with pytest.raises(Alarm):
             near.send([memoryview(b"x")])
+
+
+def test_what_the_peer_answered_before_it_hung_up_is_received_though_sending_fails_first(starters):
+    """A client sends its next request before it has looked at the answer to the one before."""
+    with connected(*starters, tcp_pair) as (near, far):
+        send(far, b"the answer")
+        far.close()
+        with pytest.raises(Disconnected):
+            keep_sending(near)
+        room = memoryview(bytearray(64))
+        assert near.recv_into(room) == len(b"the answer")
+        assert bytes(room[:10]) == b"the answer"
+
+
+def keep_sending(stream):
+    """Send until the system knows that nobody receives."""
+    deadline = Deadline.after(PATIENCE)
+    while not deadline.expired:
+        stream.send([memoryview(b"the next request")])

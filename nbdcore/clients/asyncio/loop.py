@@ -349,8 +349,9 @@ class LoopSession:
             self._watch(0)
         self._session.waited_for = 0
         self._session.close()
-        for waiter in self._ends:
-            settle(waiter)
+        if not self.loop.is_closed():  # else nobody is left to wait
+            for waiter in self._ends:
+                settle(waiter)
         self._ends.clear()
 
 

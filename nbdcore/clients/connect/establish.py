@@ -178,18 +178,18 @@ def _open_further(first: Engine, target: Target, settings: Settings, count: int,
             ready: Collection[int] = yield any_of(attempts)
             for attempt in attempts:
                 attempt.take(ready)
+        sessions = [attempt.result for attempt in attempts if attempt.result is not None and not attempt.result.over]
+        for session in sessions:
+            if not agree(session.engine, first):
+                session.engine.submit(disconnect())
+                session.send()
+                session.close()
     except BaseException:
         for attempt in attempts:
             attempt.close()
             if attempt.result is not None:
                 attempt.result.close()
         raise
-    sessions = [attempt.result for attempt in attempts if attempt.result is not None]
-    for session in sessions:
-        if not agree(session.engine, first):
-            session.engine.submit(disconnect())
-            session.send()
-            session.close()
     return [session for session in sessions if not session.over]
 
 

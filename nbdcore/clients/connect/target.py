@@ -92,7 +92,10 @@ class Endpoint:
             return False
         if isinstance(error, TransportError):
             # A program that cannot be started has an errno of the same kind.
-            return not self.transport.runs_programs and (error.errno in _RETRYABLE or _no_name_server(error))
+            failures = error.failures or (error,)
+            return not self.transport.runs_programs and any(
+                failure.errno in _RETRYABLE or _no_name_server(failure) for failure in failures
+            )
         return isinstance(error, Disconnected | DeadlineExceeded) and not heard and self.transport.is_retryable(error)
 
 
@@ -289,7 +292,7 @@ def _starter(encryption: Encryption, call: ConnectCall, server_name: str | None)
     return start_tls
 
 
-def _no_name_server(error: TransportError) -> bool:
+def _no_name_server(error: Error) -> bool:
     """Whether a host's name could not be looked up just now, as while a machine is starting."""
     cause = error.__cause__
     return isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_AGAIN

@@ -266,7 +266,7 @@ class TLSStream(Stream):
     def _receive(self, room: memoryview) -> int | None:
         if not self._shake():
             return None
-        if self._unsent:
+        if self._unsent and not self._failed:
             self._flush()
         filled = self._fill(room[:_MOST_AT_ONCE])
         if filled:
@@ -455,8 +455,10 @@ class TLSStream(Stream):
             with _if_possible():
                 while self._pull():
                     pass
-            while self._tls.read(RECORD):
-                pass
+            # What the peer answered before counts: it is for the next `recv_into`.
+            while data := self._tls.read(RECORD):
+                self._kept = memoryview(bytes(self._kept) + data)
+                self._heard = True
         except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
             return
         except ssl.SSLError as exc:
