@@ -45,19 +45,28 @@ def _accept(listener: Listener, shutdown: Shutdown, clients: Clients, welcome: C
         try:
             wait_any(waiting, NEVER)
             stream = listener.accept()
-            if stream is not None:
-                failing = False
-                welcome(stream)
-        except (OSError, MemoryError) as problem:
+        except Exception as problem:  # noqa: BLE001  # the transport may be anybody's, and this thread is the only one that accepts
             if not failing:
                 server_log.warning("accepting on %s failed, and is tried again: %s", listener.address, problem)
             failing = True
             _make_room(problem, shutdown, clients)
+            continue
+        if stream is not None:
+            failing = False
+            _welcomed(stream, welcome)
 
 
-def _make_room(problem: OSError | MemoryError, shutdown: Shutdown, clients: Clients) -> None:
+def _welcomed(stream: Stream, welcome: Callable[[Stream], None]) -> None:
+    try:
+        welcome(stream)
+    except Exception:  # noqa: BLE001  # a fault of ours costs this client, and must be seen, but not those that come after it
+        server_log.exception("%s was disconnected by a fault of the server", stream)
+        stream.close()
+
+
+def _make_room(problem: Exception, shutdown: Shutdown, clients: Clients) -> None:
     """Wait before the next attempt to accept, at best for a client to be gone that gives its descriptor up."""
-    exhausted = isinstance(problem, MemoryError) or problem.errno in _EXHAUSTED
+    exhausted = isinstance(problem, MemoryError) or getattr(problem, "errno", None) in _EXHAUSTED
     leaving = clients.send_one_away(f"the system has nothing left for another: {problem}") if exhausted else None
     if leaving is None:
         wait_any([(shutdown.fileno(), Want.READ)], Deadline.after(PAUSE))

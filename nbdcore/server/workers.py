@@ -87,8 +87,11 @@ class Workers:
         if fewest and self._places:
             try:
                 best = _Worker(replace(self._settings, max_clients=self._places[0]))
-            except OSError as problem:
+            except (OSError, MemoryError) as problem:
                 server_log.warning("no further process could be started, and clients share those that there are: %s", problem)
+            except Exception as problem:  # noqa: BLE001  # whatever multiprocessing or pickle find wrong, the client is served
+                server_log.warning("no further process can be started, and clients share those that there are: %s", problem)
+                self._places.clear()  # it is no lack that passes: trying again for each client would only take time
             else:
                 del self._places[0]
                 self._workers.append(best)
@@ -156,7 +159,7 @@ class _Worker:
         try:
             self._orders.send(Handed(str(stream)))
             reduction.send_handle(self._orders, stream.fileno(), self._pid)
-        except OSError:
+        except (OSError, TypeError, ValueError):  # the latter two where its end was noticed, and the pipe closed, this moment
             self.alive = False
             return False
         with self._counting:

@@ -14,11 +14,16 @@ import time
 import pytest
 
 from nbdcore.errors import TransportError, TransportUnavailable, UsageError
+from nbdcore.plugins.registry import registry
 from nbdcore.protocol import wire
 from nbdcore.protocol.constants import CommandType, ErrorNumber, Option, OptionReply
 from nbdcore.server import MemoryDisk, Server
+from nbdcore.server.accepting import start_accepting
+from nbdcore.server.clients import Clients
+from nbdcore.server.shutdown import Shutdown
 from nbdcore.streams.base import Listener
 from nbdcore.streams.sockets import SocketStream, connected_pair
+from nbdcore.streams.waiting import Deadline
 from tests import leaks
 from tests.server.conftest import connect, server_threads
 from tests.server.raw import PATIENCE, RawClient
@@ -186,6 +191,61 @@ def test_a_failed_accept_is_logged_once_and_tried_again(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "accepting on nowhere failed, and is tried again: [Errno 24] too many open files"
     ]
+
+
+@contextlib.contextmanager
+def accepting(listener: Listener, welcome):
+    """Accept clients without a server, until the body ends."""
+    shutdown = Shutdown()
+    with contextlib.closing(shutdown):
+        thread = start_accepting(listener, shutdown, Clients(threading.RLock(), 1), welcome)
+        try:
+            yield
+        finally:
+            shutdown.request(Deadline.after(PATIENCE))
+            thread.join(PATIENCE)
+    assert not thread.is_alive()
+
+
+def test_a_fault_in_welcoming_a_client_costs_that_client_and_not_the_listener(caplog):
+    welcomed = []
+
+    def welcome(stream):
+        welcomed.append(stream)
+        if len(welcomed) == 1:
+            raise AssertionError("a fault")
+
+    tcp = registry.get("tcp")
+    listener = tcp.listen(tcp.listening_address(host="127.0.0.1", port=0))
+    with contextlib.closing(listener), accepting(listener, welcome):
+        for number in (1, 2):
+            with socket.create_connection((listener.address.host, listener.address.port), PATIENCE) as client:
+                if number == 1:
+                    assert client.recv(1) == b""
+                until(lambda: len(welcomed) == number)  # noqa: B023 (called at once)
+        welcomed[1].close()
+    assert "disconnected by a fault of the server" in caplog.text
+
+
+class Faulty(Exhausted):
+    """Its first accept fails with no OSError."""
+
+    def accept(self):
+        try:
+            return super().accept()
+        except OSError as problem:
+            raise RuntimeError("a fault of the transport") from problem
+
+
+def test_a_fault_of_a_transport_in_accepting_is_tried_again(caplog):
+    listener = Faulty()
+    with Server(MemoryDisk(MEBIBYTE)) as server:
+        server._listeners.append(listener)
+        server._start_accepting(listener)
+        client = RawClient(listener.near)
+        client.greet()
+        client.close()
+    assert "accepting on nowhere failed, and is tried again: a fault of the transport" in caplog.text
 
 
 def test_a_client_too_many_is_disconnected_and_room_is_made_again(caplog):

@@ -152,6 +152,14 @@ def test_where_no_further_process_can_be_had_the_first_serves_all_and_says_so(so
         assert "no further process could be started" in caplog.text
 
 
+def test_process_that_may_have_no_children_serves_all_clients_itself_and_says_so_once(socket_path, caplog, monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "daemon", True)
+    with serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=3) as (_, uri), connected(uri, 4) as clients:
+        assert [client.pread(4, 0) for client in clients] == [bytes(4)] * 4
+        assert not children()
+    assert caplog.text.count("no further process can be started") == 1
+
+
 def test_stopping_answers_what_was_begun_and_leaves_no_process(socket_path):
     with serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=3) as (server, uri), connected(uri, 6) as clients:
         assert len(children()) == 2
