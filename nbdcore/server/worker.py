@@ -58,7 +58,7 @@ class ServerSettings:
 
 @dataclass(frozen=True, slots=True)
 class Handed:
-    """A connection: its descriptor follows. `peer` is how messages name the client."""
+    """A connection, whose descriptor comes through a socket of its own. `peer` is how messages name the client."""
 
     peer: str
 
@@ -101,18 +101,18 @@ class _ToServer(logging.Handler):
         self._reports.send(logging.LogRecord(record.name, record.levelno, record.pathname, record.lineno, text, None, None))
 
 
-def work(orders: Connection, pipe: Connection, settings: ServerSettings, level: int) -> None:
-    """Serve what is handed over through `orders` until told to stop, or until that pipe is closed."""
+def work(orders: Connection, clients: socket.socket, pipe: Connection, settings: ServerSettings, level: int) -> None:
+    """Serve what is handed over through `clients` until `orders` tells to stop, or until that pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server's process stops this one
     reports = _Reports(pipe)
     client_log.setLevel(level)  # the server's is below it
     client_log.addHandler(_ToServer(reports))
     server = settings.make(settings)
     server.on_end = lambda: reports.send(Ended())
-    server.stop(_serve(orders, server, reports))
+    server.stop(_serve(orders, clients, server, reports))
 
 
-def _serve(orders: Connection, server: Guests, reports: _Reports) -> float | None:
+def _serve(orders: Connection, clients: socket.socket, server: Guests, reports: _Reports) -> float | None:
     """Serve clients; return how many seconds there are for stopping."""
     while True:
         try:
@@ -120,9 +120,13 @@ def _serve(orders: Connection, server: Guests, reports: _Reports) -> float | Non
             if isinstance(order, Stop):
                 return order.seconds
             assert isinstance(order, Handed), "there are only those two"
-            fd = reduction.recv_handle(orders)
         except (EOFError, OSError):
             return _PATIENCE
+        try:
+            (fd,) = reduction.recvfds(clients, 1)
+        except (EOFError, OSError):  # it could not be sent
+            reports.send(Ended())
+            continue
         try:
             stream = SocketStream(socket.socket(fileno=fd), peer=order.peer)
         except OSError:  # it is gone already, or this process lacks something

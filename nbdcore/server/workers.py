@@ -8,7 +8,8 @@ A process that dies takes its clients along, and nobody else; another one is sta
 gone stops, as the server would have stopped it.
 
     server                                worker
-    accepts ── (name, descriptor) ──────▶ a `Server` of its own, which listens nowhere
+    accepts ── name ────────────────────▶ a `Server` of its own, which listens nowhere
+            ── descriptor ──────────────▶ (a socket that carries nothing else)
     stop    ── seconds ─────────────────▶ stops likewise
     counts  ◀── a client has ended ──────
     logs    ◀── a record of its log ─────
@@ -20,9 +21,10 @@ import errno
 import logging
 import multiprocessing
 import os
+import socket
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from multiprocessing import reduction
 from multiprocessing.process import BaseProcess
@@ -76,13 +78,12 @@ class Workers:
                     return False
                 if worker.take(stream):
                     return True
-                self._forget_dead()  # its own thread says so
         return False
 
     def _choose(self, here: int) -> _Worker | None:
         """Return the process for one more client; None: this one."""
         self._forget_dead()
-        best = min(self._workers, key=lambda worker: worker.clients, default=None)
+        best = min((worker for worker in self._workers if worker.usable), key=lambda worker: worker.clients, default=None)
         fewest = here if best is None else min(here, best.clients)
         if fewest and self._places:
             try:
@@ -121,7 +122,8 @@ class _Worker:
     Attributes:
         places: how many clients it may have at most.
         clients: how many it was handed that have not ended.
-        alive: whether it has not ended.
+        usable: whether it may be handed clients.
+        alive: whether it has not ended; one that is not usable any more still serves those that it has.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -129,6 +131,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.places: int = settings.max_clients
         self.clients: int = 0
+        self.usable: bool = True
         self.alive: bool = True
         self._stopping = False
         self._counting = threading.Lock()
@@ -140,7 +143,10 @@ class _Worker:
             self._reports, reports = context.Pipe(duplex=False)
             undo.callback(self._reports.close)
             far.callback(reports.close)
-            arguments = (orders, reports, settings, level)
+            self._clients, clients = socket.socketpair()
+            undo.callback(self._clients.close)
+            far.callback(clients.close)
+            arguments = (orders, clients, reports, settings, level)
             process = context.Process(target=work, args=arguments, name="nbdcore-serve", daemon=True)
             process.start()
             undo.callback(_end_at_once, process)
@@ -155,15 +161,19 @@ class _Worker:
             undo.pop_all()
 
     def take(self, stream: SocketStream) -> bool:
-        """Hand a client over. Returns False where the process has died; then the client is still the caller's."""
+        """Hand a client over, which takes no descriptor more. Returns False where that fails; the client is still the caller's.
+
+        Then this process is handed no more.
+        """
         try:
             self._orders.send(Handed(str(stream)))
-            reduction.send_handle(self._orders, stream.fileno(), self._pid)
+            with self._counting:
+                self.clients += 1
+            reduction.sendfds(self._clients, [stream.fileno()])
         except (OSError, TypeError, ValueError):  # the latter two where its end was noticed, and the pipe closed, this moment
-            self.alive = False
+            self.usable = False
+            self._clients.close()  # where it waits for this client it learns that none comes
             return False
-        with self._counting:
-            self.clients += 1
         os.close(stream.detach())
         return True
 
@@ -186,15 +196,14 @@ class _Worker:
             server_log.error("process %d of this server %s, and its %d clients with it", self._pid, how, self.clients)
         self._process.close()
         self._orders.close()
+        self._clients.close()
         self._reports.close()
 
     def stop(self, deadline: Deadline) -> None:
         """Ask it to stop."""
         self._stopping = True
-        try:
+        with suppress(OSError, TypeError, ValueError):  # it has died, or is about to
             self._orders.send(Stop(deadline.remaining()))
-        except OSError:
-            self.alive = False  # it has died, or is about to
 
     def join(self, deadline: Deadline) -> None:
         """Wait until it has ended; end it where it does not by the deadline."""

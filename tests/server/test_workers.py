@@ -19,7 +19,8 @@ import pytest
 
 import nbdcore
 from nbdcore.server import ExportSettings, FileDisk, MemoryDisk, Server, SharedMemoryDisk
-from tests.leaks import is_running, none_left_open, workers_of
+from tests.leaks import is_running, none_left_open, open_descriptors, workers_of
+from tests.server.raw import RawClient
 
 PATIENCE = 30.0
 MEBIBYTE = 1 << 20
@@ -158,6 +159,50 @@ def test_process_that_may_have_no_children_serves_all_clients_itself_and_says_so
         assert [client.pread(4, 0) for client in clients] == [bytes(4)] * 4
         assert not children()
     assert caplog.text.count("no further process can be started") == 1
+
+
+@contextlib.contextmanager
+def only_one_descriptor_more():
+    """Let this process have one descriptor beside those that it has."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = open_descriptors()
+    free = [number for number in range(3, 4096) if number not in used]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[1], hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_client_is_handed_over_with_the_last_descriptor(socket_path):
+    with (
+        serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=2) as (_, uri),
+        connected(uri, 3),  # so that the process has fewer
+        socket.socket(socket.AF_UNIX) as sock,
+    ):
+        with only_one_descriptor_more():
+            sock.connect(str(socket_path))
+            client = RawClient(sock)
+            client.greet()
+            client.go()
+        (process,) = children()
+        os.kill(process, signal.SIGKILL)
+        assert client.hung_up()
+
+
+def test_process_to_which_a_client_cannot_be_handed_keeps_those_that_it_has_until_the_server_stops(socket_path):
+    with serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=2) as (server, uri), connected(uri, 3) as clients:
+        (worker,) = server._workers._workers
+        worker._clients.close()  # as the kernel may refuse to take more descriptors on their way
+        with connected(uri, 2) as more:
+            assert [client.pread(4, 0) for client in clients + more] == [bytes(4)] * 5
+            assert len(children()) == 1
+            server.stop()
+            assert not children()
+            for client in clients + more:
+                with pytest.raises(nbdcore.Error):
+                    client.pread(1, 0)
 
 
 def test_stopping_answers_what_was_begun_and_leaves_no_process(socket_path):
