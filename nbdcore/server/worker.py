@@ -13,7 +13,7 @@ from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from nbdcore.logs import client_log, in_one_line
+from nbdcore.logs import client_log, in_one_line, server_log
 from nbdcore.server.settings import ExportSettings
 from nbdcore.streams.base import Stream
 from nbdcore.streams.sockets import SocketStream
@@ -72,7 +72,12 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A client's connection has ended."""
+    """A client's connection has ended.
+
+    `lacking`: before it began, since this process cannot have its descriptor.
+    """
+
+    lacking: bool = False
 
 
 class _Reports:
@@ -124,13 +129,13 @@ def _serve(orders: Connection, clients: socket.socket, server: Guests, reports: 
             return _PATIENCE
         try:
             (fd,) = reduction.recvfds(clients, 1)
-        except (EOFError, OSError):  # it could not be sent
+            stream = SocketStream(socket.socket(fileno=fd), peer=order.peer)
+        except EOFError:  # it could not be sent
             reports.send(Ended())
             continue
-        try:
-            stream = SocketStream(socket.socket(fileno=fd), peer=order.peer)
-        except OSError:  # it is gone already, or this process lacks something
-            reports.send(Ended())
+        except (OSError, RuntimeError) as problem:  # the latter where the message has come without it: the limit is reached
+            server_log.warning("%s was disconnected: its descriptor could not be received: %s", order.peer, problem)
+            reports.send(Ended(lacking=True))
             continue
         if not server.serve_guest(stream):
             reports.send(Ended())

@@ -83,7 +83,8 @@ class Workers:
     def _choose(self, here: int) -> _Worker | None:
         """Return the process for one more client; None: this one."""
         self._forget_dead()
-        best = min((worker for worker in self._workers if worker.usable), key=lambda worker: worker.clients, default=None)
+        ready = [worker for worker in self._workers if worker.usable and not worker.lacking]
+        best = min(ready, key=lambda worker: worker.clients, default=None)
         fewest = here if best is None else min(here, best.clients)
         if fewest and self._places:
             try:
@@ -123,6 +124,7 @@ class _Worker:
         places: how many clients it may have at most.
         clients: how many it was handed that have not ended.
         usable: whether it may be handed clients.
+        lacking: whether it has no descriptors for one more client, until one of those that it has leaves.
         alive: whether it has not ended; one that is not usable any more still serves those that it has.
     """
 
@@ -132,6 +134,7 @@ class _Worker:
         self.places: int = settings.max_clients
         self.clients: int = 0
         self.usable: bool = True
+        self.lacking: bool = False
         self.alive: bool = True
         self._stopping = False
         self._counting = threading.Lock()
@@ -189,6 +192,7 @@ class _Worker:
             else:
                 with self._counting:
                     self.clients -= 1
+                    self.lacking = said.lacking and self.clients > 0
         self.alive = False
         self._process.join()
         if not self._stopping:

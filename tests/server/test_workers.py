@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from multiprocessing import resource_tracker
+from pathlib import Path
 
 import pytest
 
@@ -203,6 +204,39 @@ def test_process_to_which_a_client_cannot_be_handed_keeps_those_that_it_has_unti
             for client in clients + more:
                 with pytest.raises(nbdcore.Error):
                     client.pread(1, 0)
+
+
+def test_process_without_descriptors_loses_the_client_for_which_it_has_none_and_no_other(socket_path, caplog):
+    resource = pytest.importorskip("resource")
+    with (
+        serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=2) as (_, uri),
+        connected(uri, 5) as clients,  # the next one is handed over
+        contextlib.ExitStack() as stack,
+    ):
+        (process,) = children()
+        before = resource.prlimit(process, resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        stack.callback(resource.prlimit, process, resource.RLIMIT_NOFILE, before)
+        with pytest.raises(nbdcore.Error):
+            nbdcore.connect(uri, timeout=PATIENCE)
+        until(lambda: "was disconnected: its descriptor could not be received" in caplog.text)
+        more = stack.enter_context(connected(uri, 3))  # which that process is spared
+        assert [client.pread(4, 0) for client in clients + more] == [bytes(4)] * 8
+        assert children() == {process}
+        resource.prlimit(process, resource.RLIMIT_NOFILE, before)
+        clients[1].close()  # the first that was handed over
+        until(lambda: serves_another(process, uri, stack))
+
+
+def serves_another(process, uri, stack):
+    """Connect one client more, and return whether it went to that process."""
+    had = sockets_of(process)
+    stack.enter_context(nbdcore.connect(uri, timeout=PATIENCE))
+    return sockets_of(process) > had
+
+
+def sockets_of(process):
+    """Return how many sockets a process has open."""
+    return sum(entry.is_socket() for entry in Path(f"/proc/{process}/fd").iterdir())
 
 
 def test_stopping_answers_what_was_begun_and_leaves_no_process(socket_path):
