@@ -7,7 +7,7 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -15,13 +15,14 @@ from typing import Any, Protocol
 
 from nbdcore.logs import client_log, in_one_line, server_log
 from nbdcore.server.settings import ExportSettings
-from nbdcore.streams.base import Stream
-from nbdcore.streams.sockets import SocketStream
+from nbdcore.streams.base import Stream, Want
+from nbdcore.streams.sockets import SocketStream, connected_pair
 from nbdcore.streams.tls.credentials import ServerTLS
+from nbdcore.streams.waiting import NEVER, wait_any
 
 __all__ = ["Ended", "Guests", "Handed", "ServerSettings", "Stop", "work"]
 
-# Seconds for clients to finish where the server is gone without having said how long they have.
+# Seconds for clients to finish where the server has not said how long they have: it is gone, or this process got a signal.
 _PATIENCE = 5.0
 
 
@@ -114,12 +115,37 @@ def work(orders: Connection, clients: socket.socket, pipe: Connection, settings:
     client_log.addHandler(_ToServer(reports))
     server = settings.make(settings)
     server.on_end = lambda: reports.send(Ended())
-    server.stop(_serve(orders, clients, server, reports))
+    with orders, clients, _sigterm() as terminated:  # whose ends tell the server to hand nothing over any more
+        seconds = _serve(orders, clients, terminated, server, reports)
+    server.stop(seconds)
 
 
-def _serve(orders: Connection, clients: socket.socket, server: Guests, reports: _Reports) -> float | None:
+@contextlib.contextmanager
+def _sigterm() -> Iterator[socket.socket]:
+    """Give a socket that becomes readable when SIGTERM asks this process to stop, in order; a second one ends it at once.
+
+    The signal may come to all processes of a group, as from service managers, while each is in the middle of requests. To
+    ignore it would not do: `multiprocessing` ends processes with it that its program has not stopped.
+    """
+    reader, writer = connected_pair()
+    with reader, writer:
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+        try:
+            yield reader
+        finally:
+            signal.set_wakeup_fd(-1)
+
+
+def _serve(
+    orders: Connection, clients: socket.socket, terminated: socket.socket, server: Guests, reports: _Reports
+) -> float | None:
     """Serve clients; return how many seconds there are for stopping."""
     while True:
+        ready = wait_any([(orders.fileno(), Want.READ), (terminated.fileno(), Want.READ)], NEVER)
+        if terminated.fileno() in dict(ready):
+            return _PATIENCE
         try:
             order = orders.recv()
             if isinstance(order, Stop):

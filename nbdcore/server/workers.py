@@ -195,7 +195,7 @@ class _Worker:
                     self.lacking = said.lacking and self.clients > 0
         self.alive = False
         self._process.join()
-        if not self._stopping:
+        if not self._stopping and (self._process.exitcode or self.clients):  # else it has stopped in order, after SIGTERM
             how = how_it_ended(self._process.exitcode)
             server_log.error("process %d of this server %s, and its %d clients with it", self._pid, how, self.clients)
         self._process.close()

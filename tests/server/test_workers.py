@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import nbdcore
+from nbdcore.protocol.constants import CommandType
 from nbdcore.server import ExportSettings, FileDisk, MemoryDisk, Server, SharedMemoryDisk
 from tests.leaks import is_running, none_left_open, open_descriptors, workers_of
 from tests.server.raw import RawClient
@@ -315,3 +316,38 @@ def test_command_that_ends_takes_its_processes_along(socket_path, number):
             process.communicate(timeout=PATIENCE)
     assert process.returncode == (0 if number != signal.SIGKILL else -number)
     until(lambda: not any(is_running(pid) for pid in workers))
+
+
+def in_transmission(socket_path, stack):
+    client = RawClient(socket.socket(socket.AF_UNIX))
+    stack.callback(client.close)
+    client.sock.connect(str(socket_path))
+    client.greet()
+    client.go()
+    return client
+
+
+def begin_write(client):
+    """Send half a write, which the server has received on return; return the other half."""
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
+    request = client.pack(CommandType.WRITE, 0, 1000, payload=bytes(1000))
+    client.send(request[:528])
+    until(lambda: fcntl.ioctl(client.sock, termios.TIOCOUTQ, bytes(4)) == bytes(4))
+    return request[528:]
+
+
+def test_sigterm_to_the_whole_process_group_interrupts_no_request_of_any_process(socket_path):
+    command = [sys.executable, "-m", "nbdcore", "serve", "--memory", "1M", "--unix", str(socket_path), "--workers", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, start_new_session=True) as process, contextlib.ExitStack() as stack:
+        assert process.stdout.readline()
+        clients = [in_transmission(socket_path, stack) for _ in range(4)]
+        assert len(workers_of(process.pid)) == 1
+        rests = [begin_write(client) for client in clients[:2]]
+        os.killpg(process.pid, signal.SIGTERM)
+        assert [client.hung_up() for client in clients[2:]] == [True, True]  # so every process stops
+        for client, rest in zip(clients, rests, strict=False):
+            client.send(rest)
+            assert client.reply().error == 0
+        _, said = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, said) == (0, b"")
