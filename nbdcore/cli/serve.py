@@ -12,7 +12,7 @@ import errno
 import logging
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import click
 from nbdcore import DEFAULT_PORT, UsageError, parse_uri
 from nbdcore.cli.output import escaped, say, warn
 from nbdcore.cli.places import LOOPBACK, Place, for_clients, is_loopback, tcp_place, unix_place, uri_place, vsock_place
-from nbdcore.cli.signals import stopped_by_signals
+from nbdcore.cli.signals import until_signalled
 from nbdcore.cli.sizes import parsed, rounded
 from nbdcore.logs import client_log, in_one_line
 from nbdcore.processes import available_processors
@@ -170,30 +170,33 @@ def serve(  # noqa: PLR0913 (click hands each option over by its name)
         raise click.UsageError("--quiet and --verbose contradict each other: use one of them.")
     encryption = _encryption(tls_certificates, tls_psk, verify_clients=tls_verify_clients, tls=tls)
     places = [*tcp, *unix, *vsock, *listen] or [Place("tcp", {"host": LOOPBACK, "port": DEFAULT_PORT})]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_log_on_stderr(logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING))
-        wait_for_signal = stack.enter_context(stopped_by_signals())
-        disk, what = _opened(file, memory or 0, read_only=read_only)
-        if isinstance(disk, FileDisk):
-            stack.callback(disk.close)
-        settings = ExportSettings(disk, description=description, read_only=read_only)
-        server = Server(
-            {export: settings},
-            tls=encryption.tls,
-            require_tls=encryption.required,
-            max_clients=max_clients,
-            memory_budget=memory_budget,
-            workers=(workers or available_processors()) if getattr(disk, "shareable", False) else 1,
-        )
-        stack.callback(server.stop)
-        listeners = [place.listen(server, keepalive=keepalive) for place in places]
-        server.start()
-        if encryption.admits_anybody and not quiet:
-            _warn_of_strangers(listeners, read_only=read_only)
-        uris = [for_clients(parse_uri(server.uri(listener, export))) for listener in listeners]
-        what += f"{', read-only' if read_only else ''}{encryption.words}"
-        _announce(what, list(zip(places, uris, strict=True)), encryption.client_options)
-        wait_for_signal()
+
+    def run(wait_for_signal: Callable[[], None]) -> None:
+        with contextlib.ExitStack() as stack:
+            disk, what = _opened(file, memory or 0, read_only=read_only)
+            if isinstance(disk, FileDisk):
+                stack.callback(disk.close)
+            settings = ExportSettings(disk, description=description, read_only=read_only)
+            server = Server(
+                {export: settings},
+                tls=encryption.tls,
+                require_tls=encryption.required,
+                max_clients=max_clients,
+                memory_budget=memory_budget,
+                workers=(workers or available_processors()) if getattr(disk, "shareable", False) else 1,
+            )
+            stack.callback(server.stop)
+            listeners = [place.listen(server, keepalive=keepalive) for place in places]
+            server.start()
+            if encryption.admits_anybody and not quiet:
+                _warn_of_strangers(listeners, read_only=read_only)
+            uris = [for_clients(parse_uri(server.uri(listener, export))) for listener in listeners]
+            what += f"{', read-only' if read_only else ''}{encryption.words}"
+            _announce(what, list(zip(places, uris, strict=True)), encryption.client_options)
+            wait_for_signal()
+
+    with _log_on_stderr(logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING):
+        until_signalled(run)
 
 
 def _opened(file: str | None, memory: int, *, read_only: bool) -> tuple[Backend, str]:

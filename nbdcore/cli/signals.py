@@ -12,27 +12,36 @@ from nbdcore.streams.base import Want
 from nbdcore.streams.sockets import connected_pair
 from nbdcore.streams.waiting import NEVER, wait
 
-__all__ = ["stopped_by_signals"]
+__all__ = ["until_signalled"]
 
 
 class _Stop(BaseException):
     """A signal asks the server to stop."""
 
 
-@contextlib.contextmanager
-def stopped_by_signals() -> Iterator[Callable[[], None]]:
-    """Gives a function that waits for SIGINT or SIGTERM. The first ends this context in order, a second the process at once."""
+def until_signalled(run: Callable[[Callable[[], None]], None]) -> None:
+    """Call `run` with a function that waits for SIGINT or SIGTERM: the first ends it in order, a second the process at once.
+
+    It is no context manager: a signal that came between its own code and the block's would be caught by neither.
+    """
     numbers = (signal.SIGINT, signal.SIGTERM)
+    over = False
 
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (the interpreter's own signature)
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
-        raise _Stop
+        if not over:
+            for each in numbers:
+                signal.signal(each, signal.SIG_DFL)
+            raise _Stop
 
-    before = {number: signal.signal(number, stop) for number in numbers}
+    before = {number: signal.getsignal(number) for number in numbers}
     try:
-        with _signalled() as signalled, contextlib.suppress(_Stop):
-            yield lambda: _sleep(signalled)
+        with contextlib.suppress(_Stop), _signalled() as signalled:
+            try:
+                for number in numbers:
+                    signal.signal(number, stop)
+                run(lambda: _sleep(signalled))
+            finally:
+                over = True  # what comes from here on has nothing to end
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
