@@ -25,7 +25,7 @@ from nbdcore.server.exports import exports_of
 from nbdcore.server.negotiation import negotiate
 from nbdcore.server.offer import offer_of
 from nbdcore.server.settings import Exported, check_shareable, named_settings
-from nbdcore.server.shutdown import Shutdown
+from nbdcore.server.shutdown import Shutdown, moment_after
 from nbdcore.server.transmission import transmit
 from nbdcore.streams.base import Address, Listener, Stream, Want
 from nbdcore.streams.tls.credentials import ServerTLS
@@ -237,12 +237,13 @@ class Server:
             self._shutdown.request(Deadline.after(timeout))
             acceptors, listeners = [*self._acceptors], [*self._listeners]
             clients = [client.thread for client in self._clients]
-        self._join(acceptors)
+        latest = moment_after(self._shutdown.deadline, _LAST_MOMENT)
+        self._join(acceptors, latest)
         for listener in listeners:
             listener.close()
         if self._workers is not None:
             self._workers.stop(self._shutdown.deadline)
-        self._join(clients)
+        self._join(clients, latest)
         self._finish()
 
     def __enter__(self) -> Self:
@@ -252,11 +253,10 @@ class Server:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    def _join(self, threads: Iterable[threading.Thread]) -> None:
+    def _join(self, threads: Iterable[threading.Thread], latest: Deadline) -> None:
         for thread in threads:
             if thread is not threading.current_thread():
-                left = self._shutdown.deadline.remaining()
-                thread.join(None if left is None else left + _LAST_MOMENT)
+                thread.join(latest.remaining())
 
     def _finish(self) -> None:
         """Close what the clients used, once the last of them is gone; the last one does it where stop() could not wait."""

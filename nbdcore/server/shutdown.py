@@ -8,7 +8,7 @@ import socket
 from nbdcore.streams.sockets import connected_pair
 from nbdcore.streams.waiting import NEVER, Deadline
 
-__all__ = ["Shutdown"]
+__all__ = ["Shutdown", "moment_after"]
 
 
 class Shutdown:
@@ -41,3 +41,9 @@ class Shutdown:
         """Free the descriptors, once nobody waits for them any more. Idempotent."""
         self._reader.close()
         self._writer.close()
+
+
+def moment_after(deadline: Deadline, seconds: float) -> Deadline:
+    """Return one deadline for all who end at `deadline`, or now where that is past, and need so many seconds more."""
+    left = deadline.remaining()
+    return NEVER if left is None else Deadline.after(left + seconds)

@@ -31,6 +31,7 @@ from multiprocessing.process import BaseProcess
 
 from nbdcore.logs import server_log
 from nbdcore.processes import how_it_ended
+from nbdcore.server.shutdown import moment_after
 from nbdcore.server.worker import Handed, ServerSettings, Stop, work
 from nbdcore.streams.base import Stream
 from nbdcore.streams.sockets import SocketStream
@@ -113,8 +114,13 @@ class Workers:
             workers = [*self._workers]
         for worker in workers:
             worker.stop(deadline)
-        for worker in workers:
-            worker.join(deadline)
+        latest = moment_after(deadline, _LAST_MOMENT)
+        stuck = [worker for worker in workers if not worker.join(latest)]
+        for worker in stuck:
+            worker.kill()
+        latest = Deadline.after(_LAST_MOMENT)
+        for worker in stuck:
+            worker.join(latest)
 
 
 class _Worker:
@@ -209,14 +215,16 @@ class _Worker:
         with suppress(OSError, TypeError, ValueError):  # it has died, or is about to
             self._orders.send(Stop(deadline.remaining()))
 
-    def join(self, deadline: Deadline) -> None:
-        """Wait until it has ended; end it where it does not by the deadline."""
-        left = deadline.remaining()
-        self._thread.join(None if left is None else left + _LAST_MOMENT)
-        if self._thread.is_alive():
-            server_log.warning("process %d did not stop in time, and was killed", self._pid)
+    def join(self, latest: Deadline) -> bool:
+        """Wait until it has ended, and return whether it has."""
+        self._thread.join(latest.remaining())
+        return not self._thread.is_alive()
+
+    def kill(self) -> None:
+        """End it at once."""
+        server_log.warning("process %d did not stop in time, and was killed", self._pid)
+        with suppress(ValueError):  # it has ended by itself this moment
             self._process.kill()
-            self._thread.join(_LAST_MOMENT)
 
 
 def _end_at_once(process: BaseProcess) -> None:

@@ -519,6 +519,24 @@ def test_a_back_end_that_does_not_return_is_left_behind_until_it_does(caplog):
     client.close()
 
 
+def test_many_clients_in_a_back_end_that_does_not_return_hold_the_stop_up_no_longer_than_one(caplog):
+    disk = Gate()
+    server = Server(disk)
+    clients = [in_transmission(server) for _ in range(40)]
+    for client in clients:
+        client.send(client.pack(CommandType.READ, 0, 10))
+        assert disk.entered.acquire(timeout=PATIENCE)
+    try:
+        with stopping(server, 0.1):  # half a second for each of them would be too long for it
+            pass
+        assert "40 clients are still inside a back end" in caplog.text
+    finally:
+        disk.opened.set()
+        until(lambda: not server_threads())
+        for client in clients:
+            client.close()
+
+
 def test_a_back_end_may_stop_its_own_server():
     class Last(MemoryDisk):
         def flush(self):

@@ -250,6 +250,18 @@ def test_stopping_answers_what_was_begun_and_leaves_no_process(socket_path):
                 client.pread(1, 0)
 
 
+def test_processes_that_do_not_stop_are_all_killed_and_named(socket_path, caplog):
+    with serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=3) as (server, uri), connected(uri, 3):
+        stuck = children()
+        assert len(stuck) == 2
+        for process in stuck:
+            os.kill(process, signal.SIGSTOP)
+        server.stop(0.1)
+        assert not children()
+        for process in stuck:
+            assert f"process {process} did not stop in time, and was killed" in caplog.text
+
+
 def test_limit_of_clients_holds_for_all_processes_together(socket_path):
     with (
         serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=2, max_clients=4) as (_, uri),
