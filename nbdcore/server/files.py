@@ -52,8 +52,8 @@ class FileDisk:
     def _use(self, fd: int, *, read_only: bool) -> None:
         self._fd = fd
         self.read_only: bool = read_only
-        self.size: int = os.lseek(fd, 0, os.SEEK_END)  # a block device's st_size is 0
         self._seeking = threading.Lock()
+        self.size: int = self._end()
         self._positioned = hasattr(os, "pread") and hasattr(os, "pwrite")
         self._seek_data: int | None = getattr(os, "SEEK_DATA", None)
         self._seek_hole: int | None = getattr(os, "SEEK_HOLE", None)
@@ -125,10 +125,15 @@ class FileDisk:
             os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_WILLNEED)
 
     def extents(self, count: int, offset: int) -> Iterator[tuple[int, AllocationFlag]]:
-        """Yield length and flags of each extent of the range, holes where the file system tells them."""
+        """Yield length and flags of each extent of the range, holes where the file system tells them.
+
+        What lies beyond the end of a file that has become shorter is no hole, so that whoever reads it hears of that.
+        """
         end = offset + count
         while offset < end:
-            data = self._next(self._seek_data, offset, unknown=offset, none=end)
+            data = self._next(self._seek_data, offset, unknown=offset, none=-1)
+            if data < 0:  # all is a hole from here to the file's end, which others may have moved
+                data = max(offset, self._end())
             if data > offset:
                 stop, flags = min(data, end), _HOLE
             else:
@@ -142,6 +147,10 @@ class FileDisk:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def _end(self) -> int:
+        with self._seeking:
+            return os.lseek(self._fd, 0, os.SEEK_END)  # a block device's st_size is 0
 
     def _next(self, what: int | None, offset: int, *, unknown: int, none: int) -> int:
         """Return where the next data or hole begins: `unknown` where nobody can tell, `none` where there is none."""

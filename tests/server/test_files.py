@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from nbdcore.errors import UsageError
-from nbdcore.protocol.constants import AllocationFlag
+from nbdcore.protocol.constants import AllocationFlag, ErrorNumber
 from nbdcore.server import FileDisk, fallocate
 
 HOLE = AllocationFlag.HOLE | AllocationFlag.ZERO
@@ -105,6 +105,23 @@ def test_a_file_that_became_shorter_is_an_error_and_not_zeroes(disk, path):
     with pytest.raises(OSError, match="the file ends at 1048576") as caught:
         disk.pread(4096, MEBIBYTE - 100)
     assert caught.value.errno == errno.EIO
+
+
+def test_what_lies_beyond_the_end_of_a_file_that_became_shorter_is_no_hole(disk, path):
+    os.truncate(path, MEBIBYTE)
+    told = list(disk.extents(2 * MEBIBYTE, MEBIBYTE - 4096))
+    assert sum(length for length, _ in told) == 2 * MEBIBYTE
+    assert sum(length for length, flags in told if not flags) >= 2 * MEBIBYTE - 4096
+    assert not any(flags for _, flags in disk.extents(MEBIBYTE, 2 * MEBIBYTE))
+
+
+@pytest.mark.parametrize(("offset", "length"), [(MEBIBYTE, 4096), (MEBIBYTE, 131072), (MEBIBYTE - 65636, 131072)])
+def test_a_client_that_reads_where_a_file_became_shorter_gets_eio_and_not_zeroes(ready, disk, path, offset, length):
+    path.write_bytes(b"x" * 8 * MEBIBYTE)
+    client = ready(disk)
+    os.truncate(path, MEBIBYTE)
+    assert client.read(offset, length).error == ErrorNumber.EIO
+    assert client.read(0, 65536).contents() == b"x" * 65536
 
 
 def test_a_file_opened_read_only_cannot_be_written(path):
