@@ -88,4 +88,5 @@ class Refusal(Exception):  # an answer to one request, on its way from where it 
 
 def error_number(problem: OSError) -> ErrorNumber:
     """Return the wire's number for a back end's error (section "Error values")."""
-    return _NUMBERS.get(problem.errno, ErrorNumber.EIO)
+    number = problem.errno if isinstance(problem.errno, int) else None  # an OSError can be made of anything
+    return _NUMBERS.get(number, ErrorNumber.EIO)

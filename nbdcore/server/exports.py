@@ -204,7 +204,7 @@ class ServedExport:
         if not isinstance(problem, OSError):  # a back end is anybody's code, and its faults must not end the connection
             self._report(what, type(problem), f"raised {type(problem).__name__}", trace=True)
             return Refusal(ErrorNumber.EIO, "the back end of this export failed; the server's log says why")
-        text = problem.strerror or type(problem).__name__
+        text = str(problem.strerror or type(problem).__name__)  # as in `error_number`
         number = error_number(problem)
         if number == ErrorNumber.ENOTSUP and function is not self._zero:
             number = ErrorNumber.EINVAL  # on the wire, ENOTSUP says that zeroing is not fast, and nothing else

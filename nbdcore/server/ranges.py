@@ -5,6 +5,7 @@ Pure functions over (length, flags), lazy, so that a back end is not asked for m
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 
 from nbdcore.protocol.constants import AllocationFlag
@@ -19,9 +20,10 @@ Extent = tuple[int, int]
 def clipped(extents: Iterable[Extent], count: int) -> Iterator[Extent]:
     """Yield extents until `count` bytes are covered, with the flags that base:allocation has: the server must send no others.
 
-    Raises ValueError for one that is not longer than nothing.
+    Raises ValueError for one that is not longer than nothing, TypeError for one whose length is no integer.
     """
-    for length, flags in extents:
+    for told, flags in extents:
+        length = operator.index(told)
         if length <= 0:
             raise ValueError(f"an extent of {length} bytes")
         yield min(length, count), int(flags) & _DEFINED

@@ -167,6 +167,7 @@ def test_zeroes_that_must_not_be_holes_are_allocated(ready):
         (errno.ESHUTDOWN, ErrorNumber.ESHUTDOWN),
         (errno.ECONNRESET, ErrorNumber.EIO),
         (None, ErrorNumber.EIO),
+        (["no", "number"], ErrorNumber.EIO),
     ],
 )
 def test_an_oserror_becomes_the_wires_number(ready, number, expected):
@@ -183,6 +184,15 @@ def test_an_oserror_becomes_the_wires_number(ready, number, expected):
     if number is not None:
         assert asked[0].text == "the tape tore"
     assert client.read(0, 10).contents() == bytes(10)
+
+
+@pytest.mark.parametrize("said", [ValueError("the tape tore"), b"the tape tore", 7, ["the", "tape"]])
+def test_an_oserror_whose_text_is_no_string_costs_the_request_only(ready_any, said):
+    client = ready_any(Failing(OSError(errno.EIO, said), "pread", "flush"))
+    for asked in ((CommandType.READ, 0, 10), (CommandType.FLUSH,)):
+        reply = client.ask(*asked)
+        assert (reply.error, reply.text) in {(ErrorNumber.EIO, str(said)), (ErrorNumber.EIO, "")}
+    assert client.write(0, b"x").error == 0
 
 
 def test_the_flush_of_fua_fails_the_write(ready):
@@ -235,7 +245,7 @@ def test_a_buffer_that_the_back_end_uses_again_is_copied_in_time(ready):
     assert [client.reply().contents() for _ in range(20)] == [bytes([offset]) * 10 for offset in range(20)]
 
 
-@pytest.mark.parametrize("told", [[], [(0, 0)], [(-5, 0)], [(10,)], None, [(1 << 20, "x")]])
+@pytest.mark.parametrize("told", [[], [(0, 0)], [(-5, 0)], [(10,)], None, [(1 << 20, "x")], [(2048.0, 0)], [("10", 0)]])
 def test_extents_that_make_no_sense_are_eio(ready, told):
     disk = Zeroes()
     disk.extents = lambda count, offset: told
