@@ -25,10 +25,12 @@ __all__ = ["FileDisk", "SharedMemoryDisk"]
 
 _HOLE = AllocationFlag.HOLE | AllocationFlag.ZERO
 _DATA = AllocationFlag(0)
+# Attributes that each process has of its own.
+_OWN = frozenset({"_fd", "_seeking"})
 
 
 class FileDisk:
-    """A regular file or block device as a disk; its size is what it is now.
+    """A regular file or block device as a disk; its size is what it is when it is opened.
 
     Attributes:
         name: the path, for messages.
@@ -60,13 +62,21 @@ class FileDisk:
 
     @property
     def shareable(self) -> bool:
-        """Whether several processes can have the disk: it is pickled as its open file, for a process that is being started."""
+        """Whether several processes can have the disk.
+
+        It is pickled, for a process that is being started, as its open file and its attributes, those of a subclass too.
+        """
         return self._positioned and os.name == "posix"
 
     def __reduce__(self) -> tuple[object, ...]:
         from multiprocessing import reduction  # it brings much, and few disks go to another process
 
-        return _in_another_process, (type(self), reduction.DupFd(self._fd), self.name, self.read_only)
+        state = {name: value for name, value in vars(self).items() if name not in _OWN}
+        try:  # by itself, so that a subclass's attribute that cannot be pickled costs a server that process, and no more
+            pickled = bytes(reduction.ForkingPickler.dumps(state))
+        except Exception as problem:
+            raise OSError(errno.ENOTSUP, f"{self.name} cannot be had by another process: {problem}") from problem
+        return _in_another_process, (type(self), reduction.DupFd(self._fd), pickled)
 
     def pread(self, count: int, offset: int) -> bytes:
         """Return `count` bytes from `offset` on. Raises OSError, EIO where the file has become shorter."""
@@ -214,8 +224,11 @@ class SharedMemoryDisk(FileDisk):
         super().zero(count, offset, may_trim=True)
 
 
-def _in_another_process(kind: type[FileDisk], duplicate: Any, name: str, read_only: bool) -> FileDisk:
+def _in_another_process(kind: type[FileDisk], duplicate: Any, pickled: bytes) -> FileDisk:
+    from multiprocessing import reduction
+
+    state = reduction.ForkingPickler.loads(pickled)
     disk = kind.__new__(kind)
-    disk.name = name
-    disk._use(duplicate.detach(), read_only=read_only)  # noqa: SLF001 (of this module)
+    disk._use(duplicate.detach(), read_only=state["read_only"])  # noqa: SLF001 (of this module)
+    vars(disk).update(state)  # the size too: the file may have another by now
     return disk

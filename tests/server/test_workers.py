@@ -112,6 +112,50 @@ def test_holes_are_seen_by_all(socket_path):
         assert [(extent.length, extent.flags) for extent in one.extents()] == [(MEBIBYTE, 3)]
 
 
+class Partition(FileDisk):
+    """The rest of a file from some offset on: more attributes than those of the file, and another size."""
+
+    def __init__(self, path, start):
+        super().__init__(path)
+        self.start = start
+        self.size -= start
+
+    def pread(self, count, offset):
+        return super().pread(count, offset + self.start)
+
+
+def test_subclass_of_a_file_disk_is_the_same_disk_in_every_process(socket_path, tmp_path):
+    path = tmp_path / "disk"
+    path.write_bytes(b"a" * 4096 + b"b" * MEBIBYTE)
+    with serving(Partition(path, 4096), socket_path, workers=2) as (_, uri), connected(uri, 2) as clients:
+        assert len(children()) == 1
+        assert [client.size for client in clients] == [MEBIBYTE] * 2
+        assert [client.pread(512, MEBIBYTE - 512) for client in clients] == [b"b" * 512] * 2
+
+
+def test_disk_with_an_attribute_that_cannot_be_pickled_is_served_by_the_first_process_alone(socket_path, tmp_path, caplog):
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(MEBIBYTE))
+    disk = FileDisk(path)
+    disk.guard = threading.Lock()
+    with serving(disk, socket_path, workers=2) as (_, uri), connected(uri, 3) as clients:
+        assert [client.pread(4, 0) for client in clients] == [bytes(4)] * 3
+        assert not children()
+    assert "no further process could be started" in caplog.text
+    assert "pickle '_thread.lock' object" in caplog.text
+
+
+@pytest.mark.parametrize("size", [MEBIBYTE // 2, 2 * MEBIBYTE])
+def test_size_of_a_disk_is_the_first_process_s_though_the_file_has_another_by_now(socket_path, tmp_path, size):
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(MEBIBYTE))
+    with serving(FileDisk(path), socket_path, workers=2) as (_, uri):
+        os.truncate(path, size)
+        with connected(uri, 2) as clients:
+            assert len(children()) == 1
+            assert [client.size for client in clients] == [MEBIBYTE] * 2
+
+
 def test_process_that_dies_takes_its_own_clients_along_and_is_replaced(socket_path, caplog):
     with serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=2) as (_, uri), nbdcore.connect(uri) as stays:
         lost = nbdcore.connect(uri, timeout=PATIENCE)
