@@ -8,6 +8,7 @@ zeroes. Holes are looked up when they are asked for, never remembered, since oth
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
 import tempfile
@@ -26,7 +27,9 @@ __all__ = ["FileDisk", "SharedMemoryDisk"]
 _HOLE = AllocationFlag.HOLE | AllocationFlag.ZERO
 _DATA = AllocationFlag(0)
 # Attributes that each process has of its own.
-_OWN = frozenset({"_fd", "_seeking"})
+_OWN = frozenset({"_fd", "_seeking", "_flushing", "_tickets", "_flushed"})
+# A flush that fails with these may succeed when there is room again.
+_NO_ROOM = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
 
 class FileDisk:
@@ -56,6 +59,10 @@ class FileDisk:
         self.read_only: bool = read_only
         self._seeking = threading.Lock()
         self.size: int = self._end()
+        self._flushing = threading.RLock()  # re-entrant, since a signal handler that flushes may interrupt whoever holds it
+        self._tickets = itertools.count()  # one for each flush that is asked for, and for each that begins
+        self._flushed = 0  # flushes with lower tickets are done
+        self._lost: tuple[object, object] | None = None  # number and text of the error by which data were lost
         self._positioned = hasattr(os, "pread") and hasattr(os, "pwrite")
         self._seek_data: int | None = getattr(os, "SEEK_DATA", None)
         self._seek_hole: int | None = getattr(os, "SEEK_HOLE", None)
@@ -103,11 +110,25 @@ class FileDisk:
             written = self._write(rest, offset)
 
     def flush(self) -> None:
-        """Return when everything written is on permanent storage. Raises OSError."""
-        if hasattr(os, "fdatasync"):
-            os.fdatasync(self._fd)
-        else:
-            os.fsync(self._fd)
+        """Return when everything written is on permanent storage.
+
+        Raises OSError, and the same one ever after: an operating system tells once that data were lost, and counts them as
+        written from then on. Only after a lack of room (ENOSPC, EDQUOT) another flush can succeed.
+        """
+        asked = next(self._tickets)
+        with self._flushing:  # two at once could not tell whose data an error is about; those that wait share the next
+            if self._lost is not None:
+                raise OSError(*self._lost)
+            if asked < self._flushed:
+                return
+            begun = next(self._tickets)
+            try:
+                self._sync()
+            except OSError as problem:
+                if problem.errno not in _NO_ROOM:
+                    self._lost = problem.errno, problem.strerror
+                raise
+            self._flushed = begun
 
     def trim(self, count: int, offset: int) -> None:
         """Turn the range into a hole where that can be done; else do nothing. Raises OSError for other failures."""
@@ -157,6 +178,12 @@ class FileDisk:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def _sync(self) -> None:
+        if hasattr(os, "fdatasync"):
+            os.fdatasync(self._fd)
+        else:
+            os.fsync(self._fd)
 
     def _end(self) -> int:
         with self._seeking:

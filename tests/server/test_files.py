@@ -3,15 +3,19 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
 from nbdcore.errors import UsageError
-from nbdcore.protocol.constants import AllocationFlag, ErrorNumber
+from nbdcore.protocol.constants import AllocationFlag, CommandFlag, CommandType, ErrorNumber
 from nbdcore.server import FileDisk, fallocate
 
 HOLE = AllocationFlag.HOLE | AllocationFlag.ZERO
 MEBIBYTE = 1 << 20
+PATIENCE = 30.0
 
 
 @pytest.fixture
@@ -143,3 +147,105 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path):
         os.mkfifo(tmp_path / "pipe")
         with pytest.raises(UsageError):
             FileDisk(tmp_path / "pipe")
+
+
+# ---------------------------------------------------------------------------------------------- flushing
+
+
+class Storage:
+    """What syncs files in place of the operating system: it tells each failure once, as Linux does."""
+
+    def __init__(self, monkeypatch):
+        self.calls = 0
+        self.failures = []
+        self.before = lambda: None
+        monkeypatch.setattr(os, "fdatasync" if hasattr(os, "fdatasync") else "fsync", self.sync)
+
+    def sync(self, _):
+        self.calls += 1
+        failure = self.failures.pop() if self.failures else 0
+        self.before()
+        if failure:
+            raise OSError(failure, os.strerror(failure))
+
+
+@pytest.fixture
+def storage(monkeypatch):
+    return Storage(monkeypatch)
+
+
+def test_data_that_were_lost_fail_every_later_flush(ready_any, path, storage):
+    disk = FileDisk(path)
+    one = ready_any(disk)
+    one.write(0, b"x" * 4096)
+    storage.failures.append(errno.EIO)
+    assert [one.ask(CommandType.FLUSH).error for _ in range(3)] == [ErrorNumber.EIO] * 3
+    assert one.write(0, b"x", CommandFlag.FUA).error == ErrorNumber.EIO
+    assert one.write(0, b"x").error == 0
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)) as caught:
+        disk.flush()
+    assert caught.value.errno == errno.EIO
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_flush_that_found_no_room_can_succeed_later(ready, path, storage, number):
+    client = ready(FileDisk(path))
+    storage.failures.append(number)
+    assert client.ask(CommandType.FLUSH).error == ErrorNumber.ENOSPC
+    assert client.ask(CommandType.FLUSH).error == 0
+
+
+def test_flush_beside_one_that_fails_fails_too(path, storage):
+    disk = FileDisk(path)
+    try:
+        inside, go_on = threading.Event(), threading.Event()
+
+        def hold():
+            if storage.calls == 1:  # the error has been told to this flush, and no other will hear of it
+                inside.set()
+                assert go_on.wait(PATIENCE)
+
+        storage.failures.append(errno.EIO)
+        storage.before = hold
+        with ThreadPoolExecutor(2) as threads:
+            first = threads.submit(disk.flush)
+            assert inside.wait(PATIENCE)
+            second = threads.submit(disk.flush)
+            done, _ = wait([second], 0.2)  # it may end before the other only by failing
+            go_on.set()
+            assert isinstance(first.exception(PATIENCE), OSError)
+            assert isinstance(second.exception(PATIENCE), OSError)
+            assert not done
+    finally:
+        disk.close()
+
+
+def test_flushes_that_wait_for_another_share_the_next(path, storage):
+    disk = FileDisk(path)
+    try:
+        end = time.monotonic() + PATIENCE
+        while calls_for_flushes_behind_one(disk, storage) > 2:  # one of them was late
+            assert time.monotonic() < end, "it never came to pass"
+    finally:
+        disk.close()
+
+
+def calls_for_flushes_behind_one(disk, storage) -> int:
+    """Flush in eight threads while another flush is under way; return how often the operating system was asked."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold():
+        inside.set()
+        assert go_on.wait(PATIENCE)
+
+    storage.calls, storage.before = 0, hold
+    with ThreadPoolExecutor(9) as threads:
+        flushes = [threads.submit(disk.flush)]
+        assert inside.wait(PATIENCE)
+        flushes += [threads.submit(disk.flush) for _ in range(8)]
+        wait(flushes, 0.1)
+        go_on.set()
+        for flush in flushes:
+            flush.result(PATIENCE)
+    assert storage.calls >= 2  # the first does not cover what was written after it had begun
+    return storage.calls
