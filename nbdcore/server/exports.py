@@ -15,7 +15,7 @@ from typing import Any
 from nbdcore.errors import printable
 from nbdcore.logs import server_log
 from nbdcore.protocol.constants import ErrorNumber, TransmissionFlag
-from nbdcore.server.backend import Refusal, error_number
+from nbdcore.server.backend import Backend, Refusal, error_number
 from nbdcore.server.ranges import aligned, clipped, merged
 from nbdcore.server.settings import (
     BlockSizes,
@@ -92,6 +92,11 @@ class ServedExport:
             flag.BLOCK_STATUS_PAYLOAD: filters,
         }
         return flag(sum(bit for bit, offer in offered.items() if offer))
+
+    @property
+    def backend(self) -> Backend:
+        """The back end."""
+        return self._settings.backend
 
     @property
     def knows_holes(self) -> bool:
@@ -238,6 +243,11 @@ class ServedExports:
     def find(self, name: str) -> ServedExport | None:
         """Return the export of that name, or None."""
         return self._named.get(name) or (self._unnamed if name == "" else None)
+
+    def close(self) -> None:
+        """Close each back end once, also one that has several names. Errors are logged."""
+        for export in {id(export.backend): export for export in self}.values():
+            export.close()
 
     def public(self) -> ServedExports:
         """Return those that do not require TLS, each found as it is here; all of them are `self`."""

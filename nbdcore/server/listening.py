@@ -268,8 +268,7 @@ class Server:
                     server_log.warning("%d clients are still inside a back end that does not return", stuck)
                 return
             self._finished = True
-        for export in self._offer.exports:
-            export.close()
+        self._offer.exports.close()
         self._shutdown.close()
 
     def _refuse_if_stopped(self) -> None:

@@ -17,7 +17,7 @@ from nbdcore.errors import TransportError, TransportUnavailable, UsageError
 from nbdcore.plugins.registry import registry
 from nbdcore.protocol import wire
 from nbdcore.protocol.constants import CommandType, ErrorNumber, Option, OptionReply
-from nbdcore.server import MemoryDisk, Server
+from nbdcore.server import ExportSettings, MemoryDisk, Server
 from nbdcore.server.accepting import start_accepting
 from nbdcore.server.clients import Clients
 from nbdcore.server.shutdown import Shutdown
@@ -570,6 +570,15 @@ def test_a_back_end_that_cannot_be_closed_is_logged(caplog):
     disk.close = lambda: 1 / 0
     Server({"broken": disk}).stop()
     assert "broken" in caplog.text
+
+
+def test_a_back_end_under_several_names_is_closed_once():
+    closed = []
+    shared, other = MemoryDisk(1), MemoryDisk(1)
+    shared.close = lambda: closed.append("shared")
+    other.close = lambda: closed.append("other")
+    Server({"a": shared, "b": other, "c": ExportSettings(shared, read_only=True)}).stop()
+    assert sorted(closed) == ["other", "shared"]
 
 
 def test_serve_forever_returns_when_another_thread_stops_the_server():
