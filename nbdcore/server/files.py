@@ -256,6 +256,22 @@ def _in_another_process(kind: type[FileDisk], duplicate: Any, pickled: bytes) ->
 
     state = reduction.ForkingPickler.loads(pickled)
     disk = kind.__new__(kind)
-    disk._use(duplicate.detach(), read_only=state["read_only"])  # noqa: SLF001 (of this module)
+    disk._use(own_description(duplicate.detach()), read_only=state["read_only"])  # noqa: SLF001 (of this module)
     vars(disk).update(state)  # the size too: the file may have another by now
     return disk
+
+
+def own_description(fd: int) -> int:
+    """Return a descriptor of the same file, and close `fd`; or return `fd` where the file cannot be opened again.
+
+    Descriptors that were duplicated are one "open file description" to Linux, which tells each of these once that data were lost:
+    to the process alone that happens to flush first.
+    """
+    import fcntl  # which only systems have where processes can share a file
+
+    try:
+        again = os.open(f"/proc/self/fd/{fd}", fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_CLOEXEC)
+    except OSError:  # not Linux, no /proc, or no right to open it any more
+        return fd
+    os.close(fd)
+    return again

@@ -12,6 +12,10 @@ import pytest
 from nbdcore.errors import UsageError
 from nbdcore.protocol.constants import AllocationFlag, CommandFlag, CommandType, ErrorNumber
 from nbdcore.server import FileDisk, fallocate
+from nbdcore.server.files import own_description
+
+if sys.platform == "linux":
+    import fcntl
 
 HOLE = AllocationFlag.HOLE | AllocationFlag.ZERO
 MEBIBYTE = 1 << 20
@@ -249,3 +253,28 @@ def calls_for_flushes_behind_one(disk, storage) -> int:
             flush.result(PATIENCE)
     assert storage.calls >= 2  # the first does not cover what was written after it had begun
     return storage.calls
+
+
+if sys.platform == "linux":
+
+    @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR | os.O_DSYNC])
+    def test_a_file_opened_again_has_the_first_ones_flags(path, flags):
+        first = os.open(path, flags)
+        want = fcntl.fcntl(first, fcntl.F_GETFL)
+        again = own_description(first)
+        try:
+            assert fcntl.fcntl(again, fcntl.F_GETFL) == want
+            assert not os.get_inheritable(again)
+        finally:
+            os.close(again)
+        with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+            os.close(first)
+
+    def test_a_file_that_cannot_be_opened_again_stays_as_it_is(path, monkeypatch):
+        def refuse(*_):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+        first = os.open(path, os.O_RDWR)
+        monkeypatch.setattr(os, "open", refuse)
+        assert own_description(first) == first
+        os.close(first)

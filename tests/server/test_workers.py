@@ -156,6 +156,38 @@ def test_size_of_a_disk_is_the_first_process_s_though_the_file_has_another_by_no
             assert [client.size for client in clients] == [MEBIBYTE] * 2
 
 
+def positions(pid, path):
+    """Return where the descriptions stand by which a process has a file open."""
+    found = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the one that read the folder
+            if fd.readlink() == path:
+                found.append(int(Path(f"/proc/{pid}/fdinfo/{fd.name}").read_text().split()[1]))
+    return found
+
+
+def test_every_process_has_a_file_description_of_its_own_and_so_hears_of_lost_data(socket_path, tmp_path):
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(MEBIBYTE))
+    disk = FileDisk(path)
+    with serving(disk, socket_path, workers=2) as (_, uri), connected(uri, 2):
+        (process,) = children()
+        os.lseek(disk._fd, 4321, os.SEEK_SET)
+        assert positions(os.getpid(), path) == [4321]
+        assert positions(process, path) == [MEBIBYTE]
+
+
+def test_disk_whose_file_has_no_name_any_more_is_served_by_every_process(socket_path, tmp_path):
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(MEBIBYTE))
+    disk = FileDisk(path)
+    path.unlink()
+    with serving(disk, socket_path, workers=2) as (_, uri), connected(uri, 2) as (one, other):
+        assert len(children()) == 1
+        one.pwrite(b"hello", 0)
+        assert other.pread(5, 0) == b"hello"
+
+
 def test_process_that_dies_takes_its_own_clients_along_and_is_replaced(socket_path, caplog):
     with serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=2) as (_, uri), nbdcore.connect(uri) as stays:
         lost = nbdcore.connect(uri, timeout=PATIENCE)
