@@ -299,3 +299,20 @@ def test_a_tls_handshake_that_is_never_answered_ends_with_the_deadline(run, cert
                 await aio.connect_tcp("127.0.0.1", port, tls=TLS(certificates=certificates), timeout=10 * SHORT)
 
     run(main())
+
+
+def test_socket_stays_the_callers_when_the_client_is_closed_while_certificates_are_read(run):
+    near, far = socket.socketpair()
+
+    async def main():
+        client = AsyncClient(tls=TLS(verify=False))
+        connecting = asyncio.ensure_future(client.connect_socket(near.fileno()))
+        await asyncio.sleep(0)
+        await client.close()
+        with pytest.raises(UsageError):
+            await connecting
+
+    with near, far:
+        run(main())
+        near.send(b"open")
+        assert far.recv(4) == b"open"

@@ -17,7 +17,7 @@ from nbdcore.streams.base import from_signal_handler
 from nbdcore.testing.scripted import answer, drain, unless_gone
 from tests.alarms import alarm_after, needs_alarms, watchdog
 from tests.certificates import CertificateAuthority
-from tests.clients.talking import PATIENCE, good, in_background, talk
+from tests.clients.talking import PATIENCE, expected, good, in_background, late, talk
 
 pytestmark = needs_alarms
 
@@ -79,21 +79,36 @@ def test_close_in_a_handler_ends_the_calls_of_other_threads_too(uri):
         assert isinstance(outcome[0], nbdcore.Error)
 
 
-def test_other_calls_in_a_handler_fail_and_the_interrupted_one_goes_on(uri):
+@pytest.mark.parametrize("connect", [nbdcore.connect, nbdcore.create_pool])
+@pytest.mark.parametrize("work", [read_many, read_one_by_one])
+def test_other_calls_in_a_handler_fail_or_are_done_and_the_interrupted_one_goes_on(uri, work, connect):
     outcomes = []
 
     def handler(*_):
         try:
-            outcomes.append(client.pread(512, 0, timeout=0.01))
+            outcomes.append(client.pread(512, 0))  # without a deadline: it must not hang
         except nbdcore.UsageError as exc:
             outcomes.append(exc.errno)
-        except nbdcore.DeadlineExceeded:
-            outcomes.append(None)
         signal.setitimer(signal.ITIMER_REAL, 0.001)  # once more: a timer that repeats could interrupt this handler for ever
 
-    with nbdcore.connect(uri, timeout=PATIENCE) as client, alarm_after(0.001, handler):
-        assert len(list(client.pread_many(RANGES, depth=64))) == len(RANGES)
+    with connect(uri, timeout=PATIENCE) as client, alarm_after(0.001, handler):
+        work(client)
     assert errno.EDEADLK in outcomes
+    assert set(outcomes) <= {errno.EDEADLK, bytes(512)}
+
+
+def test_call_in_a_handler_that_interrupted_a_call_that_waits_is_refused_at_once():
+    refused, go_on = [], threading.Event()
+
+    def handler(*_):
+        with pytest.raises(nbdcore.UsageError) as caught:
+            client.flush()
+        refused.append(caught.value.errno)
+        go_on.set()
+
+    with talk(late(go_on, good)) as (client, _), alarm_after(0.1, handler):
+        assert client.pread(8, 5, timeout=PATIENCE) == expected(5, 8)
+    assert refused == [errno.EDEADLK]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
-from nbdcore.clients.blocking.threads import SharedSession
+from nbdcore.clients.blocking.threads import WAITING, SharedSession
 from nbdcore.clients.blocking.waiters import Wait
 from nbdcore.clients.session.group import Group
 from nbdcore.clients.session.pipeline import Pipeline
@@ -285,3 +285,6 @@ class _WaitOnSeveral:
         if wanted and all(bits == _READ for bits in wanted.values()):
             return set(self._watch.wait(tuple(wanted), deadline))
         return {fd for fd, _ in wait_any([(fd, WANTS[bits]) for fd, bits in wanted.items()], deadline)}
+
+
+WAITING.add(_WaitOnSeveral.wait.__code__)

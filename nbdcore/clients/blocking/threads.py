@@ -15,7 +15,7 @@ In the middle of moving bytes an exception leaves the stream out of step; that e
 A signal handler may also call `close` while the call that it interrupted holds the lock. The lock can be taken again by the
 thread that has it, so nothing deadlocks; but the engine may be in the middle of something. So `close` only hangs up then, which
 ends every wait, and leaves the rest to the interrupted call, which looks for that each time it has released the lock. Any other
-call is refused there.
+call is refused there; and where the interrupted call waits, and would have to be the one that wakes it.
 
 A fork copies a session. Where another thread was using it just then the copy has ended (`forks`). Closing a copy frees its
 descriptor and does nothing else: the connection is the parent's.
@@ -24,9 +24,11 @@ descriptor and does nothing else: the connection is the parent's.
 from __future__ import annotations
 
 import errno
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from types import CodeType
 from typing import Any, TypeVar
 
 from nbdcore.clients.blocking.moving import SENT_TOGETHER, Mover
@@ -185,9 +187,20 @@ class SharedSession:
     def refuse_if_interrupted(self, what: object) -> None:
         """Raise UsageError in a signal handler that interrupted a call here while that held the lock."""
         if self._interrupted():
-            raise UsageError(
-                errno.EDEADLK, f"{what}: a signal handler interrupted another call on this connection; it may only close it"
-            )
+            raise _interrupted_another(what)
+
+    def _refuse_if_beneath(self, what: object) -> None:
+        """Raise UsageError in a signal handler that interrupted a call here while that waited, which nothing can wake meanwhile.
+
+        Where somebody waits it looks through what this thread is in the middle of: handlers run in the main one.
+        """
+        if not self._session.waited_for or threading.current_thread() is not threading.main_thread():
+            return
+        frame = sys._getframe(1).f_back  # noqa: SLF001 (there is no other way to look)
+        while frame is not None:
+            if frame.f_code in WAITING and self in (frame.f_locals.get("self"), *frame.f_locals.get("waits", ())):
+                raise _interrupted_another(what)
+            frame = frame.f_back
 
     def abandon(self, commands: Iterable[Command], why: BaseException) -> None:
         """Give commands up: their memory is not touched any more, and answers that come are thrown away."""
@@ -335,6 +348,7 @@ class SharedSession:
         wait = Wait(pending, submit, any_of_several=any_of_several)
         expired = False
         self.refuse_if_interrupted(what)
+        self._refuse_if_beneath(what)
         try:
             if waiters.woken and submit:
                 parker = waiters.leave_to_others(wait)
@@ -384,6 +398,16 @@ class SharedSession:
         # Another caller, who receives or sends meanwhile, may leave, and nothing would wake this one to do it instead: while
         # nobody receives, a server that is sending may read no more, and what was queued behind a payload waits for that.
         return bool(wait_any([(session.fileno(), WANTS[wanted])], sooner(Deadline.after(LOOK_AGAIN), deadline)))
+
+
+#: The code in which callers wait: for `_refuse_if_beneath`.
+WAITING: set[CodeType] = {SharedSession.wait.__code__, SharedSession._run_alone.__code__}  # noqa: SLF001 (of this module)
+
+
+def _interrupted_another(what: object) -> UsageError:
+    return UsageError(
+        errno.EDEADLK, f"{what}: a signal handler interrupted another call on this connection; it may only close it"
+    )
 
 
 class _End:

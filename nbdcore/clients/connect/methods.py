@@ -174,7 +174,8 @@ class ConnectMethods(Info, Generic[Connected]):
     def _find(self, call: str, find: Find) -> Steps[Target]:
         self._legal(call)
         by_hand = self._engine.settings.opt_mode
-        return (yield from find(ConnectCall(call, self._encryption, self._permissions, by_hand, self._connections)))
+        check = partial(self._legal, call)
+        return (yield from find(ConnectCall(call, check, self._encryption, self._permissions, by_hand, self._connections)))
 
     def _begin_connecting(self, call: str, target: Target) -> Engine:
         """Go from newly created to connecting, which a client does once. Returns the engine."""

@@ -145,6 +145,7 @@ class ConnectCall:
 
     Attributes:
         name: how messages name it.
+        check: raises UsageError where the call is not legal any more.
         encryption: whether and how to encrypt, as far as the caller has said.
         permissions: what a URI may do.
         by_hand: the caller may ask for TLS later, in opt mode.
@@ -152,6 +153,7 @@ class ConnectCall:
     """
 
     name: str
+    check: Callable[[], object]
     encryption: Encryption
     permissions: Permissions
     by_hand: bool = False
@@ -197,6 +199,7 @@ def over_socket(sock: Any, call: ConnectCall) -> Steps[Target]:
     """Find the server at the other end of a connected socket, or of its descriptor."""
     call.check_only_once("a socket is one connection")
     start_tls = yield from _starter(call.encryption, call, None)
+    call.check()  # reading certificates takes a while
     stream = adopt(sock)  # the last thing that is done: after a UsageError the socket is still the caller's
     return Target(OpenStream(stream), call.encryption.settled, start_tls)
 
