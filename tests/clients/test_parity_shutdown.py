@@ -231,12 +231,17 @@ def test_call_that_chose_a_connection_just_before_its_server_shut_down_goes_to_a
             first = pool._shared._connections[0]
             engine = first.engine
             two_reads = [commands.read(engine.limits, COUNT, 0) for _ in range(2)]
-            with in_background(lambda: pool.pread(COUNT, 0)) as outcome, first._lock:
+            pool._shared._looked = (
+                time.monotonic() + PATIENCE
+            )  # the call need not look at unwatched connections, for which it waits
+            first._lock.acquire()  # before the call begins
+            with in_background(lambda: pool.pread(COUNT, 0)) as outcome:
                 while not first.assigned:
                     time.sleep(0.001)
                 engine.submit_all(two_reads)
                 while not engine.shutting_down:
                     first._session.advance()
+                first._lock.release()
             release.set()
             assert outcome == [bytes(COUNT)]
 
