@@ -53,10 +53,10 @@ test-vsock: $(VENV)/ready servers vm-parts ## run the tests over a real AF_VSOCK
 # --only reads; `python -m tests.bench --help` has them all.
 .PHONY: bench bench-quick
 SAME := .cache/bench/python
-bench: $(VENV)/ready $(SAME)/ready bench-peers ## measure nbdcore beside fio, nbdcopy and libnbd's Python module (minutes; leave the machine alone)
+bench: $(VENV)/ready $(SAME)/ready bench-peers ## measure nbdcore beside fio, nbdcopy and libnbd's Python module (half an hour; leave the machine alone)
 	@$(BIN)/python -m tests.bench --python $(SAME)/bin/python $(BENCH)
 
-bench-quick: $(VENV)/ready $(SAME)/ready bench-peers ## the same in less than a minute, and less exact
+bench-quick: $(VENV)/ready $(SAME)/ready bench-peers ## the same in some minutes, and less exact
 	@$(BIN)/python -m tests.bench --quick --python $(SAME)/bin/python $(BENCH)
 
 # Debian's own Python, which is what libnbd's module is for: so both sides run on one interpreter.

@@ -150,6 +150,10 @@ class TransportError(Error, OSError):
 
     failures: tuple[Error, ...] = ()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        state = {"server_text": self.server_text} | ({"failures": self.failures} if self.failures else {})
+        return (type(self), (self.errno, self.message), state)
+
 
 class TransportUnavailable(TransportError):
     """The transport needed is not loaded: it is not installed, was blocked, or cannot work on this platform.

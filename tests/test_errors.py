@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 import nbdcore
-from nbdcore.errors import printable
+from nbdcore.errors import copied, printable
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,13 @@ def test_number_that_does_not_exist_is_left_out():
 def test_error_survives_pickling_with_all_it_knows(error):
     copy = pickle.loads(pickle.dumps(error))
     assert (type(copy), copy.args, vars(copy), str(copy)) == (type(error), error.args, vars(error), str(error))
+
+
+def test_failures_of_several_addresses_survive_copying():
+    error = nbdcore.TransportError(errno.ECONNREFUSED, "both")
+    error.failures = (nbdcore.TransportError(errno.ECONNREFUSED, "one"), nbdcore.TransportError(errno.EHOSTUNREACH, "other"))
+    for copy in (copied(error), pickle.loads(pickle.dumps(error))):
+        assert [failure.message for failure in copy.failures] == ["one", "other"]
 
 
 def test_what_the_world_did_is_an_oserror_and_what_the_program_did_wrong_is_none():

@@ -27,7 +27,7 @@ __all__ = ["FileDisk", "SharedMemoryDisk"]
 _HOLE = AllocationFlag.HOLE | AllocationFlag.ZERO
 _DATA = AllocationFlag(0)
 # Attributes that each process has of its own.
-_OWN = frozenset({"_fd", "_seeking", "_flushing", "_tickets", "_flushed"})
+_OWN = frozenset({"_fd", "_seeking", "_flushing", "_tickets", "_flushed", "_failed"})
 # A flush that fails with these may succeed when there is room again.
 _NO_ROOM = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
@@ -62,6 +62,7 @@ class FileDisk:
         self._flushing = threading.RLock()  # re-entrant, since a signal handler that flushes may interrupt whoever holds it
         self._tickets = itertools.count()  # one for each flush that is asked for, and for each that begins
         self._flushed = 0  # flushes with lower tickets are done
+        self._failed: tuple[int, tuple[object, object]] = (0, (0, ""))  # flushes with lower tickets failed, with this error
         self._lost: tuple[object, object] | None = None  # number and text of the error by which data were lost
         self._positioned = hasattr(os, "pread") and hasattr(os, "pwrite")
         self._seek_data: int | None = getattr(os, "SEEK_DATA", None)
@@ -119,6 +120,9 @@ class FileDisk:
         with self._flushing:  # two at once could not tell whose data an error is about; those that wait share the next
             if self._lost is not None:
                 raise OSError(*self._lost)
+            failed_at, failure = self._failed
+            if asked < failed_at:  # and that error was told once, about whose data nobody knows
+                raise OSError(*failure)
             if asked < self._flushed:
                 return
             begun = next(self._tickets)
@@ -127,6 +131,7 @@ class FileDisk:
             except OSError as problem:
                 if problem.errno not in _NO_ROOM:
                     self._lost = problem.errno, problem.strerror
+                self._failed = next(self._tickets), (problem.errno, problem.strerror)
                 raise
             self._flushed = begun
 

@@ -136,6 +136,7 @@ def _sigterm() -> Iterator[socket.socket]:
             yield reader
         finally:
             signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _serve(

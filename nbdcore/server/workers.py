@@ -92,6 +92,8 @@ class Workers:
                 best = _Worker(replace(self._settings, max_clients=self._places[0]))
             except (OSError, MemoryError) as problem:
                 server_log.warning("no further process could be started, and clients share those that there are: %s", problem)
+                if getattr(problem, "errno", None) == errno.ENOTSUP:  # a disk that no other process can have
+                    self._places.clear()
             except Exception as problem:  # noqa: BLE001  # whatever multiprocessing or pickle find wrong, the client is served
                 server_log.warning("no further process can be started, and clients share those that there are: %s", problem)
                 self._places.clear()  # it is no lack that passes: trying again for each client would only take time
@@ -155,6 +157,8 @@ class _Worker:
             self._clients, clients = socket.socketpair()
             undo.callback(self._clients.close)
             far.callback(clients.close)
+            for end in (self._clients, clients):
+                end.setblocking(True)  # whatever socket.setdefaulttimeout says: the mode goes to the process with it
             arguments = (orders, clients, reports, settings, level)
             process = context.Process(target=work, args=arguments, name="nbdcore-serve", daemon=True)
             process.start()
@@ -179,7 +183,7 @@ class _Worker:
             with self._counting:
                 self.clients += 1
             reduction.sendfds(self._clients, [stream.fileno()])
-        except (OSError, TypeError, ValueError):  # the latter two where its end was noticed, and the pipe closed, this moment
+        except (OSError, RuntimeError, TypeError, ValueError):  # the latter ones where it ends, or has ended, this moment
             self.usable = False
             self._clients.close()  # where it waits for this client it learns that none comes
             return False

@@ -59,7 +59,7 @@ Opening: TypeAlias = Generator[Waiting, Collection[int] | None, Result]
 
 
 class Stream(ABC):
-    """An open, ordered, two-way byte pipe. No method waits, except the one that is called so.
+    """An open, ordered, two-way byte pipe. No method waits, except `wait`, `fill` and `send_all`, which a stream need not have.
 
     Calls come from one thread at a time, except `hang_up` and `close`, which may come from any. A method that fails raises an
     `OSError` (an `nbdcore.Error` is one too); after that only `close` may be called. What a signal handler raises meanwhile is no
@@ -95,7 +95,7 @@ class Stream(ABC):
         """Wait until `recv_into` is worth calling, in a faster way than to poll `fileno()`, if the stream has one.
 
         Returns whether it is. False where the stream has no such way, then at once, and where nothing has come in so many seconds
-        or fewer: who has time left polls. None in `seconds` is for ever. The one method that waits: other threads may send
+        or fewer: who has time left polls. None in `seconds` is for ever. Other threads may send
         meanwhile, and `hang_up` and `close` end it. An error is for the next `recv_into` to report.
         """
         return False

@@ -1,9 +1,9 @@
 """Streams and listeners over the operating system's sockets; the one place where an OSError of a socket becomes an error of ours.
 
 It knows sockets of any family, and neither NBD nor any family's addresses: whoever opens a socket says how messages name the
-other end. A socket handed over belongs to the stream or listener from then on. No call but `wait` waits: each says so by a flag,
-or, where the system has none to rely on, the socket is non-blocking. A program that passes a duplicate of a socket elsewhere must
-know that the mode is shared by both.
+other end. A socket handed over belongs to the stream or listener from then on. No call but `wait`, `fill` and `send_all` waits:
+each says so by a flag, or, where the system has none to rely on, the socket is non-blocking. A program that passes a duplicate of
+a socket elsewhere must know that the mode is shared by both.
 """
 
 from __future__ import annotations
@@ -35,10 +35,8 @@ _SEND_FLAGS = _NO_SIGNAL | _DONT_WAIT
 #: Seconds that a receive waits where a deadline is to be kept. Python begins a receive that a signal interrupts anew, with all of
 #: its time: a timer that fires more often than this would put the deadline off for ever. Profilers' timers fire every 10 ms.
 _SHORT = 0.005
-#: Seconds that a send waits where none is to be kept: then whoever sends looks whether there is something to receive.
-_MOMENT = 0.1
 _TIMEVAL = struct.Struct("@ll")  # struct timeval: seconds and microseconds, and both 0 are for ever
-_FOR_EVER, _FOR_SHORT, _FOR_A_MOMENT = (_TIMEVAL.pack(0, round(seconds * 1e6)) for seconds in (0, _SHORT, _MOMENT))
+_FOR_EVER, _FOR_SHORT = _TIMEVAL.pack(0, 0), _TIMEVAL.pack(0, round(_SHORT * 1e6))
 #: What a receive answers where there is no peeking (vsock under Hyper-V).
 _NO_SUCH_WAIT = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
 _WHOLE = getattr(socket, "MSG_WAITALL", 0)
@@ -99,9 +97,11 @@ class SocketStream(Stream):
         # Whoever receives in a way of their own must be asked for every byte.
         self._can_fill = self._can_wait and type(self).recv_into is SocketStream.recv_into
         self._can_send_all = self._can_wait and _HAS_SENDMSG and type(self).send is SocketStream.send
-        self._limit = self._send_limit = _FOR_EVER  # how long a receive waits now, and a send that waits
+        self._limit = _FOR_EVER  # how long a receive waits now
+        self._sends_are_limited = False  # those that wait
         self._can_limit = True
         self._failed: OSError | None = None  # what `wait` met, which the system tells once only
+        self._send_failed: OSError | None = None  # likewise, what `send_all` met
         self._closed = False
         self._process = os.getpid()
 
@@ -166,14 +166,13 @@ class SocketStream(Stream):
         return True
 
     def send_all(self, parts: Sequence[memoryview], sent: list[int], seconds: float | None = None) -> bool:
-        """Send with one system call, which waits: never longer than a moment for room, or, where there is a deadline, less."""
+        """Send with one system call, which waits: a few milliseconds for room, since there may be something to receive."""
         if not self._can_send_all or (seconds is not None and seconds < _SHORT):
             return False
-        limit = _FOR_A_MOMENT if seconds is None else _FOR_SHORT
-        if limit is not self._send_limit:
-            if not self._set_limit(socket.SO_SNDTIMEO, limit):
+        if not self._sends_are_limited:
+            if not self._set_limit(socket.SO_SNDTIMEO, _FOR_SHORT):
                 return False
-            self._send_limit = limit
+            self._sends_are_limited = True
         try:
             # As in `fill`: no signal handler runs between the call and the list.
             sent.extend(map(self._sock.sendmsg, (parts,), ((),), (_NO_SIGNAL,)))
@@ -182,7 +181,7 @@ class SocketStream(Stream):
         except OSError as exc:
             if from_signal_handler(exc):
                 raise
-            # The system tells it again.
+            self._send_failed = exc
         return True
 
     def _limit_receives(self, limit: bytes) -> bool:
@@ -208,6 +207,8 @@ class SocketStream(Stream):
     def send(self, parts: Sequence[memoryview]) -> int | None:
         """Send from the front of `parts` with one system call. Raises Disconnected as `recv_into` does."""
         try:
+            if self._send_failed is not None:
+                raise self._send_failed
             if _HAS_SENDMSG:
                 return self._sock.sendmsg(parts if len(parts) <= _MOST_PARTS else parts[:_MOST_PARTS], (), _SEND_FLAGS)
             return self._sock.send(next(filter(len, parts), b""), _SEND_FLAGS)

@@ -32,7 +32,7 @@ NAMES = [case.name for case in CASES]
 def arguments() -> argparse.Namespace:
     """Return what the command line says."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="less than a minute: fewer rounds, shorter ones, smaller disks")
+    parser.add_argument("--quick", action="store_true", help="some minutes: fewer rounds, shorter ones, smaller disks")
     parser.add_argument("--only", metavar="CASE", choices=NAMES, action="append", help=f"only this one of {', '.join(NAMES)}")
     parser.add_argument("--cores", action="store_true", help="the rows of 1, 2, 4 and 8 connections")
     parser.add_argument("--rounds", type=int, help=f"how often each program runs (default: {FULL.rounds})")

@@ -14,7 +14,7 @@ from nbdcore import libnbd
 from nbdcore.protocol.transmission import commands
 from nbdcore.server import MemoryDisk, Server, ServerTLS
 from nbdcore.streams.base import from_signal_handler
-from nbdcore.testing.scripted import answer, drain, unless_gone
+from nbdcore.testing.scripted import answer, drain, unless_gone, wait_for
 from tests.alarms import alarm_after, needs_alarms, watchdog
 from tests.certificates import CertificateAuthority
 from tests.clients.talking import PATIENCE, expected, good, in_background, late, talk
@@ -144,6 +144,32 @@ def test_loop_that_goes_on_in_a_handler_and_is_refused_ends_the_connection():
             next(loop)
         with pytest.raises(nbdcore.Disconnected):
             client.pread(8, 0, timeout=PATIENCE)
+
+
+def test_call_in_a_handler_is_refused_though_the_interrupted_one_was_just_woken():
+    """Another caller has received both answers and is gone. Nobody waits for the connection, and the woken one lies beneath."""
+    refused, go_on = [], threading.Event()
+
+    def both(connection):
+        first, second = connection.receive_request(), connection.receive_request()
+        wait_for(go_on)(connection)
+        connection.send(good(first) + good(second))
+
+    def handler(*_):
+        go_on.set()
+        while not other:
+            time.sleep(0.001)
+        with pytest.raises(nbdcore.UsageError) as caught:
+            client.flush()
+        refused.append(caught.value.errno)
+
+    with talk(both) as (client, connection), in_background(lambda: client.pread(8, 3, timeout=PATIENCE)) as other:
+        while not connection.requests:
+            time.sleep(0.001)
+        with alarm_after(0.1, handler):
+            assert client.pread(8, 5, timeout=PATIENCE) == expected(5, 8)
+    assert other == [expected(3, 8)]
+    assert refused == [errno.EDEADLK]
 
 
 class AlarmError(TimeoutError):

@@ -133,6 +133,24 @@ def test_parts_of_block_status_are_told_in_place_of_being_kept(mode):
     assert client.commands[0].error is None
 
 
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "simple"])
+def test_parts_of_block_status_that_pass_the_end_together_are_an_error(mode):
+    def build():
+        client = connected(mode, contexts=CONTEXTS)
+        command = commands.block_status(client.engine.limits, 4096, 0)
+        client.told = told = []
+        command.on_extents = lambda _, context, lengths, flags: told.append((context, list(lengths), list(flags)))
+        client.submit(command)
+        whole = client.engine.limits.size
+        script = status_chunk(mode, command, 1, [(whole - 512, 0)]) + status_chunk(mode, command, 1, [(1024, 3)], done=True)
+        return client, script
+
+    client = everywhere(build)
+    whole = client.engine.limits.size
+    assert client.told == [("base:allocation", [whole - 512], [0]), ("base:allocation", [512], [3])]
+    assert client.commands[0].error.errno == errno.EPROTO
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_callback_may_submit(mode):
     client, command = listening(mode)

@@ -21,6 +21,7 @@ import pytest
 import nbdcore
 from nbdcore.protocol.constants import CommandType
 from nbdcore.server import ExportSettings, FileDisk, MemoryDisk, Server, SharedMemoryDisk
+from nbdcore.server.worker import _sigterm
 from tests.leaks import is_running, none_left_open, open_descriptors, workers_of
 from tests.server.raw import RawClient
 
@@ -78,6 +79,29 @@ def test_each_of_several_clients_has_a_process_as_long_as_there_are_some(socket_
             client.pwrite(bytes([number]) * 4096, number * 4096)
         for client in clients:
             assert client.pread(6 * 4096, 0) == b"".join(bytes([number]) * 4096 for number in range(6))
+
+
+def test_clients_are_handed_over_by_a_socket_that_waits_whatever_the_program_s_default_timeout(socket_path):
+    """A worker that is told of a client before its descriptor has come must wait for that, or mistakes it for the next one's."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(1)
+    try:
+        with serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=2) as (server, uri), connected(uri, 2) as clients:
+            assert [client.pread(1, 0) for client in clients] == [b"\0"] * 2
+            assert [os.get_blocking(worker._clients.fileno()) for worker in server._workers._workers] == [True]
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def test_sigterm_ends_a_process_that_was_told_to_stop_and_is_not_ready():
+    """The wait for a busy client may be long. Whoever tells it to end then, as a program's end does, has waited enough."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with _sigterm():
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_flush_on_one_connection_covers_the_writes_of_all(socket_path, tmp_path):

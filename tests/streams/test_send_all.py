@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import select
 import signal
+import socket
+import struct
 import threading
 import time
 
@@ -12,7 +16,7 @@ import pytest
 from nbdcore import Disconnected
 from nbdcore.streams import sockets
 from nbdcore.streams.sockets import SocketStream, connected_pair
-from tests.alarms import alarm_after
+from tests.alarms import alarm_after, watchdog
 
 PATIENCE = 10.0
 #: More than any system keeps for a peer that does not receive.
@@ -51,14 +55,21 @@ def receiver(far, count, into):
     return thread
 
 
+def send_everything(stream, parts, sent):
+    """Go on until all is sent, where it comes back early."""
+    whole = memoryview(b"".join(parts))
+    stream.send_all(parts, sent)
+    while sum(sent) < len(whole):
+        stream.send_all([whole[sum(sent) :]], sent)
+
+
 def test_it_waits_until_everything_is_sent(ends):
     stream, far = ends
     head, payload = os.urandom(28), os.urandom(MUCH)
     sent, received = [], []
     thread = receiver(far, 28 + MUCH, received)
-    assert stream.send_all([memoryview(head), memoryview(payload)], sent)
+    send_everything(stream, [memoryview(head), memoryview(payload)], sent)
     thread.join(PATIENCE)
-    assert sent == [28 + MUCH]
     assert received == [head + payload]
 
 
@@ -102,6 +113,39 @@ def test_broken_connection_is_for_the_next_send_to_tell(ends):
         stream.send([memoryview(b"abc")])
 
 
+def test_what_broke_the_connection_is_told_by_the_next_send_though_the_system_tells_it_once():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = socket.create_connection(server.getsockname())
+        far, _ = server.accept()
+    stream = SocketStream(near)
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    far.close()  # with a reset
+    assert select.select([near], [], [], PATIENCE)[0]
+    sent = []
+    assert stream.send_all([memoryview(b"abc")], sent)
+    assert not sent
+    with pytest.raises(Disconnected) as caught:
+        stream.send([memoryview(b"abc")])
+    assert caught.value.errno == errno.ECONNRESET
+    stream.close()
+
+
+def test_timer_that_fires_often_does_not_keep_it_waiting(ends):
+    """Python begins a call that a signal interrupts anew, with all of its time."""
+    stream, _ = ends
+    payload = memoryview(bytes(MUCH))
+    while stream.send([payload]) is not None:
+        pass
+    with watchdog():
+        before = signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+        try:
+            assert not stream.send_all([payload], [])
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
 def test_hanging_up_ends_it(ends):
     stream, _ = ends
     thread = threading.Timer(0.02, stream.hang_up)
@@ -126,8 +170,8 @@ def test_what_was_sent_before_a_handler_raised_is_counted(ends):
         raise HandlerError
 
     with pytest.raises(HandlerError), alarm_after(0.02, handler):
-        stream.send_all([memoryview(payload)], sent)
-    assert receive(far, sent[0]) == payload[: sent[0]]
+        send_everything(stream, [memoryview(payload)], sent)
+    assert receive(far, sum(sent)) == payload[: sum(sent)]
     far.setblocking(False)
     with pytest.raises(BlockingIOError):
         far.recv(1)
@@ -144,7 +188,7 @@ def test_handler_that_raises_while_nothing_can_be_sent_loses_nothing(ends):
         raise TimeoutError("the program's own")
 
     with pytest.raises(TimeoutError, match="the program's own"), alarm_after(0.02, handler):
-        stream.send_all([payload], sent)
+        send_everything(stream, [payload], sent)
     assert not sent
 
 
@@ -154,8 +198,7 @@ def test_handler_that_returns_disturbs_nothing(ends):
     seen, sent, received = [], [], []
     with alarm_after(0.01, lambda number, _: seen.append(number)):
         thread = receiver(far, MUCH, received)
-        while sum(sent) < MUCH:
-            assert stream.send_all([memoryview(payload)[sum(sent) :]], sent)
+        send_everything(stream, [memoryview(payload)], sent)
     thread.join(PATIENCE)
     assert seen == [signal.SIGALRM]
     assert received == [payload]

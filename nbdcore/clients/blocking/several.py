@@ -239,6 +239,8 @@ class _WaitOnSeveral:
     def wait(self, connections: Sequence[SharedSession], deadline: Deadline) -> None:
         """Wait until the pipeline has something to settle, doing on each connection what nobody else does there."""
         pipeline = self._pipeline
+        for connection in connections:
+            connection.refuse_if_beneath(pipeline)
         waits = {connection: Wait(pipeline, (), any_of_several=True, gate=self._bell) for connection in connections}
         expired = False
         try:

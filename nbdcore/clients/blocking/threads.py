@@ -189,12 +189,15 @@ class SharedSession:
         if self._interrupted():
             raise _interrupted_another(what)
 
-    def _refuse_if_beneath(self, what: object) -> None:
+    def refuse_if_beneath(self, what: object) -> None:
         """Raise UsageError in a signal handler that interrupted a call here while that waited, which nothing can wake meanwhile.
 
         Where somebody waits it looks through what this thread is in the middle of: handlers run in the main one.
         """
-        if not self._session.waited_for or threading.current_thread() is not threading.main_thread():
+        waiters = self._mover.waiters
+        if not (self._session.waited_for or waiters.parked or waiters.woken):
+            return
+        if threading.current_thread() is not threading.main_thread():
             return
         frame = sys._getframe(1).f_back  # noqa: SLF001 (there is no other way to look)
         while frame is not None:
@@ -348,7 +351,7 @@ class SharedSession:
         wait = Wait(pending, submit, any_of_several=any_of_several)
         expired = False
         self.refuse_if_interrupted(what)
-        self._refuse_if_beneath(what)
+        self.refuse_if_beneath(what)
         try:
             if waiters.woken and submit:
                 parker = waiters.leave_to_others(wait)
@@ -400,7 +403,7 @@ class SharedSession:
         return bool(wait_any([(session.fileno(), WANTS[wanted])], sooner(Deadline.after(LOOK_AGAIN), deadline)))
 
 
-#: The code in which callers wait: for `_refuse_if_beneath`.
+#: The code in which callers wait: for `refuse_if_beneath`.
 WAITING: set[CodeType] = {SharedSession.wait.__code__, SharedSession._run_alone.__code__}  # noqa: SLF001 (of this module)
 
 

@@ -131,6 +131,7 @@ class Command:
         target: where read data go; None lets the reply's data become `data`, or memory of our own.
         data: outcome of a read without a target.
         chunks: outcome of block status.
+        described: how many bytes it has told of, by context; None before it has told of any.
         error: the first error, else None.
         done: whether the outcome is final.
         completion: called once with the command when it is done.
@@ -146,6 +147,7 @@ class Command:
         "cookie",
         "count",
         "data",
+        "described",
         "discard",
         "done",
         "error",
@@ -173,6 +175,7 @@ class Command:
         self.target: memoryview | None = None
         self.data: bytes | None = None
         self.chunks: list[StatusChunk] = []
+        self.described: dict[str, int] | None = None
         self.error: Error | None = None
         self.done: bool = False
         self.completion: Callable[[Command], Any] | None = None

@@ -415,10 +415,14 @@ class Decoder:
         name = None if status is None else self._contexts.get(status[0])
         if status is None or name is None or command.discard:
             return
-        before = sum(sum(chunk.lengths) for chunk in command.chunks if chunk.context == name)
-        lengths, flags = possible_extents(command, status[1], status[2], self._size - before)
+        described = command.described
+        if described is None:
+            described = command.described = {}
+        before = described.get(name, 0)
+        lengths, flags, total = possible_extents(command, status[1], status[2], self._size - before)
         if not lengths:
             return
+        described[name] = before + total
         if command.on_extents is not None:
             self._tell(command.on_extents, command, name, lengths, flags)
         else:

@@ -150,10 +150,11 @@ def _numbers(typecode: str, payload: memoryview) -> Numbers:
     return numbers
 
 
-def possible_extents(command: Command, lengths: Numbers, flags: Numbers, size: int) -> tuple[Numbers, Numbers]:
-    """Return the extents up to the first impossible one: of no bytes, or past the end of an export of `size` bytes.
+def possible_extents(command: Command, lengths: Numbers, flags: Numbers, size: int) -> tuple[Numbers, Numbers, int]:
+    """Return the extents up to the first impossible one, and how many bytes they are.
 
-    Where an earlier chunk has described some of it, `size` is without that.
+    Impossible is one of no bytes, or past the end of an export of `size` bytes; where an earlier chunk has described some of it,
+    `size` is without that.
     """
     # A million numbers: 4 ms for the first look, which mistakes some neighbours for a zero, and 16 for the second.
     if bytes(lengths.itemsize) in lengths.tobytes() and 0 in lengths:
@@ -161,11 +162,11 @@ def possible_extents(command: Command, lengths: Numbers, flags: Numbers, size: i
         lengths, flags = lengths[:stop], flags[:stop]
         if not lengths:
             spoil(command, "the server described an extent of no bytes")
-    past = sum(lengths) - (size - command.offset)  # in Python's integers: it cannot wrap
-    if past > 0:
-        spoil(command, f"the server described extents {past} bytes past the end of the export")
-        return _cut(lengths, flags, size - command.offset)
-    return lengths, flags
+    total, room = sum(lengths), size - command.offset  # in Python's integers: it cannot wrap
+    if total > room:
+        spoil(command, f"the server described extents {total - room} bytes past the end of the export")
+        return *_cut(lengths, flags, room), room
+    return lengths, flags, total
 
 
 def _cut(lengths: Numbers, flags: Numbers, room: int) -> tuple[Numbers, Numbers]:
