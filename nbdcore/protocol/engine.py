@@ -477,7 +477,8 @@ class Engine:
             self.end("this program took leave of the server")
         elif between:
             why = _SHUTTING_DOWN if self.shutting_down else "the server closed the connection"
-            unanswered = f" ({waiting} commands were not answered)" if waiting else ""
+            how_many = "1 command was" if waiting == 1 else f"{waiting} commands were"
+            unanswered = f" ({how_many} not answered)" if waiting else ""
             self.fail(Disconnected(errno.ENOTCONN, f"{why}{unanswered}"), phase=Phase.CLOSED)
         elif self._decoder is not None:
             self.fail(Disconnected(errno.ENOTCONN, "the server closed the connection in the middle of a reply"))

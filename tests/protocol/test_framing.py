@@ -242,7 +242,7 @@ def test_server_that_hangs_up_fails_what_is_in_flight_and_what_is_queued(mode):
     for command in (first, second):
         assert isinstance(command.error, Disconnected)
         assert client.completed_once(command)
-    assert "2 commands" in str(client.engine.error)
+    assert "2 commands were not answered" in str(client.engine.error)
     assert client.speak() == b""
 
 
@@ -251,7 +251,14 @@ def test_message_does_not_count_commands_that_were_given_up():
     client.engine.abandon(command, Disconnected(0, "enough"))
     client.engine.received_eof()
 
-    assert "unanswered" not in str(client.engine.error)
+    assert "not answered" not in str(client.engine.error)
+
+
+def test_message_counts_a_single_command_as_one():
+    client, _ = with_read("structured")
+    client.engine.received_eof()
+
+    assert "1 command was not answered" in str(client.engine.error)
 
 
 def test_first_reason_for_the_end_is_the_one_that_is_kept():
