@@ -23,6 +23,8 @@ VM_PARTS = programs.REPOSITORY / ".cache/vm"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Begun last, the others' worker would have nothing to do for as long as they take.
+    items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
     if os.environ.get("CI") == "true":
         return
     left_out = [item for item in items if _lacking(item)]

@@ -10,7 +10,7 @@ import pytest
 from nbdcore.streams.base import Stream, Want
 from nbdcore.streams.memory import memory_pair
 from nbdcore.streams.sockets import SocketStream
-from nbdcore.testing import ContractBroken, streams
+from nbdcore.testing import ContractBroken, moving, streams
 from nbdcore.testing.choppy import ChoppyStream
 
 Pair = tuple[Stream, Stream]
@@ -149,7 +149,8 @@ class HalfClosesBothWays(Wrapper):
     ],
 )
 def test_broken_stream_is_found_out(wrong: type[Wrapper], clause: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "PATIENCE", 0.3)
+    for module in (streams, moving):
+        monkeypatch.setattr(module, "PATIENCE", 0.3)
     made: list[Stream] = []
 
     def make_pair() -> Pair:
