@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -308,13 +308,11 @@ class Engine:
         """Whether `outgoing` would return something."""
         return bool(self._parts or self.queue)
 
-    def large_payload(self, commands: Iterable[Command]) -> list[memoryview]:
-        """Return the first of `outgoing()`, for a call that waits until it is sent, where that is a large payload of `commands`.
+    def large_payload(self, is_own: Callable[[Command], bool]) -> list[memoryview]:
+        """Return the first of `outgoing()`, for a caller who waits until it is sent, where that is a large payload of its own.
 
         Empty where it is not, and where large answers are due: a server may wait until they are received before it reads on.
         """
-        if self.phase is not _CONNECTED or any(one.type in (_READ, _BLOCK_STATUS) for one in self.in_flight.values()):
-            return []
         taken: list[memoryview] = []
         left, begun = _SENT_AT_ONCE, self._begun
         for part in self._parts[:2]:  # a header may come before the payload
@@ -322,8 +320,14 @@ class Engine:
             taken.append(part[:left])
             left -= len(taken[-1])
             if len(part) >= LARGE:
-                return taken if any(command.payload is payload for command in commands) else []
-        return []
+                break
+        else:
+            return []
+        in_flight = self.in_flight.values()
+        owner = next((command for command in in_flight if command.payload is payload), None)
+        if owner is None or not is_own(owner) or any(command.type in (_READ, _BLOCK_STATUS) for command in in_flight):
+            return []
+        return taken
 
     def sent(self, count: int) -> bool:
         """The first `count` bytes of `outgoing()` have been sent. Returns whether there is more to send."""

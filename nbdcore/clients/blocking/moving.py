@@ -104,9 +104,7 @@ class Mover:
         pending = wait.pending
         if wait.gate is not None or wait.held_up or self.waiters.parked or not self.session.sends_all:
             return ()
-        if isinstance(pending, Pipeline):
-            return self.engine.large_payload(pending.unfinished())
-        return self.engine.large_payload((pending,)) if isinstance(pending, Command) else ()
+        return self.engine.large_payload(partial(_is_part_of, pending))
 
     def _room(self, pending: Pending) -> memoryview | None:
         """Return where somebody who waits for `pending` may receive with the lock released; None: nowhere.
@@ -117,7 +115,7 @@ class Mover:
         if not self.session.fills or engine.phase is not Phase.CONNECTED:
             return None
         command = engine.direct
-        if command is None or command is pending or (isinstance(pending, Pipeline) and pending.owns(command)):
+        if command is None or _is_part_of(pending, command):
             self.session.filling = True
             return engine.room()
         return None
@@ -218,3 +216,8 @@ class Mover:
             self.wake_others()
             if waiters.parked and not waiters.woken and self.session.wanted() & ~self.session.waited_for:
                 [*waiters.parked][0].wake()  # noqa: RUF015 (an iterator does not outlive one more that parks)
+
+
+def _is_part_of(pending: Pending, command: Command) -> bool:
+    """Whether whoever waits for `pending` waits for this command."""
+    return command is pending or (isinstance(pending, Pipeline) and pending.owns(command))
