@@ -19,16 +19,6 @@ pytestmark = pytest.mark.skipif(not sockets._DONT_WAIT, reason="there, streams h
 
 
 @pytest.fixture
-def ends():
-    near, far = connected_pair()
-    far.settimeout(PATIENCE)
-    stream = SocketStream(near)
-    yield stream, far
-    stream.close()
-    far.close()
-
-
-@pytest.fixture
 def room():
     return memoryview(bytearray(8))
 

@@ -25,16 +25,6 @@ MUCH = 16 << 20
 pytestmark = pytest.mark.skipif(not sockets._DONT_WAIT, reason="there, streams have no way of their own to wait")
 
 
-@pytest.fixture
-def ends():
-    near, far = connected_pair()
-    far.settimeout(PATIENCE)
-    stream = SocketStream(near)
-    yield stream, far
-    stream.close()
-    far.close()
-
-
 def receive(far, count):
     """Receive so many bytes, or those that come before the end."""
     received = bytearray()
