@@ -86,7 +86,7 @@ def vsock_device(control: Path, path: Path) -> list[str | Path]:
 def qemu(folder: Path, control: int) -> list[str | Path]:
     """Return the command for the machine; `folder` is the guest's, `control` the agent's connected socket, inherited."""
     command: list[str | Path] = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
-    command += ["-machine", "q35,memory-backend=memory", "-accel", _accelerator(), "-cpu", "max", "-smp", "2", "-m", _MEMORY]
+    command += ["-machine", "q35,memory-backend=memory", "-accel", _accelerator(), "-cpu", "max", "-smp", "1", "-m", _MEMORY]
     # Shared memory: the vhost-user helpers work in it.
     command += ["-object", f"memory-backend-memfd,id=memory,size={_MEMORY},share=on"]
     command += ["-kernel", _KERNEL, "-initrd", folder / "initramfs"]
