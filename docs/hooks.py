@@ -50,7 +50,9 @@ def commands() -> str:
 def _helps() -> Iterator[tuple[str, str]]:
     outer = click.Context(program, info_name="nbdcore", terminal_width=_WIDTH, **program.context_settings)
     yield "## nbdcore", _help(program, outer)
-    for name, command in program.commands.items():
+    for name in program.list_commands(outer):
+        command = program.get_command(outer, name)
+        assert command is not None, f"{name} is listed"
         yield f"## nbdcore {name}", _help(command, click.Context(command, info_name=name, parent=outer, terminal_width=_WIDTH))
 
 

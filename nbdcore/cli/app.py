@@ -1,23 +1,37 @@
-"""The commands, put together. A command is a module: it parses its own options, and writes through `nbdcore.cli.output` only."""
+"""The commands, put together. A command is a module: it parses its own options, and writes through `nbdcore.cli.output` only.
+
+A module is imported when its command is wanted: the others', and what they stand on, would take longer than most commands do.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import click
 
 import nbdcore
-from nbdcore.cli.demo import demo
-from nbdcore.cli.info import info
 from nbdcore.cli.output import described, discard_output, prepare, reported, warn
-from nbdcore.cli.serve import serve
-from nbdcore.cli.transports import transports
 
 __all__ = ["program", "run"]
+
+# Each is a module here, and the command in it has its name. In the order in which a newcomer wants them.
+_COMMANDS = ("demo", "info", "transports", "serve")
 
 
 class _Program(click.Group):
     """All errors that a command expects pass here. Earlier than in click's own hands, where a server's EPIPE would be silent."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click's own signature)
+        """Return the names of all commands."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 (as above)
+        """Return the command of a name; None where there is none."""
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"nbdcore.cli.{cmd_name}"), cmd_name)
+        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command."""
@@ -32,10 +46,6 @@ def program() -> None:
 
     Begin with "nbdcore demo", which shows what works on this machine.
     """
-
-
-for _command in (demo, info, transports, serve):
-    program.add_command(_command)
 
 
 def run() -> int:

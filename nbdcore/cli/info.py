@@ -17,9 +17,7 @@ from typing import Any, Self
 import click
 
 from nbdcore import (
-    TLS,
     Client,
-    ClientOptions,
     DeadlineExceeded,
     Disconnected,
     Export,
@@ -29,9 +27,9 @@ from nbdcore import (
     UsageError,
     parse_uri,
 )
+from nbdcore.cli.access import Access, DiskCommand, DiskType, Place, with_access
 from nbdcore.cli.output import Failure, described, escaped, say, warn
 from nbdcore.cli.sizes import exact, rounded
-from nbdcore.plugins.registry import registry
 
 __all__ = ["info"]
 
@@ -54,39 +52,21 @@ _BLOCK_SIZES = ("block_size_minimum", "block_size_preferred", "block_size_maximu
 Facts = dict[str, Any]
 
 
-@click.command(short_help="Describe a disk, or all that a server has.")
-@click.argument("uri")
+@click.command(cls=DiskCommand, short_help="Describe a disk, or all that a server has.")
+@click.argument("disk", type=DiskType())
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with the keys of nbdinfo --json.")
 @click.option("--size", "only_size", is_flag=True, help="Print the size in bytes, and nothing else.")
 @click.option("--list", "all_exports", is_flag=True, help="Describe all the disks of the server, whichever URI names.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    default=30.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long to wait for the connection, and for each answer.",
-)
-@click.option(
-    "--tls-certificates",
-    metavar="DIR",
-    help="Encrypt with TLS, and trust the authority (CA) in DIR, which is ca-cert.pem. Where there are client-cert.pem and "
-    "client-key.pem too, the server gets to see that certificate.",
-)
-@click.option("--tls-psk", metavar="FILE", help="Encrypt with TLS, by a key that the server has too: lines of USER:HEXKEY.")
-@click.option("--tls-hostname", metavar="NAME", help="The name that the server's certificate must be for.")
+@with_access
 def info(
-    uri: str,
+    disk: Place,
     *,
+    access: Access,
     as_json: bool,
     only_size: bool,
     all_exports: bool,
-    timeout: float,
-    tls_certificates: str | None,
-    tls_psk: str | None,
-    tls_hostname: str | None,
 ) -> None:
-    """Describe the disk that URI names (NBD calls it an export): its size, and what the server can do with it.
+    """Describe the disk that DISK names (NBD calls it an export): its size, and what the server can do with it.
 
     The words are those of the program nbdinfo; the page "Command line" of the documentation explains each.
 
@@ -95,12 +75,11 @@ def info(
     nbdcore info 'nbd+unix:///EXPORT?socket=PATH'
     nbdcore info nbd+vsock://2:10809/
     nbdcore info nbds://disks.example/ --tls-certificates pki
+    nbdcore info [ nbdkit memory 1G ]
     """  # noqa: D301 (a real backspace is how click is told not to wrap)
     if only_size and all_exports:
         raise click.UsageError("--size is about one export, --list about all: use one of them.")
-    encrypted = any(word is not None for word in (tls_certificates, tls_psk, tls_hostname))
-    tls = TLS(certificates=tls_certificates, psk_file=tls_psk, hostname=tls_hostname) if encrypted else None
-    with _Inquiry(uri, timeout, tls) as inquiry:
+    with _Inquiry(disk, access) as inquiry:
         if all_exports:
             _describe_all(inquiry, as_json=as_json)
         else:
@@ -160,21 +139,12 @@ class _Inquiry:
         server: what is known of the server, under the JSON's keys; after the first question.
     """
 
-    def __init__(self, uri: str, timeout: float, tls: TLS | None) -> None:
-        self._uri = parse_uri(uri)
-        self.chosen = self._uri.export
+    def __init__(self, disk: Place, access: Access) -> None:
+        self._disk = disk
+        self._access = access
+        self._uri = parse_uri(disk.uri) if disk.uri else None
+        self.chosen = self._uri.export if self._uri else ""
         self.server: Facts = {}
-        self._timeout = timeout
-        # Whoever types a URI means what it says, files and programs included.
-        self._options = ClientOptions(
-            opt_mode=True,
-            export=self.chosen,
-            tls=tls,
-            allow_transports=[status.name for status in registry.statuses()],
-            allow_local_files=True,
-            allow_unverified=True,
-            allow_priority=True,
-        )
         self._client: Client | None = None
 
     def __enter__(self) -> Self:
@@ -189,7 +159,7 @@ class _Inquiry:
         client = self.connection()
         if client.phase is Phase.CONNECTED:
             return [Export("")]
-        return client.opt_list(timeout=self._timeout)
+        return client.opt_list(timeout=self._access.timeout)
 
     def facts(self, name: str, description: str = "") -> Facts:
         """Ask about an export; `description` is what the list said of it. Raises NegotiationError where the server refuses."""
@@ -197,23 +167,25 @@ class _Inquiry:
         contexts: list[str] | None = None
         if client.phase is Phase.NEGOTIATING:
             with contextlib.suppress(NegotiationError):  # a server without metadata contexts, or without that export
-                contexts = client.opt_list_meta_context(export=name, timeout=self._timeout)
+                contexts = client.opt_list_meta_context(export=name, timeout=self._access.timeout)
             self._ask(client, name)
         return _facts_of(client, description, self._uri_of(client.export_name), contexts)
 
     def _ask(self, client: Client, name: str) -> None:
         """Learn what an export is, by opening it where the server tells nothing that holds before."""
         try:
-            client.opt_info(name, timeout=self._timeout)
+            client.opt_info(name, timeout=self._access.timeout)
             settled = not _is_empty(client)
         except NegotiationError:  # older servers know no INFO; others refuse again
             settled = False
         if not settled:
             # nbd-server answers INFO with a size of 0, and GO with the true one.
-            client.opt_go(name, timeout=self._timeout)
+            client.opt_go(name, timeout=self._access.timeout)
 
     def _uri_of(self, name: str) -> str | None:
-        """Return the URI of an export; None where it has none, since a server may name one as no URI can."""
+        """Return the URI of an export; None where it has none: a server of our own, or a name that no URI can have."""
+        if self._uri is None:
+            return None
         try:
             return str(replace(self._uri, export=name))
         except UsageError:
@@ -224,7 +196,7 @@ class _Inquiry:
         if self._client is None or self._client.phase is not Phase.NEGOTIATING:
             if self._client is not None:
                 self._client.__exit__(None, None, None)
-            self._client = Client(**self._options).connect(str(self._uri), timeout=self._timeout)
+            self._client = self._access.client(self._disk, opt_mode=True, export=self.chosen)
             self.server = {
                 "protocol": self._client.protocol,
                 "TLS": self._client.tls,

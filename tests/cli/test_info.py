@@ -285,7 +285,7 @@ def test_uri_that_cannot_be_used_is_one_line(uri):
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "x"])
 def test_timeout_that_is_none_is_wrong_usage(seconds):
-    assert invoke("info", "nbd://localhost", "--timeout", seconds).exit_code == 2
+    assert invoke("info", "nbd://localhost", "--timeout", seconds).exit_code == 1
 
 
 def test_timeout_that_is_not_a_number_is_refused(serve):
@@ -364,7 +364,7 @@ def test_list_without_end_is_given_up():
 
 
 def test_size_of_a_list_is_wrong_usage():
-    assert invoke("info", "--size", "--list", "nbd://localhost").exit_code == 2
+    assert invoke("info", "--size", "--list", "nbd://localhost").exit_code == 1
 
 
 # Beside nbdinfo
