@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+_DESCRIPTORS = Path("/dev/fd")
+
 Found = TypeVar("Found", dict[int, str], list[Path], list[str])
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -35,15 +37,30 @@ def open_descriptors() -> dict[int, str]:
 
     The standard streams are left out: pytest changes what they lead to, and back when it is interrupted.
     """
-    return {number: what for number, what in _descriptors() if number > 2}
+    return _described(_descriptor_numbers())
 
 
-def _descriptors() -> Iterator[tuple[int, str]]:
-    folder = Path("/dev/fd")
-    for entry in list(folder.iterdir()) if folder.exists() else ():
-        number = int(entry.name)
-        with contextlib.suppress(OSError):  # the listing's own descriptor, closed by now
-            yield number, _destination(number)
+def _described(numbers: Iterable[int]) -> dict[int, str]:
+    found = {}
+    for number in numbers:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            found[number] = _destination(number)
+    return found
+
+
+def _descriptor_numbers() -> set[int]:
+    """Return their numbers alone, as most tests need them, twice each."""
+    numbers = map(int, os.listdir(_DESCRIPTORS)) if _DESCRIPTORS.exists() else ()  # noqa: PTH208 (text is all that is wanted)
+    return {number for number in numbers if number > 2 and _is_open(number)}
+
+
+def _is_open(number: int) -> bool:
+    """Whether it is open: the listing's own descriptor is not any more."""
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
 def _destination(number: int) -> str:
@@ -123,11 +140,12 @@ def settled(look: Callable[[], Found], *, seconds: float = 5) -> Found:
 @contextlib.contextmanager
 def none_left_open(*, seconds: float = 5) -> Iterator[None]:
     """Fail where, `seconds` after the end of the block, a descriptor is open or a thread runs that was not at its beginning."""
-    before = open_descriptors()
+    before = _descriptor_numbers()
     threads = set(threading.enumerate())
     yield
-    gc.collect()
-    left = settled(lambda: {number: what for number, what in open_descriptors().items() if number not in before}, seconds=seconds)
+    if _descriptor_numbers() - before or set(threading.enumerate()) - threads:
+        gc.collect()  # what is only garbage is not left. Where nothing is there, this would look for it for some milliseconds
+    left = settled(lambda: _described(_descriptor_numbers() - before), seconds=seconds)
     assert not left, f"descriptors left open: {left}"
     # What reaps a child process ends with it.
     running = settled(lambda: [thread.name for thread in set(threading.enumerate()) - threads], seconds=seconds)
