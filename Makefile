@@ -3,8 +3,9 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-# Two workers on the two cores that CI has; tests marked with one xdist_group share a worker, and so what that worker started.
-PYTEST := $(BIN)/pytest -o cache_dir=$(VENV)/tests -n 2 --dist loadgroup
+# Two workers for each of the two cores that CI has: tests wait for half of their time. Those marked with one xdist_group share a
+# worker, and so what that worker started.
+PYTEST := $(BIN)/pytest -o cache_dir=$(VENV)/tests -n 4 --dist loadgroup
 
 # 3 is a set-up script's word for "not on this machine", after it said what it would have run: then the tests that need it are
 # left out, and say so. In CI that is a failure like any other.
@@ -37,14 +38,16 @@ test-pythons: $(VENV)/ready servers ## run what depends on the Python under ever
 	[ -z "$$failed" ] || { echo "Failed with:$$failed"; exit 1; }
 
 # What depends on the Python: all that reaches the system through its modules, which are sockets, ssl, threads, processes, event
-# loops and what is installed. What only counts bytes is the same everywhere, and has a sample here.
+# loops and what is installed. What only counts bytes is the same everywhere, and has a sample here. Of a test with many sets of
+# parameters one is run: they all were on the first Python. `make test-pythons CHOICE=` runs them all.
 DEPENDS := tests/aio tests/clients tests/plugins tests/streams tests/transports tests/server/test_listening.py \
 	tests/server/test_tls.py tests/server/test_tls_clients.py tests/libnbd/test_aio.py tests/libnbd/test_connecting.py \
 	tests/libnbd/test_exit.py tests/libnbd/test_tls.py tests/security/test_trust.py tests/test_public_names.py
 SAMPLE := tests/protocol/test_automatic.py tests/protocol/test_properties.py
+CHOICE := --one-of-each
 
 test-here: $(VENV)/ready
-	$(PYTEST) $(DEPENDS) $(SAMPLE)
+	$(PYTEST) $(CHOICE) $(DEPENDS) $(SAMPLE)
 
 test-vsock: $(VENV)/ready servers vm-parts ## run the tests over a real AF_VSOCK, in a throw-away virtual machine
 	$(BIN)/pytest -m vm

@@ -15,21 +15,35 @@ from pathlib import Path
 
 import pytest
 
-from tests import leaks
+from tests import leaks, sampling
 from tests.interop import programs
 
 #: Left by tests/vm/fetch when it has brought all that the virtual machine needs.
 VM_PARTS = programs.REPOSITORY / ".cache/vm"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--one-of-each",
+        action="store_true",
+        help="of a test with many sets of parameters run one: for another Python or platform, after all were run on this one",
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Begun last, the others' worker would have nothing to do for as long as they take.
-    items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
+    if config.getoption("one_of_each"):
+        _keep(config, items, sampling.one_of_each(items))
+    # One worker has all that share the virtual machine. Begun last, the others would have nothing to do for as long as they take.
+    items.sort(key=lambda item: item.get_closest_marker("vm") is None)
     if os.environ.get("CI") == "true":
         return
-    left_out = [item for item in items if _lacking(item)]
-    items[:] = [item for item in items if item not in left_out]
-    config.hook.pytest_deselected(items=left_out)
+    _keep(config, items, [item for item in items if not _lacking(item)])
+
+
+def _keep(config: pytest.Config, items: list[pytest.Item], kept: list[pytest.Item]) -> None:
+    chosen = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = kept
 
 
 def _lacking(item: pytest.Item) -> list[str]:

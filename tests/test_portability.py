@@ -4,8 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 #: What stands on the platform. Pure code needs no second run, nor does TLS, which stands on a Stream.
@@ -19,8 +17,6 @@ PARTS = [
 ]
 
 
-@pytest.mark.minutes
-@pytest.mark.timeout(300)
 def test_suite_passes_without_unix_sockets_vsock_poll_and_fcntl(tmp_path):
     arguments = [
         "-q",
@@ -31,6 +27,7 @@ def test_suite_passes_without_unix_sockets_vsock_poll_and_fcntl(tmp_path):
         "no:xdist",
         "-m",
         "not interop and not vm",
+        "--one-of-each",
         f"--basetemp={tmp_path}",
         *PARTS,
     ]
@@ -40,7 +37,7 @@ def test_suite_passes_without_unix_sockets_vsock_poll_and_fcntl(tmp_path):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=110,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -293,19 +293,34 @@ def connected(
 # ---------------------------------------------------------------------------------------------- cutting
 
 
+# Bytes at each end of a script that come one by one, and the pieces between: of no round number, and within a header's size.
+_SINGLY = 2000
+_PIECE = 37
+
+
 def deliveries(data: bytes, *, most: int = 400) -> Iterator[list[bytes]]:
     """Yield the ways to deliver bytes: whole, one at a time, and in two pieces cut at each position.
 
-    Of more than `most` positions, those at both ends and evenly spaced ones between are taken.
+    Of more than `most` positions, those at both ends and evenly spaced ones between are taken. Of a long payload, what is neither
+    near its beginning nor near its end comes in larger pieces: one at a time they would all meet the same state.
     """
     yield [data]
-    yield [data[at : at + 1] for at in range(len(data))]
+    yield list(_one_at_a_time(data))
     positions = range(1, len(data))
     if len(positions) > most:
         ends = [*positions[: most // 3], *positions[-(most // 3) :]]
         positions = sorted({*ends, *positions[:: len(positions) // (most // 3)]})
     for at in positions:
         yield [data[:at], data[at:]]
+
+
+def _one_at_a_time(data: bytes) -> Iterator[bytes]:
+    middle = range(_SINGLY, len(data) - _SINGLY)
+    at = 0
+    while at < len(data):
+        end = min(at + _PIECE, middle.stop) if at in middle else at + 1
+        yield data[at:end]
+        at = end
 
 
 def everywhere(build: Callable[[], tuple[Client, bytes]], *, eof: bool = False, most: int = 400) -> Client:
