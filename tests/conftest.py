@@ -68,8 +68,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def _nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fail the session's last test when a process, a socket, a descriptor or a temporary file outlives all of them."""
     kept_by_pytest = tmp_path_factory.getbasetemp()  # asked for first: it stays outside of our folder
-    # Many tests look for what they left to the collector: what pytest itself keeps, thousands of tests, need not be looked at.
-    gc.freeze()
     leaks.adopt_orphans()
     with pytest.MonkeyPatch.context() as patch:
         folder = Path(tempfile.mkdtemp(prefix="nbdcore-"))
@@ -88,6 +86,13 @@ def _nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
         shutil.rmtree(folder)
         offenders = {kind: found for kind, found in left.items() if found}
         assert not offenders, f"the tests of this session left behind: {offenders}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_others_left_is_not_looked_at() -> None:
+    """Many tests ask the collector what they left: it need not go through all that was there before their module."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import sys
+from asyncio import constants
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -25,6 +26,9 @@ def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
         return uvloop.new_event_loop
     return asyncio.SelectorEventLoop
 
+
+# Debug mode notes where each callback was made, ten frames deep, which takes longer than most tests. One frame names the place.
+constants.DEBUG_STACK_DEPTH = 1
 
 # libuv opens a pipe with its first loop that stays as long as the process: before any test counts descriptors.
 for each in LOOPS:
