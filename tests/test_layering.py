@@ -107,7 +107,10 @@ TABLE = {
     "nbdcore.libnbd": May(
         ("nbdcore.clients", "nbdcore.protocol", "nbdcore.plugins", "nbdcore.streams", "nbdcore.uri", "nbdcore.errors")
     ),
-    "nbdcore.disk": May(("nbdcore.clients", "nbdcore.processes", "nbdcore.errors")),
+    "nbdcore.disk": May(
+        ("nbdcore.clients", "nbdcore.protocol.constants", "nbdcore.uri", "nbdcore.processes", "nbdcore.errors"),
+        ("typing_extensions",),
+    ),
     "nbdcore.server": May(
         (
             "nbdcore.protocol.constants",

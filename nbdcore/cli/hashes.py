@@ -1,4 +1,4 @@
-"""How a checksum is computed, as a word of the command line: sha256, or sha256/64k with the size of its blocks, as nbdcopy has it."""
+"""How a checksum is computed, as a word of the command line: sha256, or with the size of blocks sha256/64k, as for nbdcopy."""
 
 from __future__ import annotations
 

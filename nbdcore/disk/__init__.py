@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from nbdcore.disk.blockhash import BlockHash, combined
+from nbdcore.disk.checksums import Checksum, RangeChecksum, checksum, checksum_of_stream
 from nbdcore.disk.crew import WorkerLost
 from nbdcore.disk.workers import Outcome, map_ranges
 
-__all__ = ["Outcome", "WorkerLost", "map_ranges"]
+__all__ = [
+    "BlockHash",
+    "Checksum",
+    "Outcome",
+    "RangeChecksum",
+    "WorkerLost",
+    "checksum",
+    "checksum_of_stream",
+    "combined",
+    "map_ranges",
+]

@@ -24,7 +24,7 @@ from nbdcore.errors import UsageError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["ALGORITHM", "BLOCK_SIZE", "BlockHash", "combined"]
+__all__ = ["ALGORITHM", "BLOCK_SIZE", "BlockHash", "Combination", "combined"]
 
 #: What nbdcopy takes where nothing is said.
 ALGORITHM = "sha256"
@@ -87,16 +87,40 @@ class BlockHash:
             digest = self._zero_digests[length] = self._new(memoryview(self._zeroes)[:length]).digest()
         return digest
 
-    def zero_digests(self, length: int) -> Iterator[bytes]:
-        """Yield the digests of so many zero bytes, many joined at once. They begin where a block does."""
+    def zero_digests(self, length: int) -> Iterator[tuple[bytes, int]]:
+        """Yield the digests of so many zero bytes, many joined at once, each time with the bytes that they are of.
+
+        The zeroes begin where a block does.
+        """
         blocks, rest = divmod(length, self.block_size)
         many = self.zero_digest(self.block_size) * min(blocks, _TOGETHER)
-        for _ in range(blocks // _TOGETHER):
-            yield many
-        if blocks % _TOGETHER:
-            yield many[: blocks % _TOGETHER * self.digest_size]
+        for done in range(0, blocks, _TOGETHER):
+            count = min(blocks - done, _TOGETHER)
+            yield many[: count * self.digest_size], count * self.block_size
         if rest:
-            yield self.zero_digest(rest)
+            yield self.zero_digest(rest), rest
+
+
+class Combination:
+    """The checksum of blocks whose digests are added one after the other.
+
+    Args:
+        algorithm: that of the digests. Raises UsageError as `BlockHash` does.
+    """
+
+    def __init__(self, algorithm: str = ALGORITHM) -> None:
+        self._total = _constructor(algorithm.lower())()
+
+    def add(self, digests: Buffer) -> None:
+        """Add the digests of the next blocks, joined."""
+        self._total.update(digests)
+
+    def checksum(self, length: int) -> bytes:
+        """Return the checksum of all blocks that were added, which have so many bytes together."""
+        total = self._total.copy()
+        total.update(length.to_bytes(8, "little"))
+        checksum: bytes = total.digest()
+        return checksum
 
 
 def combined(digests_in_order: Iterable[bytes], total_length: int, algorithm: str = ALGORITHM) -> bytes:
@@ -107,12 +131,10 @@ def combined(digests_in_order: Iterable[bytes], total_length: int, algorithm: st
         total_length: bytes of the disk.
         algorithm: that of the digests. Raises UsageError as `BlockHash` does.
     """
-    total = _constructor(algorithm.lower())()
+    combination = Combination(algorithm)
     for digests in digests_in_order:
-        total.update(digests)
-    total.update(total_length.to_bytes(8, "little"))
-    checksum: bytes = total.digest()
-    return checksum
+        combination.add(digests)
+    return combination.checksum(total_length)
 
 
 def _constructor(algorithm: str) -> Callable[..., Any]:

@@ -1,0 +1,205 @@
+"""A disk that is only read: over NBD, or a local file. What checksums and comparisons stand on.
+
+A source tells its size, which parts of it may hold data, and reads into the caller's memory, for several threads at once. What it
+does not name as data reads as zeroes, without reading it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol, Self, TypeAlias, Unpack
+
+from nbdcore.clients.blocking.client import Client
+from nbdcore.clients.blocking.functions import create_pool
+from nbdcore.clients.blocking.pool import Pool
+from nbdcore.clients.connect.options import ClientOptions
+from nbdcore.errors import CommandError, UsageError
+from nbdcore.protocol.constants import BASE_ALLOCATION
+from nbdcore.uri import is_uri
+
+__all__ = ["AnySource", "Source", "checked_range", "open_source"]
+
+#: What callers name a disk by: an NBD URI, a local file's path, or a client that is connected, which stays theirs.
+AnySource: TypeAlias = str | os.PathLike[str] | Client | Pool
+
+
+class Source(Protocol):
+    """What there is to read.
+
+    Attributes:
+        size: bytes.
+    """
+
+    size: int
+
+    def data(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield (begin, end) of what may hold data, in order. All else between the two offsets is zero."""
+
+    def read_into(self, memory: memoryview, offset: int) -> None:
+        """Read as much as the memory holds. Raises OSError."""
+
+    def interrupt(self) -> None:
+        """End the calls of other threads that may take long, and those that come. What they raise says nothing of the disk."""
+
+    def __enter__(self) -> Self:
+        """Give it to a `with` block, at whose end it is closed."""
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Let go of it. No other thread may read any more."""
+
+
+def open_source(
+    source: AnySource, *, connections: int, timeout: float | None = None, **options: Unpack[ClientOptions]
+) -> NBDSource | FileSource:
+    """Open what a caller names. Raises what connecting raises, or OSError for a file.
+
+    Args:
+        source: a word is a URI, or else the path of a file.
+        connections: for a URI.
+        timeout: seconds for connecting.
+        options: for a URI.
+    """
+    if isinstance(source, Client | Pool):
+        return NBDSource(source, owned=False)
+    if isinstance(source, str) and is_uri(source):
+        pool = create_pool(source, connections=connections, timeout=timeout, **options)
+        return NBDSource(pool, owned=True)
+    return FileSource(Path(source))
+
+
+def checked_range(size: int, offset: int, length: int | None) -> tuple[int, int]:
+    """Return where a range begins and ends; without a length at the end of the disk. Raises UsageError for one beyond it."""
+    end = size if length is None else offset + length
+    if not 0 <= offset <= end <= size:
+        wanted = f"up to its end, from {offset}" if length is None else f"of {length} bytes at {offset}"
+        raise UsageError(errno.EINVAL, f"the disk has {size} bytes: there is no range {wanted}")
+    return offset, end
+
+
+class NBDSource:
+    """An export, read over a client.
+
+    Args:
+        client: connected.
+        owned: whether closing this closes the client.
+    """
+
+    def __init__(self, client: Client | Pool, *, owned: bool) -> None:
+        self._client = client
+        self._owned = owned
+        self.size: int = client.size
+        self._multiple = client.block_size.minimum
+
+    def data(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield what the server does not know to be zero: all of it, where it can tell nothing."""
+        at = begin
+        if BASE_ALLOCATION in self._client.contexts and begin < end:
+            first = begin - begin % self._multiple
+            last = min(self.size, end + -end % self._multiple)
+            # A server that fails to tell is still read. What ends the connection ends the reading too.
+            with suppress(CommandError):
+                for extent in self._client.extents(offset=first, count=last - first):
+                    if not extent.zero:
+                        yield max(extent.offset, begin), min(extent.end, end)
+                    at = extent.end
+        if at < end:
+            yield at, end
+
+    def read_into(self, memory: memoryview, offset: int) -> None:
+        """Read; beyond what was asked for, where the server wants multiples of its minimum block size."""
+        end = offset + len(memory)
+        if offset % self._multiple or (end % self._multiple and end != self.size):
+            first = offset - offset % self._multiple
+            last = min(self.size, end + -end % self._multiple)
+            memory[:] = memoryview(self._client.pread(last - first, first))[offset - first : end - first]
+        else:
+            self._client.pread_into(memory, offset)
+
+    def interrupt(self) -> None:
+        """Close the client, if it is owned. One of the caller's goes on: a call ends when it is answered, or in its own time."""
+        if self._owned:
+            self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._owned:
+            self._client.__exit__(kind, *rest)
+
+
+class FileSource:
+    """A regular file, or a block device. Raises OSError where it cannot be opened, UsageError for what has no size."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+        self._seeking = threading.Lock()
+        try:
+            self.size: int = _size_of(self._fd, path)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def data(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield what is no hole: all of it, where the system cannot tell."""
+        at = begin
+        while at < end:
+            first, last = self._next_data(at, end)
+            if first < last:
+                yield first, last
+            at = last
+
+    def _next_data(self, at: int, end: int) -> tuple[int, int]:
+        """Return the next range with data; an empty one at the end."""
+        if not hasattr(os, "SEEK_DATA"):
+            return at, end
+        try:
+            with self._seeking:
+                first = os.lseek(self._fd, at, os.SEEK_DATA)
+                return min(first, end), min(os.lseek(self._fd, first, os.SEEK_HOLE), end)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole is left
+                return end, end
+            return at, end  # it is a device, or on a file system, that cannot tell
+
+    def read_into(self, memory: memoryview, offset: int) -> None:
+        """Read. A file that has become shorter meanwhile is an error."""
+        while memory:
+            count = self._some(memory, offset)
+            if not count:
+                raise OSError(errno.EIO, f"became shorter while it was read: nothing is left at {offset}", str(self._path))
+            memory, offset = memory[count:], offset + count
+
+    def _some(self, memory: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._fd, [memory], offset)
+        with self._seeking:  # Windows
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            data = os.read(self._fd, len(memory))
+        memory[: len(data)] = data
+        return len(data)
+
+    def interrupt(self) -> None:
+        """Do nothing: reading a file does not wait for anybody."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        os.close(self._fd)
+
+
+def _size_of(fd: int, path: Path) -> int:
+    kind = os.fstat(fd).st_mode
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+        raise UsageError(errno.ESPIPE, f"{path} is no file or block device, and can only be read from its beginning")
+    return os.lseek(fd, 0, os.SEEK_END)
