@@ -1,8 +1,8 @@
 """A disk's checksum: its data read and hashed by threads, its zeroes neither read nor hashed.
 
 The interpreter's lock is free while data arrive and while they are hashed, so threads keep all processors busy, and start at
-once, where each process would take a tenth of a second. Each reads a piece into memory of its own, and hashes it there while it is
-in the processor's cache. What travels are digests, which the caller's thread puts together, in order.
+once, where each process would take a tenth of a second. Each reads a piece into memory of its own, and hashes it there while it
+is in the processor's cache. What travels are digests, which the caller's thread puts together, in order.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import BinaryIO, Unpack
 
@@ -104,13 +105,14 @@ def checksum(
         most = max(_PIECE, block_hash.block_size)
         todo = pieces(opened.data(begin, end), begin, end, unit=block_hash.block_size, most=most)
         work = _Hashing(opened, block_hash, most).work
-        for piece, digests in in_order(work, todo, threads=max(2, connections), give_up=opened.interrupt):
-            if digests is None:
-                sums.add_zeroes(piece.length)
-            else:
-                sums.add(digests, piece.length)
-            if progress is not None:
-                progress(piece.end - begin, end - begin)
+        with closing(in_order(work, todo, threads=max(2, connections), give_up=opened.interrupt)) as outcomes:
+            for piece, digests in outcomes:
+                if digests is None:
+                    sums.add_zeroes(piece.length)
+                else:
+                    sums.add(digests, piece.length)
+                if progress is not None:
+                    progress(piece.end - begin, end - begin)
         return sums.result()
 
 

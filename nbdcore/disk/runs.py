@@ -8,7 +8,7 @@ a unit that is zero only in part is data.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,6 +21,7 @@ __all__ = ["Piece", "in_order", "pieces"]
 _AHEAD = 4
 
 Value = TypeVar("Value")
+AnyPiece = TypeVar("AnyPiece", bound="Piece")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,24 +78,26 @@ def _cut(first: int, last: int, begin: int, most: int) -> Iterator[Piece]:
 
 
 def in_order(
-    work: Callable[[Piece], Value], todo: Iterable[Piece], *, threads: int, give_up: Callable[[], None]
-) -> Iterator[tuple[Piece, Value | None]]:
+    work: Callable[[AnyPiece], Value], todo: Iterable[AnyPiece], *, threads: int, give_up: Callable[[], None]
+) -> Generator[tuple[AnyPiece, Value | None]]:
     """Call `work` for each piece that holds data, in threads, and yield all pieces in order, each with what that returned.
 
     Pieces are consumed only a few ahead of the loop. What is raised anywhere ends the rest: `give_up` is called, which must end
-    calls under way, and the threads are waited for. So it is when the loop is left.
+    calls under way, and the threads are waited for. So it is when the generator is closed.
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    under_way: deque[tuple[Piece, Future[Value] | None]] = deque()
+    under_way: deque[tuple[AnyPiece, Future[Value] | None]] = deque()
     executor = ThreadPoolExecutor(threads, thread_name_prefix="nbdcore-disk")
     try:
         for piece in todo:
             under_way.append((piece, executor.submit(work, piece) if piece.data else None))
-            while len(under_way) > _AHEAD * threads:
-                yield _outcome(*under_way.popleft())
+            if len(under_way) > _AHEAD * threads:
+                outcome = _first_of(under_way)
+                yield outcome
         while under_way:
-            yield _outcome(*under_way.popleft())
+            outcome = _first_of(under_way)
+            yield outcome
     except BaseException:
         give_up()
         raise
@@ -102,5 +105,6 @@ def in_order(
         executor.shutdown(cancel_futures=True)
 
 
-def _outcome(piece: Piece, future: Future[Value] | None) -> tuple[Piece, Value | None]:
+def _first_of(under_way: deque[tuple[AnyPiece, Future[Value] | None]]) -> tuple[AnyPiece, Value | None]:
+    piece, future = under_way.popleft()
     return piece, None if future is None else future.result()
