@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -93,11 +93,9 @@ def in_order(
         for piece in todo:
             under_way.append((piece, executor.submit(work, piece) if piece.data else None))
             if len(under_way) > _AHEAD * threads:
-                outcome = _first_of(under_way)
-                yield outcome
+                yield _first_of(under_way)
         while under_way:
-            outcome = _first_of(under_way)
-            yield outcome
+            yield _first_of(under_way)
     except BaseException:
         give_up()
         raise
@@ -105,6 +103,6 @@ def in_order(
         executor.shutdown(cancel_futures=True)
 
 
-def _first_of(under_way: deque[tuple[AnyPiece, Future[Value] | None]]) -> tuple[AnyPiece, Value | None]:
+def _first_of(under_way: deque[tuple[AnyPiece, Future[Any] | None]]) -> tuple[AnyPiece, Any]:
     piece, future = under_way.popleft()
     return piece, None if future is None else future.result()

@@ -1,0 +1,127 @@
+"""`nbdcore compare`: whether two disks have the same contents, and where not. Exit statuses are those of cmp and diff."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nbdcore import Error
+from nbdcore.cli.access import Access, DiskCommand, Place, with_access
+from nbdcore.cli.bar import bar
+from nbdcore.cli.output import Failure, described, say
+from nbdcore.cli.reading import ReadType, connections_option, is_read_once, opened
+from nbdcore.cli.sizes import parsed
+
+if TYPE_CHECKING:
+    from nbdcore.disk.comparing import Comparison
+
+__all__ = ["compare"]
+
+_DIFFERENT, _TROUBLE = 1, 2
+
+
+class CompareCommand(DiskCommand):
+    """A command for which 1 says something else than that it failed."""
+
+    usage_status = _TROUBLE
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; whatever it fails of, its exit status is 2."""
+        try:
+            return super().invoke(ctx)
+        except (OSError, Error) as error:
+            raise _Trouble(described(error)) from error
+        except Failure as failure:
+            raise _Trouble(failure.message) from failure
+
+
+class _Trouble(Failure):
+    """It could not be found out."""
+
+    exit_code = _TROUBLE
+
+
+@click.command(cls=CompareCommand, short_help="Say whether two disks have the same contents, and where not.")
+@click.argument("first", metavar="A", type=ReadType())
+@click.argument("second", metavar="B", type=ReadType())
+@click.option("-s", "--strict", is_flag=True, help="Disks of different sizes differ, even where the rest of one is zero.")
+@click.option("--map", "all_differences", is_flag=True, help="Print each range that differs: its offset and length in bytes.")
+@click.option(
+    "--granularity",
+    type=parsed,
+    default="4K",
+    show_default=True,
+    metavar="SIZE",
+    help="With --map: what ranges begin and end at multiples of, a power of two up to 1M.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; the ranges are in there with --map.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing: the exit status says all.")
+@connections_option
+@with_access
+def compare(
+    first: Place | Path,
+    second: Place | Path,
+    *,
+    access: Access,
+    as_json: bool,
+    connections: int,
+    quiet: bool,
+    **wanted: Any,
+) -> None:
+    """Compare A with B, each a URI, [ COMMAND ARGS ... ], a file or a block device. It stops at the first difference.
+
+    The exit status is 0 where they have the same contents, 1 where they differ, and 2 where that could not be found out. What
+    both know to be zero is not read. A larger disk counts as the same where its rest reads as zeroes, as for "qemu-img compare".
+
+    \b
+    nbdcore compare disk.img nbd://localhost/
+    nbdcore compare --map nbd://one.example/disk nbd://other.example/disk
+    nbdcore compare disk.img [ qemu-nbd -r -f qcow2 disk.qcow2 ]
+    """  # noqa: D301 (a real backspace is how click is told not to wrap)
+    result = _compare((first, second), access, connections, quiet=quiet, **wanted)
+    text = _document(result, ranges=wanted["all_differences"]) if as_json else _text(result, ranges=wanted["all_differences"])
+    if text and not quiet:
+        say(text)
+    if not result.same:
+        raise click.exceptions.Exit(_DIFFERENT)
+
+
+def _compare(
+    disks: tuple[Place | Path, Place | Path], access: Access, connections: int, *, quiet: bool, **wanted: Any
+) -> Comparison:
+    from nbdcore.disk import comparing
+
+    for disk in disks:
+        if is_read_once(disk):
+            raise Failure(f"{disk}: what comes through a pipe cannot be compared; its checksum can: nbdcore checksum")
+    with ExitStack() as stack:
+        first, second = (stack.enter_context(opened(access, disk, connections)) for disk in disks)
+        progress = stack.enter_context(bar("compare", quiet=quiet))
+        return comparing.compare(first, second, connections=connections, progress=progress, **wanted)
+
+
+def _text(result: Comparison, *, ranges: bool) -> str:
+    if ranges and result.differences:
+        return "\n".join(f"{one.offset:>12} {one.length:>12}" for one in result.differences)
+    smaller, larger = sorted(result.sizes)
+    if result.first_difference is not None:
+        return f"The disks differ, first at byte {result.first_difference}."
+    if not result.same:
+        return f"The disks differ in size: {result.sizes[0]} and {result.sizes[1]} bytes."
+    if ranges:
+        return ""
+    if larger > smaller:
+        return f"The disks have the same contents, and the last {larger - smaller} bytes of the larger one are zero."
+    return "The disks have the same contents."
+
+
+def _document(result: Comparison, *, ranges: bool) -> str:
+    import json
+
+    facts: dict[str, Any] = {"same": result.same, "first-difference": result.first_difference, "sizes": list(result.sizes)}
+    if ranges:
+        facts["differences"] = [{"offset": one.offset, "length": one.length} for one in result.differences]
+    return json.dumps(facts, indent=2)
