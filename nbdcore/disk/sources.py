@@ -77,8 +77,8 @@ def checked_range(size: int, offset: int, length: int | None) -> tuple[int, int]
     """Return where a range begins and ends; without a length at the end of the disk. Raises UsageError for one beyond it."""
     end = size if length is None else offset + length
     if not 0 <= offset <= end <= size:
-        wanted = f"up to its end, from {offset}" if length is None else f"of {length} bytes at {offset}"
-        raise UsageError(errno.EINVAL, f"the disk has {size} bytes: there is no range {wanted}")
+        missing = f"offset {offset}" if length is None else f"{length} bytes at offset {offset}"
+        raise UsageError(errno.EINVAL, f"the disk has {size} bytes, and no {missing}")
     return offset, end
 
 
