@@ -11,7 +11,7 @@ from nbdcore.cli.access import Access, DiskCommand, Place, with_access
 from nbdcore.cli.bar import bar
 from nbdcore.cli.hashes import BlockHashType
 from nbdcore.cli.output import say
-from nbdcore.cli.reading import ReadType, connections_option, opened, read_once
+from nbdcore.cli.reading import ReadType, connections_option, read_once, source
 from nbdcore.cli.sizes import parsed
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def checksum(
     quiet: bool,
     **part: int | None,
 ) -> None:
-    """Print the checksum of DISK: a URI, [ COMMAND ARGS ... ], a file, a block device, or - for what comes through a pipe.
+    """Print the checksum of DISK: a URI, [ COMMAND ], a file, a block device, or - for what comes through a pipe.
 
     It is the one that nbdcopy prints for --blkhash, which is not that of sha256sum. Disks with the same checksum have the same
     contents, however they are stored. What is known to be zero is not read.
@@ -74,8 +74,8 @@ def _checksum(disk: Place | Path, access: Access, connections: int, *, quiet: bo
     if (stream := read_once(disk)) is not None:
         with stream:
             return checksums.checksum_of_stream(stream, **wanted)
-    with opened(access, disk, connections) as source, bar("checksum", quiet=quiet) as progress:
-        return checksums.checksum(source, connections=connections, progress=progress, **wanted)
+    with bar("checksum", quiet=quiet) as progress:
+        return checksums.checksum(source(access, disk, connections), connections=connections, progress=progress, **wanted)
 
 
 def _document(result: Checksum) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from nbdcore import Error
 from nbdcore.cli.access import Access, DiskCommand, Place, with_access
 from nbdcore.cli.bar import bar
 from nbdcore.cli.output import Failure, described, say
-from nbdcore.cli.reading import ReadType, connections_option, is_read_once, opened
+from nbdcore.cli.reading import ReadType, connections_option, is_read_once, source
 from nbdcore.cli.sizes import parsed
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def compare(
     quiet: bool,
     **wanted: Any,
 ) -> None:
-    """Compare A with B, each a URI, [ COMMAND ARGS ... ], a file or a block device. It stops at the first difference.
+    """Compare A with B, each a URI, [ COMMAND ], a file or a block device. It stops at the first difference.
 
     The exit status is 0 where they have the same contents, 1 where they differ, and 2 where that could not be found out. What
     both know to be zero is not read. A larger disk counts as the same where its rest reads as zeroes, as for "qemu-img compare".
@@ -97,9 +96,8 @@ def _compare(
     for disk in disks:
         if is_read_once(disk):
             raise Failure(f"{disk}: what comes through a pipe cannot be compared; its checksum can: nbdcore checksum")
-    with ExitStack() as stack:
-        first, second = (stack.enter_context(opened(access, disk, connections)) for disk in disks)
-        progress = stack.enter_context(bar("compare", quiet=quiet))
+    first, second = (source(access, disk, connections) for disk in disks)
+    with bar("compare", quiet=quiet) as progress:
         return comparing.compare(first, second, connections=connections, progress=progress, **wanted)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -13,7 +13,7 @@ import click
 from nbdcore import Client, Pool, is_uri
 from nbdcore.cli.access import Access, Bracketed, Place
 
-__all__ = ["ReadType", "connections_option", "is_read_once", "opened", "read_once"]
+__all__ = ["ReadType", "connections_option", "is_read_once", "read_once", "source"]
 
 #: A word that is no file's name: for that one, write ./-
 _STANDARD_INPUT = Path("-")
@@ -53,17 +53,11 @@ connections_option = click.option(
 )
 
 
-@contextlib.contextmanager
-def opened(access: Access, disk: Place | Path, connections: int) -> Iterator[Client | Pool | Path]:
-    """Give what the library reads, connected until the end of the context."""
+def source(access: Access, disk: Place | Path, connections: int) -> Path | Callable[[], Client | Pool]:
+    """Return what the library reads: a file, or what connects to a server."""
     if isinstance(disk, Path):
-        yield disk
-    elif disk.uri:
-        with access.pool(disk, connections) as pool:
-            yield pool
-    else:
-        with access.client(disk) as client:
-            yield client
+        return disk
+    return partial(access.pool, disk, connections) if disk.uri else partial(access.client, disk)
 
 
 def is_read_once(disk: Place | Path) -> bool:

@@ -85,7 +85,8 @@ def checksum(
     many connections there are. Parts have checksums of their own with `range_size`: two disks that differ differ in those parts.
 
     Args:
-        source: an NBD URI, a local file or block device, or a connected `Client` or `Pool`.
+        source: an NBD URI, a local file or block device, a connected `Client` or `Pool`, or a function that returns one of
+            those, which is closed in the end.
         block_hash: algorithm and block size; None: sha256, and 64 KiB.
         offset: where the range begins, in bytes. Blocks are counted from there.
         length: bytes of the range; None: up to the end.

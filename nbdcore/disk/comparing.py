@@ -74,7 +74,8 @@ def compare(
     """Compare two disks, up to the first difference or as a whole.
 
     Args:
-        first: an NBD URI, a local file or block device, or a connected `Client` or `Pool`.
+        first: an NBD URI, a local file or block device, a connected `Client` or `Pool`, or a function that returns one of
+            those, which is closed in the end.
         second: likewise.
         strict: disks of different sizes differ, and nothing is read of them.
         all_differences: go on behind the first difference, and list all.

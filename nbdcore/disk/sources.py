@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, Self, TypeAlias, Unpack
@@ -25,8 +25,9 @@ from nbdcore.uri import is_uri
 
 __all__ = ["AnySource", "Source", "checked_range", "open_source"]
 
-#: What callers name a disk by: an NBD URI, a local file's path, or a client that is connected, which stays theirs.
-AnySource: TypeAlias = str | os.PathLike[str] | Client | Pool
+#: What callers name a disk by: an NBD URI, a local file's path, a client that is connected, which stays theirs, or a function
+#: that connects one, which is closed in the end.
+AnySource: TypeAlias = str | os.PathLike[str] | Client | Pool | Callable[[], Client | Pool]
 
 
 class Source(Protocol):
@@ -60,7 +61,7 @@ def open_source(
     """Open what a caller names. Raises what connecting raises, or OSError for a file.
 
     Args:
-        source: a word is a URI, or else the path of a file.
+        source: a string is a URI, or else the path of a file.
         connections: for a URI.
         timeout: seconds for connecting.
         options: for a URI.
@@ -70,6 +71,8 @@ def open_source(
     if isinstance(source, str) and is_uri(source):
         pool = create_pool(source, connections=connections, timeout=timeout, **options)
         return NBDSource(pool, owned=True)
+    if callable(source):
+        return NBDSource(source(), owned=True)
     return FileSource(Path(source))
 
 
