@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nbdcore.cli.access import Access, DiskCommand, Place, with_access
+from nbdcore.cli.access import DiskCommand, Place
 from nbdcore.cli.bar import bar
 from nbdcore.cli.hashes import BlockHashType
 from nbdcore.cli.output import say
-from nbdcore.cli.reading import ReadType, connections_option, read_once, source
+from nbdcore.cli.reading import Reading, ReadType, read_once, with_reading
 from nbdcore.cli.sizes import parsed
 
 if TYPE_CHECKING:
@@ -38,15 +38,13 @@ __all__ = ["checksum"]
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--range-size", type=parsed, metavar="SIZE", help="With --json: the checksum of each part of that size too.")
 @click.option("-q", "--quiet", is_flag=True, help="Draw no progress bar.")
-@connections_option
-@with_access
+@with_reading
 def checksum(
     disk: Place | Path,
     *,
-    access: Access,
+    reading: Reading,
     block_hash: BlockHash,
     as_json: bool,
-    connections: int,
     quiet: bool,
     **part: int | None,
 ) -> None:
@@ -64,18 +62,18 @@ def checksum(
     """  # noqa: D301 (a real backspace is how click is told not to wrap)
     if part["range_size"] is not None and not as_json:
         raise click.UsageError("--range-size is for --json: the checksums of parts are in there.")
-    result = _checksum(disk, access, connections, quiet=quiet, block_hash=block_hash, **part)
+    result = _checksum(disk, reading, quiet=quiet, block_hash=block_hash, **part)
     say(_document(result) if as_json else result.digest.hex())
 
 
-def _checksum(disk: Place | Path, access: Access, connections: int, *, quiet: bool, **wanted: Any) -> Checksum:
+def _checksum(disk: Place | Path, reading: Reading, *, quiet: bool, **wanted: Any) -> Checksum:
     from nbdcore.disk import checksums
 
     if (stream := read_once(disk)) is not None:
         with stream:
             return checksums.checksum_of_stream(stream, **wanted)
     with bar("checksum", quiet=quiet) as progress:
-        return checksums.checksum(source(access, disk, connections), connections=connections, progress=progress, **wanted)
+        return checksums.checksum(reading.source(disk), connections=reading.connections, progress=progress, **wanted)
 
 
 def _document(result: Checksum) -> str:

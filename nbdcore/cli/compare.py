@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nbdcore import Error
-from nbdcore.cli.access import Access, DiskCommand, Place, with_access
+from nbdcore.cli.access import DiskCommand, Place
 from nbdcore.cli.bar import bar
 from nbdcore.cli.output import Failure, described, say
-from nbdcore.cli.reading import ReadType, connections_option, is_read_once, source
+from nbdcore.cli.reading import Reading, ReadType, is_read_once, with_reading
 from nbdcore.cli.sizes import parsed
 
 if TYPE_CHECKING:
@@ -58,15 +58,13 @@ class _Trouble(Failure):
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; the ranges are in there with --map.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing: the exit status says all.")
-@connections_option
-@with_access
+@with_reading
 def compare(
     first: Place | Path,
     second: Place | Path,
     *,
-    access: Access,
+    reading: Reading,
     as_json: bool,
-    connections: int,
     quiet: bool,
     **wanted: Any,
 ) -> None:
@@ -80,7 +78,7 @@ def compare(
     nbdcore compare --map nbd://one.example/disk nbd://other.example/disk
     nbdcore compare disk.img [ qemu-nbd -r -f qcow2 disk.qcow2 ]
     """  # noqa: D301 (a real backspace is how click is told not to wrap)
-    result = _compare((first, second), access, connections, quiet=quiet, **wanted)
+    result = _compare((first, second), reading, quiet=quiet, **wanted)
     text = _document(result, ranges=wanted["all_differences"]) if as_json else _text(result, ranges=wanted["all_differences"])
     if text and not quiet:
         say(text)
@@ -88,17 +86,15 @@ def compare(
         raise click.exceptions.Exit(_DIFFERENT)
 
 
-def _compare(
-    disks: tuple[Place | Path, Place | Path], access: Access, connections: int, *, quiet: bool, **wanted: Any
-) -> Comparison:
+def _compare(disks: tuple[Place | Path, Place | Path], reading: Reading, *, quiet: bool, **wanted: Any) -> Comparison:
     from nbdcore.disk import comparing
 
     for disk in disks:
         if is_read_once(disk):
             raise Failure(f"{disk}: what comes through a pipe cannot be compared; its checksum can: nbdcore checksum")
-    first, second = (source(access, disk, connections) for disk in disks)
+    first, second = map(reading.source, disks)
     with bar("compare", quiet=quiet) as progress:
-        return comparing.compare(first, second, connections=connections, progress=progress, **wanted)
+        return comparing.compare(first, second, connections=reading.connections, progress=progress, **wanted)
 
 
 def _text(result: Comparison, *, ranges: bool) -> str:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import click
 
 from nbdcore import Client, Pool, is_uri
-from nbdcore.cli.access import Access, Bracketed, Place
+from nbdcore.cli.access import Access, Bracketed, Place, with_access
 
-__all__ = ["ReadType", "connections_option", "is_read_once", "read_once", "source"]
+__all__ = ["ReadType", "Reading", "is_read_once", "read_once", "with_reading"]
+
+#: What a command takes as its function.
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 #: A word that is no file's name: for that one, write ./-
 _STANDARD_INPUT = Path("-")
@@ -42,22 +46,57 @@ class ReadType(_ReadType):
         return path.absolute() if path == _STANDARD_INPUT and value != str(path) else path
 
 
-connections_option = click.option(
-    "-C",
-    "--connections",
-    type=click.IntRange(1, 128),
-    default=4,
-    show_default=True,
-    metavar="N",
-    help="How many connections to open to a server, if it allows several. As many threads work.",
+def with_reading(function: _Function) -> _Function:
+    """Give a command the options of all that read, and its function one argument for them: `reading`."""
+
+    @functools.wraps(function)
+    def wrapper(*arguments: Any, access: Access, connections: int, no_extents: bool, **others: Any) -> Any:
+        reading = Reading(access, connections, extents=not no_extents)
+        return function(*arguments, reading=reading, **others)
+
+    decorated: Any = with_access(wrapper)
+    for option in reversed(_OPTIONS):
+        decorated = option(decorated)
+    typed: _Function = decorated
+    return typed
+
+
+_OPTIONS = (
+    click.option("--no-extents", is_flag=True, help="Read all, in place of taking a server's word for what is zero."),
+    click.option(
+        "-C",
+        "--connections",
+        type=click.IntRange(1, 128),
+        default=4,
+        show_default=True,
+        metavar="N",
+        help="How many connections to open to a server, if it allows several. As many threads work.",
+    ),
 )
 
 
-def source(access: Access, disk: Place | Path, connections: int) -> Path | Callable[[], Client | Pool]:
-    """Return what the library reads: a file, or what connects to a server."""
-    if isinstance(disk, Path):
-        return disk
-    return partial(access.pool, disk, connections) if disk.uri else partial(access.client, disk)
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How disks are read: what the commands' common options say.
+
+    Attributes:
+        access: how to get to them.
+        connections: to each server, and how many threads work.
+        extents: whether servers are asked what is zero.
+    """
+
+    access: Access
+    connections: int
+    extents: bool
+
+    def source(self, disk: Place | Path) -> Path | Callable[[], Client | Pool]:
+        """Return what the library reads: a file, or what connects to a server."""
+        if isinstance(disk, Path):
+            return disk
+        contexts = {} if self.extents else {"contexts": ()}
+        if disk.uri:
+            return functools.partial(self.access.pool, disk, self.connections, **contexts)
+        return functools.partial(self.access.client, disk, **contexts)
 
 
 def is_read_once(disk: Place | Path) -> bool:

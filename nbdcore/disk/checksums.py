@@ -22,8 +22,8 @@ from nbdcore.errors import UsageError
 
 __all__ = ["Checksum", "Progress", "RangeChecksum", "checksum", "checksum_of_stream"]
 
-# Bytes that a thread reads at once. Of 256 KiB to 2 MiB, less takes longer, and more needs memory only.
-_PIECE = 1 << 20
+# Bytes that a thread reads at once. Pieces of 1 MiB take a tenth more of the processors' time, those of 4 MiB no less.
+_PIECE = 2 << 20
 
 #: Told how many bytes are done, and how many there are, in the caller's thread; what it raises ends the work.
 Progress = Callable[[int, int], None]
@@ -94,7 +94,7 @@ def checksum(
         connections: opened for a URI, as far as the server allows several; as many threads work, and two at least.
         progress: called with the bytes that are done, and all of them, now and then; what it raises ends the work.
         timeout: seconds for connecting.
-        options: those of `Client`, for a URI.
+        options: those of `Client`, for a URI. With `contexts=()` nothing is asked about zeroes, and all is read.
 
     Raises UsageError for wrong arguments, what connecting and reading raise, and OSError for a file. A client of the caller's
     goes on, unless its connection was lost.

@@ -83,7 +83,7 @@ def compare(
         connections: opened for each URI, as far as its server allows several; as many threads work, and two at least.
         progress: called with the bytes that are done, and all of them, now and then; what it raises ends the work.
         timeout: seconds for connecting.
-        options: those of `Client`, for URIs.
+        options: those of `Client`, for URIs. With `contexts=()` nothing is asked about zeroes, and all is read.
 
     Raises UsageError for wrong arguments, what connecting and reading raise, and OSError for a file. A client of the caller's
     goes on, unless its connection was lost.

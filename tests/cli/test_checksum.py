@@ -93,6 +93,24 @@ def test_json_has_what_was_read_and_the_parts_checksums(path):
     }
 
 
+@pytest.mark.interop("nbdkit")
+def test_a_server_that_tells_untruths_about_zeroes_is_read_with_no_extents(tmp_path):
+    script = tmp_path / "server"
+    script.write_text(
+        """case $1 in
+        get_size) echo 1M ;;
+        pread) head -c $3 /dev/zero | tr '\\0' x ;;
+        can_extents) exit 0 ;;
+        extents) echo 0 1M zero ;;
+        *) exit 2 ;;
+        esac"""
+    )
+    script.chmod(0o755)
+    with nbdkit("sh", str(script)) as server:
+        assert invoke("checksum", server.uri).stdout == block_hash(bytes(1 << 20)).hex() + "\n"
+        assert invoke("checksum", server.uri, "--no-extents").stdout == block_hash(b"x" * (1 << 20)).hex() + "\n"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
