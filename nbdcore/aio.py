@@ -11,7 +11,8 @@ Imported by its own name only: `import nbdcore` does not bring asyncio. Values a
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Iterable
-from typing import Any, Generic, TypeVar, Unpack
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, Unpack
 
 from nbdcore.clients.asyncio.client import AsyncClient
 from nbdcore.clients.asyncio.pool import AsyncPool
@@ -21,10 +22,15 @@ from nbdcore.clients.requests.arguments import Socket, StrPath, deadline_after
 from nbdcore.protocol.handshake.agreement import Export
 from nbdcore.streams.base import Stream
 
+if TYPE_CHECKING:
+    from nbdcore.disk.awaited import checksum, compare
+
 __all__ = [
     "AsyncClient",
     "AsyncPool",
     "Connecting",
+    "checksum",
+    "compare",
     "connect",
     "connect_command",
     "connect_socket",
@@ -37,6 +43,17 @@ __all__ = [
     "create_pool",
     "list_exports",
 ]
+
+# What is done with whole disks, imported when it is first used: clients alone need nothing of it.
+_OF_WHOLE_DISKS = ("checksum", "compare")
+
+
+def __getattr__(name: str) -> object:
+    if name not in _OF_WHOLE_DISKS:
+        raise AttributeError(f"module 'nbdcore.aio' has no attribute {name!r}")
+    value: object = getattr(import_module("nbdcore.disk.awaited"), name)
+    globals()[name] = value
+    return value
 
 
 AnyClient = TypeVar("AnyClient", bound=AsyncClient | AsyncPool)

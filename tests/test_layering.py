@@ -102,7 +102,7 @@ TABLE = {
     # Extents in arrays, numpy's where it is installed.
     "nbdcore.clients.extents.columns": May(("nbdcore.protocol",), ("numpy",), itself=False),
     # The client for asyncio, by its own name: `import nbdcore` does not bring it.
-    "nbdcore.aio": May(("nbdcore.clients", "nbdcore.protocol", "nbdcore.streams.base"), itself=False),
+    "nbdcore.aio": May(("nbdcore.clients", "nbdcore.disk", "nbdcore.protocol", "nbdcore.streams.base"), itself=False),
     # It hands on what the clients do, under other names: it must know their values and errors.
     "nbdcore.libnbd": May(
         ("nbdcore.clients", "nbdcore.protocol", "nbdcore.plugins", "nbdcore.streams", "nbdcore.uri", "nbdcore.errors")

@@ -19,14 +19,14 @@ from nbdcore.disk.runs import Piece, in_order, pieces
 from nbdcore.disk.sources import AnySource, Source, open_source
 from nbdcore.errors import UsageError
 
-__all__ = ["Comparison", "Difference", "compare"]
+__all__ = ["GRANULARITY", "Comparison", "Difference", "compare"]
 
 # Bytes of each disk that a thread reads at once.
 _PIECE = 1 << 20
 # Zeroes up to so many are read, in bytes, where data are beside them: one more request would take as long.
 _UNIT = 64 << 10
-# A block of most file systems: what a difference is made of, where the caller does not say.
-_GRANULARITY = 4096
+#: A block of most file systems: what a difference is made of, where the caller does not say.
+GRANULARITY = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def compare(
     *,
     strict: bool = False,
     all_differences: bool = False,
-    granularity: int = _GRANULARITY,
+    granularity: int = GRANULARITY,
     connections: int = CONNECTIONS,
     progress: Progress | None = None,
     timeout: float | None = None,
