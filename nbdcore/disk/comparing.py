@@ -21,8 +21,10 @@ from nbdcore.errors import UsageError
 
 __all__ = ["GRANULARITY", "Comparison", "Difference", "compare"]
 
-# Bytes of each disk that a thread reads at once.
-_PIECE = 1 << 20
+# Bytes of each disk that a thread reads at once: as for a checksum.
+_PIECE = 2 << 20
+# The largest granularity: a piece is made of whole blocks.
+_COARSEST = 1 << 20
 # Zeroes up to so many are read, in bytes, where data are beside them: one more request would take as long.
 _UNIT = 64 << 10
 #: A block of most file systems: what a difference is made of, where the caller does not say.
@@ -88,8 +90,10 @@ def compare(
     Raises UsageError for wrong arguments, what connecting and reading raise, and OSError for a file. A client of the caller's
     goes on, unless its connection was lost.
     """
-    if not 0 < granularity <= _PIECE or granularity & (granularity - 1):
-        raise UsageError(errno.EINVAL, f"differences are multiples of a power of two up to {_PIECE} bytes, not of {granularity}")
+    if not 0 < granularity <= _COARSEST or granularity & (granularity - 1):
+        raise UsageError(
+            errno.EINVAL, f"differences are multiples of a power of two up to {_COARSEST} bytes, not of {granularity}"
+        )
     with (
         open_source(first, connections=connections, timeout=timeout, **options) as one,
         open_source(second, connections=connections, timeout=timeout, **options) as other,

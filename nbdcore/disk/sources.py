@@ -108,9 +108,9 @@ class NBDSource:
             # A server that fails to tell is still read. What ends the connection ends the reading too.
             with suppress(CommandError):
                 for extent in self._client.extents(offset=first, count=last - first):
-                    if not extent.zero:
-                        yield max(extent.offset, begin), min(extent.end, end)
-                    at = extent.end
+                    low, at = at, max(at, min(extent.end, end))
+                    if not extent.zero and low < at:
+                        yield low, at
         if at < end:
             yield at, end
 

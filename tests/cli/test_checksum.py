@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pty
 import random
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -20,6 +20,8 @@ from tests.interop.programs import DIES_WITH_US
 from tests.interop.servers import nbdkit
 
 DATA = random.Random(1).randbytes(300_000)
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="its disks are served on unix sockets")
 
 
 @pytest.fixture
@@ -177,7 +179,7 @@ def test_on_a_terminal_a_bar_is_drawn_and_wiped_away(socket_path):
             return super().pread(count, offset)
 
     disk = SlowDisk(bytes(10 << 20), [])
-    main, terminal = pty.openpty()
+    main, terminal = os.openpty()
     with served(disk, socket_path) as uri, os.fdopen(main, "rb", buffering=0) as screen:
         process = subprocess.Popen(
             [*DIES_WITH_US, *COMMAND, "checksum", "-C1", uri],

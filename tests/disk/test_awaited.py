@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 import threading
 
 import pytest
@@ -16,6 +17,8 @@ from tests.disk.disks import ToldDisk, random_disk, served
 from tests.leaks import none_left_open
 
 PATIENCE = 20.0
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="its disks are served on unix sockets")
 
 
 @pytest.fixture(autouse=True)

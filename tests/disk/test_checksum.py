@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import random
+import sys
 import threading
 
 import pytest
@@ -20,6 +21,8 @@ from tests.leaks import none_left_open
 
 PATIENCE = 20.0
 SIZE = 5_000_000
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="its disks are served on unix sockets")
 
 
 @pytest.fixture(autouse=True)

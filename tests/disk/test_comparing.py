@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import threading
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
@@ -21,6 +22,8 @@ from tests.leaks import none_left_open
 
 PATIENCE = 20.0
 SIZE = 3_000_000
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="its disks are served on unix sockets")
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +107,7 @@ def test_what_one_knows_to_be_zero_is_read_of_the_other_only(tmp_path):
     with logging_reads(sparse) as (one, of_sparse), logging_reads(full) as (two, of_full):
         assert compare(one, two, timeout=PATIENCE).same
     assert of_sparse.read_text().count(" Read ") == 0
-    assert of_full.read_text().count(" Read ") == 4
+    assert of_full.read_text().count(" Read ") == 2
 
 
 @contextmanager
@@ -162,7 +165,7 @@ def test_clients_of_the_callers_stay_open_and_files_have_no_server(short_folder,
 
 @pytest.mark.parametrize("granularity", [0, -4096, 3, 2 << 20])
 def test_a_granularity_that_no_piece_can_be_cut_into_is_refused(granularity):
-    with pytest.raises(UsageError, match="a power of two up to 1048576"):
+    with pytest.raises(UsageError, match="a power of two up to 1048576 bytes"):
         compare("a", "b", granularity=granularity)
 
 
