@@ -91,9 +91,7 @@ def compare(
     goes on, unless its connection was lost.
     """
     if not 0 < granularity <= _COARSEST or granularity & (granularity - 1):
-        raise UsageError(
-            errno.EINVAL, f"differences are multiples of a power of two up to {_COARSEST} bytes, not of {granularity}"
-        )
+        raise UsageError(errno.EINVAL, f"granularity is a power of two up to {_COARSEST} bytes, not {granularity}")
     with (
         open_source(first, connections=connections, timeout=timeout, **options) as one,
         open_source(second, connections=connections, timeout=timeout, **options) as other,

@@ -69,11 +69,16 @@ def open_source(
     if isinstance(source, Client | Pool):
         return NBDSource(source, owned=False)
     if isinstance(source, str) and is_uri(source):
-        pool = create_pool(source, connections=connections, timeout=timeout, **options)
-        return NBDSource(pool, owned=True)
-    if callable(source):
-        return NBDSource(source(), owned=True)
-    return FileSource(Path(source))
+        return _owned(create_pool(source, connections=connections, timeout=timeout, **options))
+    return _owned(source()) if callable(source) else FileSource(Path(source))
+
+
+def _owned(client: Client | Pool) -> NBDSource:
+    try:
+        return NBDSource(client, owned=True)
+    except BaseException:
+        client.close()
+        raise
 
 
 def checked_range(size: int, offset: int, length: int | None) -> tuple[int, int]:
@@ -142,7 +147,9 @@ class FileSource:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+        # Not blocking: a named pipe that nobody writes to is refused too.
+        flags = ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK")
+        self._fd = os.open(path, os.O_RDONLY | sum(getattr(os, flag, 0) for flag in flags))
         self._seeking = threading.Lock()
         try:
             self.size: int = _size_of(self._fd, path)

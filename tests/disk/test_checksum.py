@@ -285,6 +285,24 @@ def test_what_is_no_disk_is_refused(tmp_path):
         checksum(tmp_path)
     with pytest.raises(UsageError, match="is no file or block device"):
         checksum("/dev/null")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="can only be read from its beginning"):
+        checksum(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_client_that_was_connected_for_it_is_closed_though_its_disk_cannot_be_used(late, socket_path):
+    opened = []
+
+    def connect():
+        opened.append(nbdcore.connect(uri, timeout=PATIENCE))
+        if not late:
+            opened[0].close()
+        return opened[0]
+
+    with served(ToldDisk(bytes(10), []), socket_path) as uri, pytest.raises(UsageError):
+        checksum(connect, offset=11)
+    assert opened[0].phase is nbdcore.Phase.CLOSED
 
 
 class Dribble(io.RawIOBase):
