@@ -16,7 +16,7 @@ from nbdcore.cli.output import described, discard_output, prepare, reported, war
 __all__ = ["program", "run"]
 
 # Each is a module here, and the command in it has its name. In the order in which a newcomer wants them.
-_COMMANDS = ("demo", "info", "checksum", "compare", "transports", "serve")
+_COMMANDS = ("demo", "info", "checksum", "compare", "dump", "transports", "serve")
 
 
 class _Program(click.Group):

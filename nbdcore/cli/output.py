@@ -76,10 +76,10 @@ def escaped(text: str) -> str:
     return "".join(printable(char) for char in text)
 
 
-def say(text: str) -> None:
+def say(text: str, *, newline: bool = True) -> None:
     """Print a result, and make sure that it has left. Ends the command where nobody takes it."""
     try:
-        click.echo(text)
+        click.echo(text, nl=newline)
     except BrokenPipeError:
         discard_output()
         raise click.exceptions.Exit(_READER_GONE) from None
