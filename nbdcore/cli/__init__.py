@@ -14,19 +14,22 @@ __all__ = ["main"]
 _INTERRUPTED = 130
 
 
-def main() -> int:
-    """Run the command with this process's arguments, and return its exit status."""
+def main(name: str = "nbdcore") -> int:
+    """Run the command with this process's arguments, and return its exit status.
+
+    `name` is the program's: with that of one of libnbd's, such as nbdinfo, it is the command that stands in for it.
+    """
     _fill_standard_descriptors()
     try:
         try:
             import click  # noqa: F401 (looked for, not used)
             import rich  # noqa: F401 (as above)
         except ModuleNotFoundError as missing:
-            sys.stderr.write(f"nbdcore: the command needs {missing.name}, the library does not: pip install 'nbdcore[cli]'\n")
+            sys.stderr.write(f"{name}: the command needs {missing.name}, the library does not: pip install 'nbdcore[cli]'\n")
             return 1
         from nbdcore.cli.app import run
 
-        return run()
+        return run(name)
     except KeyboardInterrupt:
         return _INTERRUPTED
 

@@ -5,18 +5,20 @@ A module is imported when its command is wanted: the others', and what they stan
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import Any
 
 import click
 
 import nbdcore
+from nbdcore.cli import originals
 from nbdcore.cli.output import described, discard_output, prepare, reported, warn
 
 __all__ = ["program", "run"]
 
 # Each is a module here, and the command in it has its name. In the order in which a newcomer wants them.
-_COMMANDS = ("demo", "info", "checksum", "compare", "dump", "transports", "serve")
+_COMMANDS = ("demo", "info", "checksum", "compare", "dump", "shell", "transports", "serve")
 
 
 class _Program(click.Group):
@@ -39,7 +41,23 @@ class _Program(click.Group):
             return super().invoke(ctx)
 
 
-@click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})
+class _Originals(_Program):
+    """The commands whose names are those of libnbd's programs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click's own signature)
+        """Return those names."""
+        return list(originals.COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command behind a name; None where there is none."""
+        command = super().get_command(ctx, originals.COMMANDS.get(cmd_name, ""))
+        return command and originals.disguised(cmd_name, command)
+
+
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+@click.group(cls=_Program, context_settings=_SETTINGS)
 @click.version_option(nbdcore.__version__, prog_name="nbdcore", message="%(prog)s %(version)s")
 def program() -> None:
     """Look at and serve disks over NBD, the Network Block Device protocol, by which a program uses a disk that another one has.
@@ -48,11 +66,15 @@ def program() -> None:
     """
 
 
-def run() -> int:
-    """Run the command line of this process, and return its exit status."""
-    prepare()
+def run(name: str = "nbdcore") -> int:
+    """Run the command line of this process, and return its exit status. `name` may be that of a program of libnbd's."""
+    prepare(name)
     try:
-        program(prog_name="nbdcore")
+        if name in originals.COMMANDS:
+            # The name is the command; the group around it has none that a message could say.
+            _Originals(context_settings=_SETTINGS)([name, *sys.argv[1:]], prog_name="")
+        else:
+            program(prog_name=name)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except OSError as error:  # click's own writing, of help and versions, which no command hears of

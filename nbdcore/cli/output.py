@@ -29,6 +29,8 @@ __all__ = ["Failure", "described", "escaped", "paragraph", "prepare", "reported"
 _INTERRUPTED = 128 + signal.SIGINT
 _READER_GONE = 128 + 13
 
+_program = "nbdcore"
+
 
 class Failure(click.ClickException):
     """What was asked for cannot be done: `nbdcore: MESSAGE` on standard error, exit status 1."""
@@ -54,8 +56,13 @@ def reported() -> Iterator[None]:
         raise Failure(described(error)) from error
 
 
-def prepare() -> None:
-    """Set this process up: any name can be printed in any encoding, and a warning is a line, not two of Python's."""
+def prepare(name: str = "nbdcore") -> None:
+    """Set this process up: any name can be printed in any encoding, and a warning is a line, not two of Python's.
+
+    `name` is what lines on standard error begin with: that of the program.
+    """
+    global _program  # noqa: PLW0603 (a process is one program)
+    _program = name
     if sys.stdout is not None:  # a program may be started without
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # the interpreter's own TextIOWrapper
     warnings.showwarning = lambda message, *_, **__: warn(f"warning: {message}")
@@ -159,4 +166,4 @@ def _rendered(console: Console, what: RenderableType, *, soft_wrap: bool = False
 
 
 def _line(text: str) -> str:
-    return f"nbdcore: {escaped(text)}"
+    return f"{_program}: {escaped(text)}"

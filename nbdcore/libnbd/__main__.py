@@ -1,4 +1,7 @@
-"""`python -m nbdcore.libnbd [-m | -c] PROGRAM [ARGUMENTS]`: run a program whose `import nbd` is to find this module."""
+"""`python -m nbdcore.libnbd [-m | -c] PROGRAM [ARGUMENTS]`: run a program whose `import nbd` is to find this module.
+
+`python -m nbdcore.libnbd --install DIR` does so for programs to come, and for libnbd's commands: see `nbdcore.libnbd.tools`.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,16 @@ import runpy
 import sys
 from pathlib import Path
 
+from nbdcore.libnbd import tools
 from nbdcore.libnbd.alias import install
 
-_USAGE = "usage: python -m nbdcore.libnbd [-m | -c] PROGRAM [ARGUMENTS]"
+_USAGE = "usage: python -m nbdcore.libnbd [-m | -c] PROGRAM [ARGUMENTS], or python -m nbdcore.libnbd --install DIR"
 
 
 def main() -> None:
     """Run the program that the command line names, as python itself would: a file, a module (-m), or the text itself (-c)."""
+    if sys.argv[1:2] == ["--install"]:
+        sys.exit(tools.main(sys.argv[1:]))
     how, *arguments = sys.argv[1:] if sys.argv[1:2] in (["-m"], ["-c"]) else ["", *sys.argv[1:]]
     if not arguments:
         sys.exit(_USAGE)

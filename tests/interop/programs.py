@@ -23,7 +23,19 @@ QEMU_NBD_10 = "qemu-nbd-10"
 PROGRAMS: Mapping[str, str] = {
     **{
         name: name
-        for name in ("nbdkit", "qemu-nbd", "qemu-img", "qemu-io", "nbd-server", "nbdinfo", "nbdcopy", "nbddump", "nbdsh", "fio", "openssl")
+        for name in (
+            "nbdkit",
+            "qemu-nbd",
+            "qemu-img",
+            "qemu-io",
+            "nbd-server",
+            "nbdinfo",
+            "nbdcopy",
+            "nbddump",
+            "nbdsh",
+            "fio",
+            "openssl",
+        )
     },
     QEMU_NBD_10: str(REPOSITORY / ".cache/qemu10/qemu-nbd"),
 }

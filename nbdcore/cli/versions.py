@@ -1,0 +1,32 @@
+"""What a command with the name of one of libnbd's answers to --version."""
+
+from __future__ import annotations
+
+import click
+
+import nbdcore
+from nbdcore.cli.output import say
+
+__all__ = ["version_option"]
+
+
+def _print(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    from nbdcore.libnbd import __version__ as libnbd_version  # which takes a moment
+
+    # The number that scripts look at is the second word: the release of libnbd that is stood in for.
+    say(f"{ctx.command_path} {libnbd_version} (libnbd drop-in of nbdcore {nbdcore.__version__})\nlibnbd {libnbd_version}")
+    ctx.exit()
+
+
+#: Gives a command the options -V and --version.
+version_option = click.option(
+    "-V",
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print,
+    help="Print the version of this program and of the libnbd that it stands in for.",
+)
