@@ -19,7 +19,7 @@ from nbdcore import TLS, Client, ClientOptions, Pool, create_pool, is_uri
 from nbdcore.cli.output import Failure
 from nbdcore.plugins.registry import registry
 
-__all__ = ["Access", "Bracketed", "DiskCommand", "DiskType", "Place", "with_access"]
+__all__ = ["Access", "Bracketed", "DiskCommand", "DiskType", "Place", "bracketed", "with_access"]
 
 #: What a command takes as its function.
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -56,7 +56,7 @@ class DiskCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the command line, with what is between brackets as one argument."""
         with self._usage_errors():
-            return super().parse_args(ctx, _bracketed(args))
+            return super().parse_args(ctx, bracketed(args))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; what it finds wrong with its usage has the same exit status."""
@@ -72,7 +72,7 @@ class DiskCommand(click.Command):
             raise
 
 
-def _bracketed(words: Sequence[str]) -> list[str]:
+def bracketed(words: Sequence[str]) -> list[str]:
     """Return the words with each `[ ... ]` as one. Raises click.UsageError where a bracket is not closed, or nothing is in it."""
     found: list[str] = []
     rest = list(words)

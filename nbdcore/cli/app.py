@@ -5,6 +5,7 @@ A module is imported when its command is wanted: the others', and what they stan
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -18,7 +19,10 @@ from nbdcore.cli.output import described, discard_output, prepare, reported, war
 __all__ = ["program", "run"]
 
 # Each is a module here, and the command in it has its name. In the order in which a newcomer wants them.
-_COMMANDS = ("demo", "info", "checksum", "compare", "dump", "shell", "transports", "serve")
+_COMMANDS = ("demo", "info", "checksum", "compare", "dump", "shell", "transports", "serve", "completion")
+
+# The variable by which a shell asks for the words that fit; see `nbdcore.cli.completion`.
+_COMPLETION = "_NBDCORE_COMPLETE"
 
 
 class _Program(click.Group):
@@ -69,6 +73,8 @@ def program() -> None:
 def run(name: str = "nbdcore") -> int:
     """Run the command line of this process, and return its exit status. `name` may be that of a program of libnbd's."""
     prepare(name)
+    if _COMPLETION in os.environ:  # a shell asks; the module takes a moment
+        import_module("nbdcore.cli.completion").register()
     try:
         if name in originals.COMMANDS:
             # The name is the command; the group around it has none that a message could say.
