@@ -73,6 +73,10 @@ lint: $(VENV)/ready-lint ## check style, formatting and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+.PHONY: man
+man: $(VENV)/ready ## make the manual pages anew, from what the commands say with --help
+	$(BIN)/python -m nbdcore.cli.manual man
+
 docs: $(VENV)/ready-docs ## build the documentation site, strictly, into site/
 	$(BIN)/mkdocs build --strict
 

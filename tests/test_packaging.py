@@ -52,7 +52,7 @@ def contents(archive):
 
 def top_level(archive):
     names = {name.partition("/")[0] for name in contents(archive)}
-    return {name for name in names if not name.endswith(".dist-info")}
+    return {name for name in names if not name.endswith((".dist-info", ".data"))}
 
 
 def metadata(archive):
@@ -72,6 +72,12 @@ def test_wheel_has_every_module_and_the_typing_marker_and_no_tests(wheel):
     assert names == {path.relative_to(PROJECT).as_posix() for path in (PROJECT / "nbdcore").rglob("*") if is_shipped(path)}
     assert "nbdcore/py.typed" in names
     assert not [name for name in names if "test_" in name or "conftest" in name]
+
+
+def test_wheel_has_the_manual_pages_and_nothing_else_for_the_system(wheel):
+    found = {name: data for name, data in contents(wheel).items() if ".data/" in name}
+    pages = {f"share/man/man1/{path.name}": path.read_bytes() for path in (PROJECT / "man").iterdir()}
+    assert {name.partition(".data/data/")[2]: data for name, data in found.items()} == pages
 
 
 def is_shipped(path):

@@ -61,7 +61,7 @@ class _Originals(_Program):
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
-@click.group(cls=_Program, context_settings=_SETTINGS)
+@click.group(cls=_Program, context_settings=_SETTINGS, short_help="Look at, copy and serve disks over NBD.")
 @click.version_option(nbdcore.__version__, prog_name="nbdcore", message="%(prog)s %(version)s")
 def program() -> None:
     """Look at and serve disks over NBD, the Network Block Device protocol, by which a program uses a disk that another one has.

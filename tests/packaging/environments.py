@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 DEADLINE = 100
 
 #: What a build of nbdcore needs, without what else lies in a developer's checkout.
-SOURCES = ("nbdcore", "transports", "pyproject.toml", "hatch_build.py", "README.md", "LICENSE")
+SOURCES = ("nbdcore", "transports", "man", "pyproject.toml", "hatch_build.py", "README.md", "LICENSE")
 
 
 def run(*command: str | Path, fails: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
