@@ -118,7 +118,8 @@ def name_of(page: Path) -> str:
 
 def needs(page: Path) -> list[str]:
     """Return the programs of others that a page runs."""
-    words = {word for block in blocks(page) if runs(block) for command, _ in block.commands for word in command.split()[:1]}
+    started = re.compile(r"(?:^|\[ )(\S+)")  # by the page, or by one of our commands
+    words = {word for block in blocks(page) if runs(block) for command, _ in block.commands for word in started.findall(command)}
     return sorted(words & PROGRAMS.keys())
 
 
