@@ -35,6 +35,7 @@ PROGRAMS: Mapping[str, str] = {
             "nbdsh",
             "fio",
             "openssl",
+            "groff",
         )
     },
     QEMU_NBD_10: str(REPOSITORY / ".cache/qemu10/qemu-nbd"),
