@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 import click
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
 
-__all__ = ["Failure", "described", "escaped", "paragraph", "prepare", "reported", "say", "table", "warn"]
+__all__ = ["Failure", "described", "escaped", "paragraph", "pour", "prepare", "reported", "say", "table", "warn"]
 
 # What a shell makes of a program that ended by a signal: 128 and its number. Not every platform has SIGPIPE.
 _INTERRUPTED = 128 + signal.SIGINT
@@ -85,8 +85,16 @@ def escaped(text: str) -> str:
 
 def say(text: str, *, newline: bool = True) -> None:
     """Print a result, and make sure that it has left. Ends the command where nobody takes it."""
+    pour([text], newline=newline)
+
+
+def pour(pieces: Iterable[str], *, newline: bool = True) -> None:
+    """Print a long result piece by piece, and the end of its last line. Ends the command as `say` does."""
     try:
-        click.echo(text, nl=newline)
+        for piece in pieces:
+            click.echo(piece, nl=False)
+        if newline:
+            click.echo()
     except BrokenPipeError:
         discard_output()
         raise click.exceptions.Exit(_READER_GONE) from None

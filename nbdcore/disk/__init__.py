@@ -1,24 +1,60 @@
-"""What people do with a whole disk, over any client."""
+"""What people do with a whole disk, over any client.
+
+Each name is imported from its module when it is first used: a map or a copy needs nothing of worker processes.
+"""
 
 from __future__ import annotations
 
-from nbdcore.disk.blockhash import BlockHash, combined
-from nbdcore.disk.checksums import Checksum, RangeChecksum, checksum, checksum_of_stream
-from nbdcore.disk.comparing import Comparison, Difference, compare
-from nbdcore.disk.crew import WorkerLost
-from nbdcore.disk.workers import Outcome, map_ranges
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nbdcore.disk.blockhash import BlockHash, combined
+    from nbdcore.disk.checksums import Checksum, RangeChecksum, checksum, checksum_of_stream
+    from nbdcore.disk.comparing import Comparison, Difference, compare
+    from nbdcore.disk.crew import WorkerLost
+    from nbdcore.disk.maps import DiskMap, Part, Total, describe, read_map
+    from nbdcore.disk.workers import Outcome, map_ranges
 
 __all__ = [
     "BlockHash",
     "Checksum",
     "Comparison",
     "Difference",
+    "DiskMap",
     "Outcome",
+    "Part",
     "RangeChecksum",
+    "Total",
     "WorkerLost",
     "checksum",
     "checksum_of_stream",
     "combined",
     "compare",
+    "describe",
     "map_ranges",
+    "read_map",
 ]
+
+_HOMES = {
+    "nbdcore.disk.blockhash": "BlockHash combined",
+    "nbdcore.disk.checksums": "Checksum RangeChecksum checksum checksum_of_stream",
+    "nbdcore.disk.comparing": "Comparison Difference compare",
+    "nbdcore.disk.crew": "WorkerLost",
+    "nbdcore.disk.maps": "DiskMap Part Total describe read_map",
+    "nbdcore.disk.workers": "Outcome map_ranges",
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> object:
+    module = _HOME.get(name)
+    if module is None:
+        raise AttributeError(f"module 'nbdcore.disk' has no attribute {name!r}")
+    value: object = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,211 @@
+"""A disk's map: what metadata contexts say of its parts, such as data, hole or dirty, and how many bytes each comes to.
+
+The map is kept in columns, numbers without objects, because a disk may have a million parts: 24 bytes each, 8 more for each
+further context. Neighbours of which the server says the same are one part, also where it sent them as two. What a number means is
+the context's business; `describe` knows the contexts of the specification and of QEMU, and leaves others to the caller.
+
+    from nbdcore.disk import read_map
+
+    with nbdcore.connect(uri) as disk:
+        for part in read_map(disk):
+            print(part.offset, part.length, part.description)
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from nbdcore.clients.extents.columns import Column, CombinedExtentColumns, ExtentColumns
+from nbdcore.protocol.constants import BASE_ALLOCATION
+
+if TYPE_CHECKING:
+    from nbdcore.clients.blocking.client import Client
+    from nbdcore.clients.blocking.pool import Pool
+
+__all__ = ["DiskMap", "Part", "Total", "describe", "read_map"]
+
+#: What each context says of a part, in the map's order of contexts.
+Types: TypeAlias = tuple[int, ...]
+
+_ALLOCATION = {0: "data", 1: "hole", 2: "zero", 3: "hole,zero"}
+_DIRTY = {0: "clean", 1: "dirty"}
+_DEPTH = {0: "absent", 1: "local"}
+
+# Parts that become numbers of Python's at a time: of a whole column of a million they would take 32 MB.
+_PIECE = 16384
+
+
+def describe(context: str, number: int) -> str:
+    """Return what a number means in a metadata context, in nbdinfo's words; "" where that is not known.
+
+    Known are base:allocation, qemu:dirty-bitmap:NAME and qemu:allocation-depth.
+    """
+    if context == BASE_ALLOCATION:
+        return _ALLOCATION.get(number, "")
+    if context.startswith("qemu:dirty-bitmap:"):
+        return _DIRTY.get(number, "")
+    if context == "qemu:allocation-depth":
+        return _DEPTH.get(number, f"backing depth {number}")
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A range of the disk of which each context says one thing.
+
+    Attributes:
+        offset: where it begins, in bytes.
+        length: bytes, never 0.
+        types: what each context says, as the number that the server sent.
+        descriptions: what those numbers mean; "" where that is not known.
+    """
+
+    offset: int
+    length: int
+    types: Types
+    descriptions: tuple[str, ...]
+
+    @property
+    def type(self) -> int:
+        """The number of the first context, which is the only one of most maps."""
+        return self.types[0]
+
+    @property
+    def description(self) -> str:
+        """What the number of the first context means."""
+        return self.descriptions[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """All parts of a map of which the contexts say the same, taken together.
+
+    Attributes:
+        size: bytes.
+        share: how much of the range that the map covers, from 0 to 1.
+        types, descriptions: as in `Part`.
+    """
+
+    size: int
+    share: float
+    types: Types
+    descriptions: tuple[str, ...]
+
+
+class DiskMap:
+    """The parts of a disk, or of a range of it, in order and without a gap. `len()` is how many; iterate for each as a `Part`.
+
+    Made by `read_map`; or of the columns that `extent_columns` of any client returned, those of asyncio among them.
+
+    Args:
+        columns: the parts.
+        contexts: the contexts that were asked for, in the order of the columns.
+
+    Attributes:
+        contexts: their names.
+        offsets, lengths: a column each, in bytes.
+        types: a column for each context.
+    """
+
+    __slots__ = ("contexts", "lengths", "offsets", "types")
+
+    def __init__(self, columns: ExtentColumns | CombinedExtentColumns, *contexts: str) -> None:
+        self.contexts = contexts or (BASE_ALLOCATION,)
+        self.offsets: Column = columns.offsets
+        self.lengths: Column = columns.lengths
+        self.types: tuple[Column, ...] = (columns.flags,) if isinstance(columns, ExtentColumns) else columns.flags
+
+    def __len__(self) -> int:
+        """Return how many parts there are."""
+        return len(self.offsets)
+
+    @property
+    def begin(self) -> int:
+        """Where the first part begins, in bytes; 0 where there is none."""
+        return int(self.offsets[0]) if len(self) else 0
+
+    @property
+    def end(self) -> int:
+        """The offset behind the last byte of the last part; 0 where there is none."""
+        return int(self.offsets[-1]) + int(self.lengths[-1]) if len(self) else 0
+
+    def __iter__(self) -> Iterator[Part]:
+        described = _Known(self.describe)
+        for offsets, lengths, kinds in self._pieces():
+            for offset, length, kind in zip(offsets, lengths, kinds, strict=True):
+                types = (kind,) if isinstance(kind, int) else kind
+                yield Part(offset, length, types, described[kind])
+
+    def lines(self, template: Callable[[Types], str], *, between: str = "\n") -> Iterator[str]:
+        """Yield the map as text, many parts at a time: the quick way to print a million of them.
+
+        `template` is called once for each kind of part; what it returns has `%d` twice, for offset and length, and any other
+        percent sign doubled. `between` stands between two parts, at the ends of what is yielded too.
+        """
+        templates = _Known(template)
+        before = ""
+        for offsets, lengths, kinds in self._pieces():
+            numbers = [0] * (2 * len(offsets))
+            numbers[0::2] = offsets
+            numbers[1::2] = lengths
+            yield before + between.join(map(templates.__getitem__, kinds)) % tuple(numbers)
+            before = between
+
+    def describe(self, types: Types) -> tuple[str, ...]:
+        """Return what the numbers of each context mean; "" where that is not known."""
+        return tuple(map(describe, self.contexts, types))
+
+    def totals(self) -> list[Total]:
+        """Return how many bytes there are of each kind, in the order of their numbers. Of an empty disk there are none."""
+        sizes: dict[int | Types, int] = defaultdict(int)
+        for _, lengths, kinds in self._pieces():
+            for length, kind in zip(lengths, kinds, strict=True):
+                sizes[kind] += length
+        whole = self.end - self.begin
+        found = sorted(((kind,) if isinstance(kind, int) else kind, size) for kind, size in sizes.items())
+        return [Total(size, size / whole, types, self.describe(types)) for types, size in found]
+
+    def _pieces(self) -> Iterator[tuple[list[int], list[int], Iterable[int | Types]]]:
+        """Yield offsets, lengths, and what the contexts say: of a single one as plain numbers, which are quicker looked up."""
+        for begin in range(0, len(self), _PIECE):
+            offsets, lengths, *types = (
+                column[begin : begin + _PIECE].tolist() for column in (self.offsets, self.lengths, *self.types)
+            )
+            yield offsets, lengths, types[0] if len(types) == 1 else zip(*types, strict=True)
+
+
+class _Known(dict[Any, Any]):
+    """What a function says of each kind of part, asked once: of a number, or of the numbers of several contexts."""
+
+    __slots__ = ("_ask",)
+
+    def __init__(self, ask: Callable[[Types], Any]) -> None:
+        super().__init__()
+        self._ask = ask
+
+    def __missing__(self, kind: int | Types) -> Any:
+        self[kind] = answer = self._ask((kind,) if isinstance(kind, int) else kind)
+        return answer
+
+
+def read_map(
+    disk: Client | Pool, *contexts: str, offset: int = 0, count: int | None = None, timeout: float | None = None
+) -> DiskMap:
+    """Ask a server for the map of a disk.
+
+    Args:
+        disk: connected, with these metadata contexts (the option `contexts`).
+        contexts: what to ask for; base:allocation where none is named. Several are taken in step: a part ends where one of
+            them changes.
+        offset: where the range begins, in bytes.
+        count: how many bytes it has; None: all the rest.
+        timeout: seconds for each question to the server.
+
+    Raises UsageError where a context was not agreed on, or for a range that is not the disk's; CommandError where the server
+    cannot tell, after which the connection is as usable as before.
+    """
+    contexts = contexts or (BASE_ALLOCATION,)
+    return DiskMap(disk.extent_columns(*contexts, offset=offset, count=count, timeout=timeout), *contexts)
