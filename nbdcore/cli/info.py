@@ -6,8 +6,9 @@ before all is known, but for a list as text, which may be long.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +19,9 @@ from nbdcore.cli.inquiry import Inquiry, hinted
 from nbdcore.cli.options import Aliased, GetoptCommand, with_color
 from nbdcore.cli.output import Failure, described, pour, say, warn
 from nbdcore.cli.sizes import parsed
+
+if TYPE_CHECKING:
+    from nbdcore.disk.maps import DiskMap
 
 __all__ = ["info"]
 
@@ -150,13 +154,15 @@ def _print_uri(inquiry: Inquiry, wish: _Wish) -> None:
 def _print_map(disk: Place, access: Access, wish: _Wish) -> None:
     from nbdcore.cli import parts
 
-    found = parts.read(access, disk, wish.contexts, wish.offset or 0, wish.length, option="--map")
-    if wish.totals:
-        text = parts.totals_as_json(found) if wish.as_json else parts.totals_as_text(found)
-        if text:
-            say(text)
-    elif wish.as_json or len(found):
-        pour(parts.as_json(found) if wish.as_json else parts.as_text(found))
+    def taken(pieces: Iterator[DiskMap]) -> list[str]:
+        """Put into words what is known while the server is asked for more; all is there before any of it is printed."""
+        if wish.totals:
+            return [parts.totals_as_json(pieces) if wish.as_json else parts.totals_as_text(pieces)]
+        return list(parts.as_json(pieces) if wish.as_json else parts.as_text(pieces))
+
+    texts = parts.read(access, disk, wish.contexts, taken, option="--map", offset=wish.offset, count=wish.length)
+    if any(texts):
+        pour(texts)
 
 
 def _describe_one(inquiry: Inquiry, wish: _Wish) -> None:

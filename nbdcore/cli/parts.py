@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
 
 from nbdcore import Client, NegotiationError, Phase, parse_uri
 from nbdcore.cli.access import Access, Place
@@ -15,16 +17,28 @@ from nbdcore.cli.facts import quoted
 from nbdcore.cli.inquiry import hinted
 from nbdcore.cli.options import painted
 from nbdcore.cli.output import Failure, escaped
-from nbdcore.disk.maps import DiskMap, Types, read_map
+from nbdcore.disk.maps import DiskMap, Types, read_map_pieces, totals
 
 __all__ = ["as_csv", "as_json", "as_text", "read", "totals_as_json", "totals_as_text"]
 
 
+#: What becomes of a map.
+Taken = TypeVar("Taken")
+
 # ---------------------------------------------------------------------------------------------- asking
 
 
-def read(access: Access, place: Place, wanted: Sequence[str], offset: int, count: int | None, *, option: str) -> DiskMap:
-    """Return the map of a disk in these contexts; `option` is where they were named.
+def read(
+    access: Access,
+    place: Place,
+    wanted: Sequence[str],
+    take: Callable[[Iterator[DiskMap]], Taken],
+    *,
+    option: str,
+    offset: int | None = None,
+    count: int | None = None,
+) -> Taken:
+    """Read the map of a disk in these contexts, and return what `take` makes of its pieces; `option` is where they were named.
 
     A name that ends in `*` stands for all contexts of the server's that begin so. Raises Failure for one that it does not have.
     """
@@ -34,7 +48,7 @@ def read(access: Access, place: Place, wanted: Sequence[str], offset: int, count
             if not name.endswith("*") and name not in contexts:
                 raise Failure(f'{option}: server does not support metadata context "{name}"')
         named = [each for name in wanted for each in ([name] if not name.endswith("*") else _matching(name, contexts))]
-        return read_map(client, *dict.fromkeys(named), offset=offset, count=count)
+        return take(read_map_pieces(client, *dict.fromkeys(named), offset=offset or 0, count=count))
 
 
 @contextlib.contextmanager
@@ -71,86 +85,100 @@ def _matching(pattern: str, names: Iterable[str]) -> list[str]:
 # ---------------------------------------------------------------------------------------------- printing
 
 
-def as_text(found: DiskMap) -> Iterator[str]:
+def as_text(pieces: Iterable[DiskMap]) -> Iterator[str]:
     """Yield the lines: offset, length, and type and description in each context."""
-    return found.lines(_for_each_kind(found, _text))
+    return _lines(pieces, _text, "\n")
 
 
-def as_json(found: DiskMap) -> Iterator[str]:
+def as_json(pieces: Iterable[DiskMap]) -> Iterator[str]:
     """Yield a list of objects."""
     yield "[\n"
-    yield from found.lines(_for_each_kind(found, _json), between=",\n")
+    yield from _lines(pieces, _json, ",\n")
     yield "\n]"
 
 
-def as_csv(found: DiskMap) -> Iterator[str]:
-    """Yield a line of names, and one for each part: with a type and a description for each context."""
-    names = ["type", "description"] if len(found.contexts) == 1 else [_cell(name) for name in found.contexts]
-    yield ",".join(["offset", "length", *names])
-    for piece in found.lines(_for_each_kind(found, _csv)):
-        yield piece if piece.startswith("\n") else f"\n{piece}"
+def as_csv(pieces: Iterable[DiskMap]) -> Iterator[str]:
+    """Yield a line of names, and one for each part: with type and description, or with a word for each of several contexts."""
+    named = False
+    for piece in pieces:
+        if not named:
+            names = ["type", "description"] if len(piece.contexts) == 1 else [_cell(name) for name in piece.contexts]
+            yield ",".join(["offset", "length", *names])
+            named = True
+        yield "\n"
+        yield from piece.lines(partial(_csv, piece))
 
 
-def _for_each_kind(found: DiskMap, row: Callable[[DiskMap, Types], str]) -> Callable[[Types], str]:
-    return lambda types: row(found, types)
+def _lines(pieces: Iterable[DiskMap], row: Callable[[DiskMap, Types], str], between: str) -> Iterator[str]:
+    first = True
+    for piece in pieces:
+        if len(piece) and not first:
+            yield between
+        first = first and not len(piece)
+        yield from piece.lines(partial(row, piece), between=between)
 
 
 def _text(found: DiskMap, types: Types) -> str:
-    said = zip(types, found.describe(types), strict=True)
     if len(types) == 1:
-        words = "".join(f"  {number:3}" + (f"  {description}" if description else "") for number, description in said)
+        words = f"  {types[0]:3}  {found.describe(types)[0]}".rstrip()
     else:  # columns that have something in each line, so that they can be told apart
-        words = "".join(f"  {number:3}  {description or '-'}" for number, description in said)
-    line = f"%10d  %10d{words}"
-    return painted(line, bold=True) if not types[0] else line
+        words = "".join(f"  {number:3}  {about or '-'}" for number, about in zip(types, found.describe(types), strict=True))
+    return _bold_data(f"%10d  %10d{words}", types)
+
+
+def _bold_data(line: str, types: Types) -> str:
+    return line if types[0] else painted(line, bold=True)
 
 
 def _json(found: DiskMap, types: Types) -> str:
-    if len(types) == 1:
-        return f'{{ "offset": %d, "length": %d, {_members(types[0], found.describe(types)[0])}}}'
-    said = zip(found.contexts, types, found.describe(types), strict=True)
-    contexts = ", ".join(f"{quoted(name)}: {{ {_members(number, description)} }}" for name, number, description in said)
-    return f'{{ "offset": %d, "length": %d, "contexts": {{ {contexts.replace("%", "%%")} }}}}'
+    said = _said(found.contexts, types, found.describe(types)).replace("%", "%%")
+    return f'{{ "offset": %d, "length": %d, {said}}}'
 
 
-def _members(number: int, description: str) -> str:
-    return f'"type": {number}' + (f', "description": {quoted(description)}' if description else "")
+def _said(contexts: Sequence[str], types: Types, descriptions: Sequence[str]) -> str:
+    """Return what contexts say, as members of an object."""
+    objects = [
+        f'"type": {number}' + (f', "description": {quoted(about)}' if about else "")
+        for number, about in zip(types, descriptions, strict=True)
+    ]
+    if len(objects) == 1:
+        return objects[0]
+    named = (f"{quoted(name)}: {{ {members} }}" for name, members in zip(contexts, objects, strict=True))
+    return f'"contexts": {{ {", ".join(named)} }}'
 
 
 def _csv(found: DiskMap, types: Types) -> str:
-    said = zip(types, found.describe(types), strict=True)
-    if len(types) == 1:
-        return "%d,%d," + ",".join(f"{number},{_cell(description)}" for number, description in said)
-    return "%d,%d," + ",".join(_cell(description or str(number)) for number, description in said)
+    descriptions = found.describe(types)
+    cells = (
+        [str(types[0]), descriptions[0]]
+        if len(types) == 1
+        else [about or str(n) for n, about in zip(types, descriptions, strict=True)]
+    )
+    return ",".join(["%d", "%d", *(_cell(cell).replace("%", "%%") for cell in cells)])
 
 
 def _cell(text: str) -> str:
-    return '"' + escaped(text).replace('"', '""') + '"' if set(text) & set(',"\n') else escaped(text)
+    shown = escaped(text)
+    return '"' + shown.replace('"', '""') + '"' if set(shown) & {",", '"'} else shown
 
 
-def totals_as_text(found: DiskMap) -> str:
+def totals_as_text(pieces: Iterable[DiskMap]) -> str:
     """Return a line for each kind of part: how many bytes, what share of the whole, type and description."""
     lines = []
-    for total in found.totals():
+    for total in totals(pieces):
         said = zip(total.types, total.descriptions, strict=True)
         if len(total.types) == 1:
-            words = "".join(f" {number:3}" + (f" {description}" if description else "") for number, description in said)
+            words = f" {total.types[0]:3} {total.descriptions[0]}".rstrip()
         else:
-            words = "".join(f" {number:3} {description or '-'}" for number, description in said)
-        line = f"{total.size:10} {100 * total.share:5.1f}%{words}"
-        lines.append(painted(line, bold=True) if not total.types[0] else line)
+            words = "".join(f" {number:3} {about or '-'}" for number, about in said)
+        lines.append(_bold_data(f"{total.size:10} {100 * total.share:5.1f}%{words}", total.types))
     return "\n".join(lines)
 
 
-def totals_as_json(found: DiskMap) -> str:
+def totals_as_json(pieces: Iterable[DiskMap]) -> str:
     """Return a list of objects."""
-    rows = []
-    for total in found.totals():
-        if len(total.types) == 1:
-            members = _members(total.types[0], total.descriptions[0])
-        else:
-            said = zip(found.contexts, total.types, total.descriptions, strict=True)
-            contexts = ", ".join(f"{quoted(name)}: {{ {_members(number, about)} }}" for name, number, about in said)
-            members = f'"contexts": {{ {contexts} }}'
-        rows.append(f'{{ "size": {total.size}, "percent": {100 * total.share:g}, {members} }}')
+    rows = [
+        f'{{ "size": {total.size}, "percent": {100 * total.share:g}, {_said(total.contexts, total.types, total.descriptions)} }}'
+        for total in totals(pieces)
+    ]
     return "[\n" + ",\n".join(rows) + "\n]" if rows else "[]"

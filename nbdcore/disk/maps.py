@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from nbdcore.clients.blocking.client import Client
     from nbdcore.clients.blocking.pool import Pool
 
-__all__ = ["DiskMap", "Part", "Total", "describe", "read_map"]
+__all__ = ["DiskMap", "Part", "Total", "describe", "read_map", "read_map_pieces", "totals"]
 
 #: What each context says of a part, in the map's order of contexts.
 Types: TypeAlias = tuple[int, ...]
@@ -36,6 +36,12 @@ _DEPTH = {0: "absent", 1: "local"}
 
 # Parts that become numbers of Python's at a time: of a whole column of a million they would take 32 MB.
 _PIECE = 16384
+
+# Slices of a range that a server is asked about at once, and how many of them there are: so many that the first one is there
+# early, so few that a disk without much on it costs few questions. None is smaller than what takes no server any time.
+_QUESTIONS = 4
+_SLICES = 16
+_SMALLEST_SLICE = 64 << 20
 
 
 def describe(context: str, number: int) -> str:
@@ -86,11 +92,13 @@ class Total:
     Attributes:
         size: bytes.
         share: how much of the range that the map covers, from 0 to 1.
+        contexts: the map's.
         types, descriptions: as in `Part`.
     """
 
     size: int
     share: float
+    contexts: tuple[str, ...]
     types: Types
     descriptions: tuple[str, ...]
 
@@ -132,6 +140,23 @@ class DiskMap:
         """The offset behind the last byte of the last part; 0 where there is none."""
         return int(self.offsets[-1]) + int(self.lengths[-1]) if len(self) else 0
 
+    def between(self, first: int, behind: int) -> DiskMap:
+        """Return a map of some of the parts, by their number."""
+        part = slice(first, behind)
+        types = tuple(column[part] for column in self.types)
+        if len(types) == 1:
+            return DiskMap(ExtentColumns(self.offsets[part], self.lengths[part], types[0]), *self.contexts)
+        return DiskMap(CombinedExtentColumns(self.offsets[part], self.lengths[part], types), *self.contexts)
+
+    def types_at(self, number: int) -> Types:
+        """Return what the contexts say of the part of that number."""
+        return tuple(int(column[number]) for column in self.types)
+
+    def begin_at(self, offset: int) -> None:
+        """Have the first part begin at another place."""
+        self.lengths[0] = int(self.lengths[0]) + self.begin - offset
+        self.offsets[0] = offset
+
     def __iter__(self) -> Iterator[Part]:
         described = _Known(self.describe)
         for offsets, lengths, kinds in self._pieces():
@@ -143,16 +168,18 @@ class DiskMap:
         """Yield the map as text, many parts at a time: the quick way to print a million of them.
 
         `template` is called once for each kind of part; what it returns has `%d` twice, for offset and length, and any other
-        percent sign doubled. `between` stands between two parts, at the ends of what is yielded too.
+        percent sign doubled. `between` stands between each two parts.
         """
         templates = _Known(template)
-        before = ""
+        first = True
         for offsets, lengths, kinds in self._pieces():
+            if not first:
+                yield between
+            first = False
             numbers = [0] * (2 * len(offsets))
             numbers[0::2] = offsets
             numbers[1::2] = lengths
-            yield before + between.join(map(templates.__getitem__, kinds)) % tuple(numbers)
-            before = between
+            yield between.join(map(templates.__getitem__, kinds)) % tuple(numbers)
 
     def describe(self, types: Types) -> tuple[str, ...]:
         """Return what the numbers of each context mean; "" where that is not known."""
@@ -160,13 +187,15 @@ class DiskMap:
 
     def totals(self) -> list[Total]:
         """Return how many bytes there are of each kind, in the order of their numbers. Of an empty disk there are none."""
+        return totals([self])
+
+    def _sizes(self) -> dict[int | Types, int]:
+        """Return how many bytes there are of each kind: by number, or by the numbers of several contexts."""
         sizes: dict[int | Types, int] = defaultdict(int)
         for _, lengths, kinds in self._pieces():
             for length, kind in zip(lengths, kinds, strict=True):
                 sizes[kind] += length
-        whole = self.end - self.begin
-        found = sorted(((kind,) if isinstance(kind, int) else kind, size) for kind, size in sizes.items())
-        return [Total(size, size / whole, types, self.describe(types)) for types, size in found]
+        return sizes
 
     def _pieces(self) -> Iterator[tuple[list[int], list[int], Iterable[int | Types]]]:
         """Yield offsets, lengths, and what the contexts say: of a single one as plain numbers, which are quicker looked up."""
@@ -191,6 +220,20 @@ class _Known(dict[Any, Any]):
         return answer
 
 
+def totals(pieces: Iterable[DiskMap]) -> list[Total]:
+    """Return the totals of a map that comes in pieces (see `read_map_pieces`), or of several maps of the same contexts."""
+    sizes: dict[Types, int] = defaultdict(int)
+    contexts: tuple[str, ...] = ()
+    for piece in pieces:
+        contexts = piece.contexts
+        for kind, size in piece._sizes().items():  # noqa: SLF001 (the same module)
+            sizes[(kind,) if isinstance(kind, int) else kind] += size
+    whole = sum(sizes.values())
+    return [
+        Total(size, size / whole, contexts, types, tuple(map(describe, contexts, types))) for types, size in sorted(sizes.items())
+    ]
+
+
 def read_map(
     disk: Client | Pool, *contexts: str, offset: int = 0, count: int | None = None, timeout: float | None = None
 ) -> DiskMap:
@@ -209,3 +252,45 @@ def read_map(
     """
     contexts = contexts or (BASE_ALLOCATION,)
     return DiskMap(disk.extent_columns(*contexts, offset=offset, count=count, timeout=timeout), *contexts)
+
+
+def read_map_pieces(
+    disk: Client | Pool, *contexts: str, offset: int = 0, count: int | None = None, timeout: float | None = None
+) -> Iterator[DiskMap]:
+    """Yield the same map in pieces, in order: a program works on one while the server finds out about the next ones.
+
+    A few questions are under way at once, each about a slice of the range, which helps with servers that take long for each. No
+    part is cut at the end of a piece. Arguments and errors are those of `read_map`; what is under way when an error is raised, or
+    when nobody wants the rest, ends by itself or with the connection.
+    """
+    contexts = contexts or (BASE_ALLOCATION,)
+    end = disk.size if count is None else offset + count
+    step = max(_SMALLEST_SLICE, (end - offset) // _SLICES // _SMALLEST_SLICE * _SMALLEST_SLICE)
+    if end - offset < 2 * step or end > disk.size:
+        yield read_map(disk, *contexts, offset=offset, count=count, timeout=timeout)
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    def ask(begin: int) -> DiskMap:
+        return read_map(disk, *contexts, offset=begin, count=min(step, end - begin), timeout=timeout)
+
+    asking = ThreadPoolExecutor(_QUESTIONS, "nbdcore-map")
+    try:
+        yield from _joined(asking.map(ask, range(offset, end, step)))
+    finally:
+        asking.shutdown(wait=False, cancel_futures=True)
+
+
+def _joined(pieces: Iterable[DiskMap]) -> Iterator[DiskMap]:
+    """Yield the pieces with what goes on from one to the next as one part: the last part of each is held back until it ends."""
+    held: DiskMap | None = None
+    for piece in pieces:
+        if held is not None and held.types_at(0) == piece.types_at(0):
+            piece.begin_at(held.begin)
+        elif held is not None:
+            yield held
+        if len(piece) > 1:
+            yield piece.between(0, len(piece) - 1)
+        held = piece.between(len(piece) - 1, len(piece))
+    if held is not None:
+        yield held
