@@ -160,7 +160,7 @@ def _print_map(disk: Place, access: Access, wish: _Wish) -> None:
             return [parts.totals_as_json(pieces) if wish.as_json else parts.totals_as_text(pieces)]
         return list(parts.as_json(pieces) if wish.as_json else parts.as_text(pieces))
 
-    texts = parts.read(access, disk, wish.contexts, taken, option="--map", offset=wish.offset, count=wish.length)
+    texts = parts.read(access, disk, wish.contexts, taken, option="--map", offset=wish.offset or 0, count=wish.length)
     if any(texts):
         pour(texts)
 

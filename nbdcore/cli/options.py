@@ -15,7 +15,7 @@ import click
 
 from nbdcore.cli.access import DiskCommand
 
-__all__ = ["Aliased", "GetoptCommand", "painted", "with_color"]
+__all__ = ["Aliased", "GetoptCommand", "in_color", "painted", "with_color"]
 
 # Where a command keeps whether it prints in colour.
 _COLORED = f"{__name__}.colored"
@@ -66,9 +66,14 @@ def _choose(ctx: click.Context, _: click.Parameter, wanted: bool | None) -> None
     ctx.color = True  # what is printed has colours where they are wanted, and needs nothing taken out of it
 
 
+def in_color() -> bool:
+    """Tell whether the command prints in colour."""
+    return bool(click.get_current_context().meta[_COLORED])
+
+
 def painted(text: str, **style: Any) -> str:
     """Return a text in a style of click's, where the command prints in colour."""
-    return click.style(text, **style) if click.get_current_context().meta[_COLORED] else text
+    return click.style(text, **style) if in_color() else text
 
 
 def with_color(function: Any) -> Any:

@@ -23,7 +23,20 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
 
-__all__ = ["Failure", "described", "escaped", "paragraph", "pour", "prepare", "reported", "say", "table", "warn"]
+__all__ = [
+    "Failure",
+    "canvas",
+    "described",
+    "draw",
+    "escaped",
+    "paragraph",
+    "pour",
+    "prepare",
+    "reported",
+    "say",
+    "table",
+    "warn",
+]
 
 # What a shell makes of a program that ended by a signal: 128 and its number. Not every platform has SIGPIPE.
 _INTERRUPTED = 128 + signal.SIGINT
@@ -146,6 +159,21 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, numbe
         for row in cells
     ]
     say(_rendered(console, Text("\n\n").join(blocks)))
+
+
+def canvas() -> tuple[int, str]:
+    """Return how many columns a drawing may have, and in which encoding it will be shown."""
+    console = _console()
+    return console.width, console.encoding
+
+
+def draw(what: Text, *, color: bool) -> None:
+    """Print a drawing, which fits the canvas, in colour or in none."""
+    console = _console()
+    console.no_color = not color
+    if color:
+        console = type(console)(file=_Sheet(), force_terminal=True, no_color=False, width=console.width, highlight=False)
+    say(_rendered(console, what))
 
 
 def _console() -> Console:

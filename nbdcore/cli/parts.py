@@ -17,9 +17,9 @@ from nbdcore.cli.facts import quoted
 from nbdcore.cli.inquiry import hinted
 from nbdcore.cli.options import painted
 from nbdcore.cli.output import Failure, escaped
-from nbdcore.disk.maps import DiskMap, Types, read_map_pieces, totals
+from nbdcore.disk.maps import DiskMap, Types, read_map, read_map_pieces, totals
 
-__all__ = ["as_csv", "as_json", "as_text", "read", "totals_as_json", "totals_as_text"]
+__all__ = ["as_csv", "as_json", "as_text", "read", "read_whole", "totals_as_json", "totals_as_text"]
 
 
 #: What becomes of a map.
@@ -35,25 +35,30 @@ def read(
     take: Callable[[Iterator[DiskMap]], Taken],
     *,
     option: str,
-    offset: int | None = None,
+    offset: int = 0,
     count: int | None = None,
 ) -> Taken:
     """Read the map of a disk in these contexts, and return what `take` makes of its pieces; `option` is where they were named.
 
     A name that ends in `*` stands for all contexts of the server's that begin so. Raises Failure for one that it does not have.
     """
-    with _connected(access, place, wanted, option) as client:
-        contexts = client.contexts
-        for name in wanted:
-            if not name.endswith("*") and name not in contexts:
-                raise Failure(f'{option}: server does not support metadata context "{name}"')
-        named = [each for name in wanted for each in ([name] if not name.endswith("*") else _matching(name, contexts))]
-        return take(read_map_pieces(client, *dict.fromkeys(named), offset=offset or 0, count=count))
+    with _connected(access, place, wanted, option, offset) as (client, names):
+        return take(read_map_pieces(client, *names, offset=offset, count=count))
+
+
+def read_whole(
+    access: Access, place: Place, wanted: Sequence[str], *, option: str, offset: int = 0, count: int | None = None
+) -> DiskMap:
+    """Return the map as one; arguments and errors are those of `read`."""
+    with _connected(access, place, wanted, option, offset) as (client, names):
+        return read_map(client, *names, offset=offset, count=count)
 
 
 @contextlib.contextmanager
-def _connected(access: Access, place: Place, wanted: Sequence[str], option: str) -> Iterator[Client]:
-    """Give a connection to the disk on which the contexts were selected."""
+def _connected(
+    access: Access, place: Place, wanted: Sequence[str], option: str, offset: int
+) -> Iterator[tuple[Client, list[str]]]:
+    """Give a connection to the disk, and the names of the contexts, which were selected there."""
     patterns = any(name.endswith("*") for name in wanted)
     with hinted():
         client = access.client(place, contexts=tuple(dict.fromkeys(wanted)), opt_mode=patterns)
@@ -63,23 +68,32 @@ def _connected(access: Access, place: Place, wanted: Sequence[str], option: str)
             with hinted():
                 _select(client, export, wanted, option)
                 client.opt_go(export)
-        yield client
+        for name in wanted:
+            if not name.endswith("*") and name not in client.contexts:
+                raise Failure(f'{option}: server does not support metadata context "{name}"')
+        if offset > client.size:
+            raise Failure(f"offset {offset} is behind the end of the disk, which has {client.size} bytes")
+        yield client, _resolved(wanted, client.contexts)
 
 
 def _select(client: Client, export: str, wanted: Sequence[str], option: str) -> None:
     """Select what the server has of the contexts that are wanted."""
-    names = list(wanted)
+    listed: list[str] = []
     with contextlib.suppress(NegotiationError):  # a server without metadata contexts: none of them is there
         listed = client.opt_list_meta_context(export=export) if client.structured_replies else []
-        names = [each for name in wanted for each in (_matching(name, listed) if name.endswith("*") else [name])]
     for name in wanted:
-        if name.endswith("*") and not _matching(name, names):
+        if name.endswith("*") and not _resolved([name], listed):
             raise Failure(f'{option}: server has no metadata context whose name begins with "{name.removesuffix("*")}"')
-    client.opt_set_meta_context(dict.fromkeys(names), export=export)
+    client.opt_set_meta_context(_resolved(wanted, listed), export=export)
 
 
-def _matching(pattern: str, names: Iterable[str]) -> list[str]:
-    return [name for name in names if name.startswith(pattern.removesuffix("*")) and not name.endswith("*")]
+def _resolved(wanted: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Return the names that are wanted, each once, with those of the server's in place of a pattern."""
+    names: dict[str, None] = {}
+    for name in wanted:
+        matching = [each for each in known if each.startswith(name.removesuffix("*"))] if name.endswith("*") else [name]
+        names.update(dict.fromkeys(matching))
+    return list(names)
 
 
 # ---------------------------------------------------------------------------------------------- printing
