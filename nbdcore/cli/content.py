@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tempfile
 from importlib import import_module
 
 __all__ = ["content_of"]
@@ -26,9 +27,12 @@ def _by_program(beginning: bytes) -> str:
     if program is None:
         return ""
     try:
-        done = subprocess.run(  # noqa: S603 (the bytes, a stranger's, go to its input; no word of the command line is one)
-            [program, "--brief", "-"], input=beginning, capture_output=True, timeout=_PATIENCE, check=True
-        )
+        with tempfile.NamedTemporaryFile(prefix="nbdcore-") as file:  # of a pipe it would know less, and say it in other words
+            file.write(beginning)
+            file.flush()
+            done = subprocess.run(  # noqa: S603 (no word of the command line is a stranger's)
+                [program, "--brief", file.name], stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE, check=True
+            )
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.decode(errors="replace").strip()

@@ -6,6 +6,7 @@ ASCII elsewhere.
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from nbdcore.cli.output import escaped
@@ -60,15 +61,17 @@ def _context(sketch: Sketch, columns: int, marks: str) -> Text:
 
     styles = next((styles for name, styles in _STYLES.items() if sketch.context.startswith(name)), _STYLE)
     text = Text(f"{escaped(sketch.context)}, a character is {exact(sketch.step)}")
-    partly = False
+    partly: set[str] = set()
     for first in range(0, len(sketch.cells), columns):
         text.append(f"\n{_offset(sketch.begin + first * sketch.step):>{_LABEL - 2}}  ", style="dim")
-        for number in range(first, min(first + columns, len(sketch.cells))):
-            share = sketch.share(number)
-            partly = partly or 0 < share < 1
-            text.append(_mark(sketch, number, share, marks), style=styles[not share])
+        shares = [sketch.share(number) for number in range(first, min(first + columns, len(sketch.cells)))]
+        row = [_mark(sketch, number, share, marks) for number, share in enumerate(shares, first)]
+        for _, run in groupby(zip(row, shares, strict=True), key=lambda cell: bool(cell[1])):
+            cells = list(run)
+            text.append("".join(mark for mark, _ in cells), style=styles[not cells[0][1]])
+        partly.update(mark for mark, share in zip(row, shares, strict=True) if 0 < share < 1)
     text.append("\n")
-    text.append_text(_legend(sketch, marks, styles, partly=partly))
+    text.append_text(_legend(sketch, marks, styles, partly))
     return text
 
 
@@ -91,19 +94,19 @@ def _mark_of(sketch: Sketch, kind: int, marks: str) -> str:
     return str(kind) if 1 < kind < 10 else marks[_FULL]
 
 
-def _legend(sketch: Sketch, marks: str, styles: tuple[str, str], *, partly: bool) -> Text:
-    """Return a line for each kind with its total, and two for cells of which only a part stands out."""
+def _legend(sketch: Sketch, marks: str, styles: tuple[str, str], partly: set[str]) -> Text:
+    """Return a line for each kind with its total, and one for each character in `partly`, of cells that stand out in part."""
     from rich.text import Text
 
     text = Text()
     totals = sketch.totals()
-    whole = sketch.end - sketch.begin
     widest = max(len(sketch.word(kind)) for kind in totals)
     for kind, size in totals.items():
         text.append(f"\n{_mark_of(sketch, kind, marks):>{_LABEL - 2}}  ", style=styles[not sketch.stands_out(kind)])
-        text.append(f"{sketch.word(kind):{widest}}  {rounded(size):>7}  {100 * size / whole:5.1f}%")
+        text.append(f"{sketch.word(kind):{widest}}  {rounded(size):>7}  {sketch.percent(size):>6}")
     words = " or ".join(sketch.word(kind) for kind in totals if sketch.stands_out(kind))
-    for mark, amount in ((_MORE, "half or more"), (_LESS, "less than half")) if partly else ():
-        text.append(f"\n{marks[mark]:>{_LABEL - 2}}  ", style=styles[0])
-        text.append(f"{amount} is {words}")
+    for mark, amount in ((marks[_MORE], "half or more"), (marks[_LESS], "less than half")):
+        if mark in partly:
+            text.append(f"\n{mark:>{_LABEL - 2}}  ", style=styles[0])
+            text.append(f"{amount} is {words}")
     return text

@@ -169,11 +169,13 @@ def canvas() -> tuple[int, str]:
 
 def draw(what: Text, *, color: bool) -> None:
     """Print a drawing, which fits the canvas, in colour or in none."""
-    console = _console()
-    console.no_color = not color
-    if color:
-        console = type(console)(file=_Sheet(), force_terminal=True, no_color=False, width=console.width, highlight=False)
-    say(_rendered(console, what))
+    if not color:
+        say(what.plain)
+        return
+    from rich.console import Console
+
+    width, _ = canvas()
+    say(_rendered(Console(file=_Sheet(), force_terminal=True, no_color=False, width=width, highlight=False), what))
 
 
 def _console() -> Console:

@@ -119,7 +119,8 @@ def as_csv(pieces: Iterable[DiskMap]) -> Iterator[str]:
             names = ["type", "description"] if len(piece.contexts) == 1 else [_cell(name) for name in piece.contexts]
             yield ",".join(["offset", "length", *names])
             named = True
-        yield "\n"
+        if len(piece):
+            yield "\n"
         yield from piece.lines(partial(_csv, piece))
 
 

@@ -21,6 +21,8 @@ _ROWS = 32
 _CELL = 6.5
 _ROW = 10
 _LINE = 22
+# Characters of a title that fit.
+_TITLE = 90
 
 _COLORS = {
     BASE_ALLOCATION: {0: "#2563eb", 1: "#9ca3af", 2: "#facc15", 3: "#e5e7eb"},
@@ -38,7 +40,8 @@ def svg(found: DiskMap, *, title: str) -> str:
     """Return a map as an SVG document, each of its contexts below the one before."""
     body: list[str] = []
     y = float(_MARGIN + 12)
-    body.append(_text(_MARGIN, y, title, size=16, weight="bold"))
+    shown = title if len(title) <= _TITLE else f"{title[: _TITLE - 1]}…"
+    body.append(_text(_MARGIN, y, shown, size=16, weight="bold"))
     body.append(_text(_MARGIN, y + 20, f"{_human(found.end - found.begin)}, {len(found)} parts", color="#4b5563"))
     y += 40
     for sketch in sketched(found, _COLUMNS * _ROWS):
@@ -49,7 +52,7 @@ def svg(found: DiskMap, *, title: str) -> str:
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" viewBox="0 0 {_WIDTH} {height}">',
             '<g font-family="system-ui, sans-serif">',
-            f"<title>{escape(title)}</title>",
+            f"<title>{_shown(title)}</title>",
             f'<rect width="{_WIDTH}" height="{height}" fill="#ffffff"/>',
             *body,
             "</g>\n</svg>\n",
@@ -69,9 +72,8 @@ def _drawn(sketch: Sketch, y: float) -> tuple[list[str], float]:
         body += _row(sketch, numbers, y)
         y += _ROW
     y += 20
-    whole = sketch.end - sketch.begin
     for kind, size in sketch.totals().items():
-        line = f"{sketch.word(kind)}: {_human(size)} ({100 * size / whole:.1f}%)"
+        line = f"{sketch.word(kind)}: {_human(size)} ({sketch.percent(size)})"
         body.append(_rect(_MARGIN + _LABEL, y - 10, 12, 12, _color(sketch, kind), border=True))
         body.append(_text(_MARGIN + _LABEL + 20, y, line))
         y += _LINE
@@ -113,9 +115,13 @@ def _rect(x: float, y: float, width: float, height: float, fill: str, *, opacity
 def _text(
     x: float, y: float, text: str, *, size: int = 12, color: str = "#111827", weight: str = "normal", anchor: str = "start"
 ) -> str:
-    shown = escape("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text))
     look = f'font-size="{size}" fill="{color}" font-weight="{weight}" text-anchor="{anchor}"'
-    return f'<text x="{x:g}" y="{y:g}" {look}>{shown}</text>'
+    return f'<text x="{x:g}" y="{y:g}" {look}>{_shown(text)}</text>'
+
+
+def _shown(text: str) -> str:
+    """Return a text as XML has it, which has no place for control characters."""
+    return escape("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text))
 
 
 def _human(size: int) -> str:

@@ -57,6 +57,11 @@ class Sketch:
                 found[kind] = found.get(kind, 0) + size
         return dict(sorted(found.items()))
 
+    def percent(self, size: int) -> str:
+        """Return how much of the range so many bytes are, and never nothing where there is something."""
+        percent = 100 * size / (self.end - self.begin)
+        return "<0.1%" if 0 < percent < 0.1 else ">99.9%" if 99.9 < percent < 100 else f"{percent:.1f}%"
+
     def stands_out(self, kind: int) -> bool:
         """Tell whether a kind is worth being seen among others: data, what is dirty, what some layer has."""
         return kind == 0 if self.context == BASE_ALLOCATION else kind != 0
