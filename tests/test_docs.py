@@ -366,7 +366,7 @@ def test_the_page_of_states_is_drawn_from_the_one_table():
 
 def test_the_page_of_commands_has_every_command():
     page = hooks().on_page_markdown((DOCS / "reference/command-line.md").read_text(encoding="utf-8"))
-    assert [f"## nbdcore {name}\n" in page for name in ("demo", "info", "serve", "transports")] == [True] * 4
+    assert [f"## nbdcore {name}\n" in page for name in ("demo", "info", "map", "serve", "transports")] == [True] * 5
 
 
 def test_a_place_that_nothing_is_drawn_for_fails():

@@ -49,7 +49,7 @@ def map(  # noqa: A001 (the command's name)
     \b
     nbdcore map nbd://localhost/
     nbdcore map nbd://localhost/ --context 'qemu:dirty-bitmap:*' --svg changes.svg
-    nbdcore map --offset 1G --length 512M --csv [ qemu-nbd -r -f qcow2 disk.qcow2 ]
+    nbdcore map --offset 1G --csv [ qemu-nbd -r -f qcow2 disk.qcow2 ]
     """  # noqa: D301 (a real backspace is how click is told not to wrap)
     if as_json + as_csv + (svg is not None) > 1:
         raise click.UsageError("--json, --csv and --svg say how the map is given: use one of them.")
