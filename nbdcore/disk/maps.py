@@ -35,7 +35,7 @@ _DIRTY = {0: "clean", 1: "dirty"}
 _DEPTH = {0: "absent", 1: "local"}
 
 # Parts that become numbers of Python's at a time: of a whole column of a million they would take 32 MB.
-_PIECE = 16384
+_BATCH = 16384
 
 # Slices of a range that a server is asked about at once, and how many of them there are: so many that the first one is there
 # early, so few that a disk without much on it costs few questions. None is smaller than what takes no server any time.
@@ -159,7 +159,7 @@ class DiskMap:
 
     def __iter__(self) -> Iterator[Part]:
         described = _Known(self.describe)
-        for offsets, lengths, kinds in self._pieces():
+        for offsets, lengths, kinds in self._kinds():
             for offset, length, kind in zip(offsets, lengths, kinds, strict=True):
                 types = (kind,) if isinstance(kind, int) else kind
                 yield Part(offset, length, types, described[kind])
@@ -172,7 +172,7 @@ class DiskMap:
         """
         templates = _Known(template)
         first = True
-        for offsets, lengths, kinds in self._pieces():
+        for offsets, lengths, kinds in self._kinds():
             if not first:
                 yield between
             first = False
@@ -180,6 +180,11 @@ class DiskMap:
             numbers[0::2] = offsets
             numbers[1::2] = lengths
             yield between.join(map(templates.__getitem__, kinds)) % tuple(numbers)
+
+    def batches(self) -> Iterator[list[list[int]]]:
+        """Yield the columns in batches of some thousand parts: offsets, lengths, and the numbers of each context, in lists."""
+        for begin in range(0, len(self), _BATCH):
+            yield [column[begin : begin + _BATCH].tolist() for column in (self.offsets, self.lengths, *self.types)]
 
     def describe(self, types: Types) -> tuple[str, ...]:
         """Return what the numbers of each context mean; "" where that is not known."""
@@ -192,17 +197,14 @@ class DiskMap:
     def _sizes(self) -> dict[int | Types, int]:
         """Return how many bytes there are of each kind: by number, or by the numbers of several contexts."""
         sizes: dict[int | Types, int] = defaultdict(int)
-        for _, lengths, kinds in self._pieces():
+        for _, lengths, kinds in self._kinds():
             for length, kind in zip(lengths, kinds, strict=True):
                 sizes[kind] += length
         return sizes
 
-    def _pieces(self) -> Iterator[tuple[list[int], list[int], Iterable[int | Types]]]:
+    def _kinds(self) -> Iterator[tuple[list[int], list[int], Iterable[int | Types]]]:
         """Yield offsets, lengths, and what the contexts say: of a single one as plain numbers, which are quicker looked up."""
-        for begin in range(0, len(self), _PIECE):
-            offsets, lengths, *types = (
-                column[begin : begin + _PIECE].tolist() for column in (self.offsets, self.lengths, *self.types)
-            )
+        for offsets, lengths, *types in self.batches():
             yield offsets, lengths, types[0] if len(types) == 1 else zip(*types, strict=True)
 
 
