@@ -78,7 +78,7 @@ class _Wish:
     help="The other way round: 2 if it has the feature, 0 if not, and 1 for an error all the same.",
 )  # fmt: skip
 @click.option(
-    "--map", "contexts", is_flag=False, flag_value=nbdcore.BASE_ALLOCATION, multiple=True, metavar="[=CONTEXT]",
+    "--map", "contexts", cls=Aliased, is_flag=False, flag_value=nbdcore.BASE_ALLOCATION, multiple=True, metavar="[=CONTEXT]",
     help="Print which parts are data and which are holes; or what another metadata context says, such as "
     "--map=qemu:dirty-bitmap:NAME. With several, each line tells of all.",
 )  # fmt: skip

@@ -22,7 +22,7 @@ _COLORED = f"{__name__}.colored"
 
 
 class Aliased(click.Option):
-    """An option with names that its help need not tell of: `aliases`."""
+    """An option with names that its help need not tell of: `aliases`; or whose value may be left out, shown as `[=VALUE]`."""
 
     def __init__(self, param_decls: list[str], *, aliases: tuple[str, ...] = (), **settings: Any) -> None:
         super().__init__([*param_decls, *aliases], **settings)
@@ -33,7 +33,8 @@ class Aliased(click.Option):
         shown = copy(self)
         shown.opts = [name for name in self.opts if name not in self.aliases]
         shown.secondary_opts = [name for name in self.secondary_opts if name not in self.aliases]
-        return super(Aliased, shown).get_help_record(ctx)
+        record = super(Aliased, shown).get_help_record(ctx)
+        return record and (record[0].replace(" [=", "[="), record[1])
 
 
 class GetoptCommand(DiskCommand):

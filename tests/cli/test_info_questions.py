@@ -13,7 +13,7 @@ import pytest
 import nbdcore
 from nbdcore.server import ExportSettings, MemoryDisk, Server
 from tests.cli import scripted
-from tests.cli.commands import invoke
+from tests.cli.commands import invoke, run
 from tests.cli.scripted import ACK, GO, INFO, INFORMATION
 
 MEBIBYTE = 1 << 20
@@ -114,6 +114,19 @@ def test_options_that_do_not_go_together_are_status_1(options):
     done = invoke("info", *options, "nbd://localhost")
     assert (done.stdout, done.exit_code) == ("", 1)
     assert "you " in done.stderr
+
+
+_SIZE = """
+import sys
+from nbdcore.cli import main
+sys.argv = ["nbdcore", "info", "--size", {!r}]
+main()
+print(*sorted({{"rich.console", "json", "multiprocessing", "numpy", "email.parser", "ssl", "asyncio"}} & sys.modules.keys()))
+"""
+
+
+def test_size_takes_no_time_for_what_it_does_not_need(uri):
+    assert run(command=(sys.executable, "-c", _SIZE.format(f"{uri}disk"))).stdout == f"{MEBIBYTE}\n\n"
 
 
 # The map

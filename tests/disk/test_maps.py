@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import subprocess
+import sys
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -159,6 +161,15 @@ def test_columns_of_the_client_for_asyncio_make_a_map(connect):
 )
 def test_numbers_of_known_contexts_have_words(context, number, word):
     assert describe(context, number) == word
+
+
+def test_maps_bring_nothing_that_starts_processes():
+    code = "import sys; from nbdcore.disk import read_map; print('multiprocessing' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "False False\n"
+    with pytest.raises(AttributeError, match="nonsense"):
+        nbdcore.disk.nonsense  # noqa: B018 (asked for, not used)
+    assert set(nbdcore.disk.__all__) <= set(dir(nbdcore.disk))
 
 
 # Sketches and pictures
