@@ -77,16 +77,15 @@ ranged = pytest.mark.parametrize("call", BUILD)
 
 
 @every
-@pytest.mark.parametrize("bit", range(20))
 @pytest.mark.parametrize("extended", [False, True])
-def test_flag_is_taken_where_it_belongs_and_refused_elsewhere(call, bit, extended):
-    flag = 1 << bit
-    if call == "write" and flag == PAYLOAD_LEN:
-        return  # set and cleared by itself, whatever was asked for: see below
-    if flag & ALLOWED[call]:
-        assert build(call, limits(extended=extended), flags=flag).flags & ~PAYLOAD_LEN == flag
-    else:
-        refused(errno.EINVAL, call, limits(extended=extended), flags=flag)
+def test_flag_is_taken_where_it_belongs_and_refused_elsewhere(call, extended):
+    for flag in (1 << bit for bit in range(20)):
+        if call == "write" and flag == PAYLOAD_LEN:
+            continue  # set and cleared by itself, whatever was asked for: see below
+        if flag & ALLOWED[call]:
+            assert build(call, limits(extended=extended), flags=flag).flags & ~PAYLOAD_LEN == flag
+        else:
+            refused(errno.EINVAL, call, limits(extended=extended), flags=flag)
 
 
 @every

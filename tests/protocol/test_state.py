@@ -50,17 +50,16 @@ def test_every_call_has_a_row():
     assert set(LEGAL) == set(EXPECTED)
 
 
-@pytest.mark.parametrize("phase", Phase)
 @pytest.mark.parametrize("call", sorted(EXPECTED))
-def test_call_is_legal_exactly_in_its_phases(call, phase):
-    if phase in EXPECTED[call]:
+def test_call_is_legal_exactly_in_its_phases(call):
+    for phase in EXPECTED[call]:
         check(call, phase)
-        return
-    with pytest.raises(UsageError) as refusal:
-        check(call, phase)
-    assert refusal.value.errno == (errno.ENOTCONN if phase is CREATED else errno.EINVAL)
-    assert call in str(refusal.value)
-    assert phase.value in str(refusal.value)
+    for phase in set(Phase) - set(EXPECTED[call]):
+        with pytest.raises(UsageError) as refusal:
+            check(call, phase)
+        assert refusal.value.errno == (errno.ENOTCONN if phase is CREATED else errno.EINVAL)
+        assert call in str(refusal.value)
+        assert phase.value in str(refusal.value)
 
 
 def test_reason_why_the_connection_ended_is_in_the_message_and_the_cause():
