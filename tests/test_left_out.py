@@ -31,7 +31,7 @@ def test_a_missing_part_leaves_a_test_out_but_not_in_ci(incomplete, monkeypatch,
         left_out.extend(items)
 
     hook = SimpleNamespace(pytest_deselected=deselected)
-    conftest.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)
+    conftest.pytest_collection_modifyitems(SimpleNamespace(hook=hook, getoption=lambda _: False), items)
     conftest.pytest_terminal_summary(SimpleNamespace(line=said.append))
     assert (items, left_out) == (([], [incomplete]) if out else ([incomplete], []))
     assert [LACKING[0] in line for line in said] == ([True] if out else [])

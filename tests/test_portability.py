@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 #: What stands on the platform. Pure code needs no second run, nor does TLS, which stands on a Stream.
@@ -17,6 +19,7 @@ PARTS = [
 ]
 
 
+@pytest.mark.timeout(300)
 def test_suite_passes_without_unix_sockets_vsock_poll_and_fcntl(tmp_path):
     arguments = [
         "-q",
@@ -37,7 +40,7 @@ def test_suite_passes_without_unix_sockets_vsock_poll_and_fcntl(tmp_path):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

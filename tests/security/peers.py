@@ -25,7 +25,7 @@ from nbdcore.testing.scripted import Connection, Negotiation, Step, expect_optio
 from tests.certificates import PSK_USER
 
 #: Seconds that any one wait may take. No test takes so long unless it fails.
-PATIENCE = 10.0
+PATIENCE = 30.0
 DISK = 1 << 20
 CONTEXT = "base:allocation"
 #: What either client raises.

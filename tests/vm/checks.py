@@ -36,7 +36,7 @@ ZEROED = (65536, 131072)  # offset, length
 # The virtual machine itself, over vsock_loopback.
 HERE = 1
 # Seconds for one step between two programs of the guest, which run 12 to 20 times slower than outside of it, on a busy machine.
-STEP = 30.0
+STEP = 60.0
 COMMAND = Path(sys.executable).with_name("nbdcore")
 
 

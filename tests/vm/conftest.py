@@ -10,6 +10,16 @@ import pytest
 from tests.vm import checks
 from tests.vm.guest import Guest
 
+# Emulated, and on a machine that runs other tests meanwhile: the longest takes 20 s where it has a processor to itself.
+_TIMEOUT = 240
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("vm"):
+            item.add_marker(pytest.mark.timeout(_TIMEOUT))
+
+
 Refusals = dict[str, dict[str, Any]]
 
 

@@ -81,7 +81,7 @@ class Guest:
 
     # Calling functions in the guest
 
-    def call(self, function: Callable[..., Any], *, deadline: float = 60.0, **arguments: Any) -> Any:
+    def call(self, function: Callable[..., Any], *, deadline: float = 120.0, **arguments: Any) -> Any:
         """Call a module's function in the guest and return its value; arguments and value are what JSON can carry.
 
         Raises GuestFailure with the traceback where the function raised, or took longer than `deadline` seconds.
@@ -91,7 +91,7 @@ class Guest:
         return answer["value"]
 
     @contextlib.contextmanager
-    def calling(self, function: Callable[..., Any], *, deadline: float = 60.0, **arguments: Any) -> Iterator[None]:
+    def calling(self, function: Callable[..., Any], *, deadline: float = 120.0, **arguments: Any) -> Iterator[None]:
         """Call a function in the guest while the block runs here; leaving the block waits for the function's end.
 
         Where both fail, the guest's failure is a note to the block's exception.

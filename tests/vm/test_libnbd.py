@@ -80,5 +80,5 @@ def test_server_without_tls_is_refused_over_vsock_where_it_is_required(
 
 
 def test_demo_finds_vsock_right(guest: Guest) -> None:
-    shown = guest.call(manual.demonstrates, deadline=90)
+    shown = guest.call(manual.demonstrates)
     assert [line.split()[:2] for line in shown.splitlines() if line.startswith("vsock ")] == [["vsock", "right"]], shown
