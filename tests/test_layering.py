@@ -54,6 +54,8 @@ TABLE = {
     "nbdcore.uri": May(("nbdcore.errors",)),
     "nbdcore.processes": May(),
     "nbdcore.logs": May(),
+    # Holes in files, which the server makes for its clients, and a copy for itself.
+    "nbdcore.holes": May(),
     # It knows no stream at all.
     "nbdcore.protocol": May(("nbdcore.errors",)),
     # The one interface that the core stands on.
@@ -118,6 +120,7 @@ TABLE = {
             "nbdcore.streams",
             "nbdcore.plugins",
             "nbdcore.uri",
+            "nbdcore.holes",
             "nbdcore.processes",
             "nbdcore.logs",
             "nbdcore.errors",

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nbdcore import holes
 from nbdcore.errors import UsageError
 from nbdcore.protocol.constants import MAX_SIZE, AllocationFlag
-from nbdcore.server import fallocate
 from nbdcore.server.backend import Bytes
 
 __all__ = ["FileDisk", "SharedMemoryDisk"]
@@ -65,8 +65,6 @@ class FileDisk:
         self._failed: tuple[int, tuple[object, object]] = (0, (0, ""))  # flushes with lower tickets failed, with this error
         self._lost: tuple[object, object] | None = None  # number and text of the error by which data were lost
         self._positioned = hasattr(os, "pread") and hasattr(os, "pwrite")
-        self._seek_data: int | None = getattr(os, "SEEK_DATA", None)
-        self._seek_hole: int | None = getattr(os, "SEEK_HOLE", None)
 
     @property
     def shareable(self) -> bool:
@@ -138,7 +136,7 @@ class FileDisk:
     def trim(self, count: int, offset: int) -> None:
         """Turn the range into a hole where that can be done; else do nothing. Raises OSError for other failures."""
         try:
-            fallocate.punch_hole(self._fd, count, offset)
+            holes.punch_hole(self._fd, count, offset)
         except OSError as problem:
             if problem.errno != errno.ENOTSUP:
                 raise
@@ -147,13 +145,13 @@ class FileDisk:
         """Make the range read as zeroes without writing them. Raises OSError, ENOTSUP where that cannot be done."""
         if may_trim:
             try:
-                fallocate.punch_hole(self._fd, count, offset)
+                holes.punch_hole(self._fd, count, offset)
             except OSError as problem:
                 if problem.errno != errno.ENOTSUP:
                     raise
             else:
                 return
-        fallocate.zero_range(self._fd, count, offset)
+        holes.zero_range(self._fd, count, offset)
 
     def cache(self, count: int, offset: int) -> None:
         """Ask the operating system to read ahead, where it can be asked."""
@@ -167,13 +165,14 @@ class FileDisk:
         """
         end = offset + count
         while offset < end:
-            data = self._next(self._seek_data, offset, unknown=offset, none=-1)
-            if data < 0:  # all is a hole from here to the file's end, which others may have moved
+            data = holes.next_data(self._fd, offset)
+            if data is None:  # all is a hole from here to the file's end, which others may have moved
                 data = max(offset, self._end())
             if data > offset:
                 stop, flags = min(data, end), _HOLE
             else:
-                stop, flags = min(self._next(self._seek_hole, offset, unknown=end, none=end), end), _DATA
+                hole = holes.next_hole(self._fd, offset)
+                stop, flags = end if hole is None else min(hole, end), _DATA
             if stop > offset:  # else a hole appeared here between the two questions: ask again
                 yield stop - offset, flags
             offset = stop
@@ -193,19 +192,6 @@ class FileDisk:
     def _end(self) -> int:
         with self._seeking:
             return os.lseek(self._fd, 0, os.SEEK_END)  # a block device's st_size is 0
-
-    def _next(self, what: int | None, offset: int, *, unknown: int, none: int) -> int:
-        """Return where the next data or hole begins: `unknown` where nobody can tell, `none` where there is none."""
-        if what is None:
-            return unknown
-        try:
-            return os.lseek(self._fd, offset, what)
-        except OSError as problem:
-            if problem.errno == errno.ENXIO:
-                return none
-            if problem.errno in {errno.EINVAL, errno.ENOTSUP}:  # block devices; file systems that do not keep it
-                return unknown
-            raise
 
     def _read(self, count: int, offset: int) -> bytes:
         if self._positioned:

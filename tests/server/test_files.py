@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
+from nbdcore import holes
 from nbdcore.errors import UsageError
 from nbdcore.protocol.constants import AllocationFlag, CommandFlag, CommandType, ErrorNumber
-from nbdcore.server import FileDisk, fallocate
+from nbdcore.server import FileDisk
 from nbdcore.server.files import own_description
 
 try:
@@ -46,7 +47,7 @@ def disk(request, path, monkeypatch):
     for name in lacking[request.param]:
         monkeypatch.delattr(os, name, raising=False)
     if request.param in {"no fallocate", "nothing"}:
-        monkeypatch.setattr(fallocate, "_function", lambda: None)
+        monkeypatch.setattr(holes, "_function", lambda: None)
     disk = FileDisk(path)
     yield disk
     disk.close()

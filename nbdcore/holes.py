@@ -1,6 +1,7 @@
-"""Linux's fallocate(2), which Python's `os` lacks: holes and zeroes in files and block devices without writing them.
+"""Holes and zeroes in files and on block devices: made without writing them, and found without reading them.
 
-Everywhere else, and where the file system or device cannot do it, OSError (ENOTSUP): the caller has another way.
+They are made by Linux's fallocate(2), which Python's `os` lacks. Everywhere else, and where the file system or device cannot do
+it, that is an OSError (ENOTSUP): the caller has another way. They are found by SEEK_DATA and SEEK_HOLE, where those exist.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["punch_hole", "zero_range"]
+__all__ = ["next_data", "next_hole", "punch_hole", "zero_range"]
 
 # linux/falloc.h
 _KEEP_SIZE = 0x01
@@ -32,6 +33,29 @@ def punch_hole(fd: int, count: int, offset: int) -> None:
 def zero_range(fd: int, count: int, offset: int) -> None:
     """Turn `count` bytes at `offset` into allocated zeroes. Raises OSError, ENOTSUP where that cannot be done."""
     _fallocate(fd, _ZERO_RANGE | _KEEP_SIZE, offset, count)
+
+
+def next_data(fd: int, offset: int) -> int | None:
+    """Return where the next data begin at `offset` or behind it: `offset` itself where nobody can tell, None where none follow."""
+    return _seek(fd, offset, getattr(os, "SEEK_DATA", None), unknown=offset)
+
+
+def next_hole(fd: int, offset: int) -> int | None:
+    """Return where the next hole begins at `offset` or behind it: None where nobody can tell, and where the file has ended."""
+    return _seek(fd, offset, getattr(os, "SEEK_HOLE", None), unknown=None)
+
+
+def _seek(fd: int, offset: int, what: int | None, *, unknown: int | None) -> int | None:
+    if what is None:
+        return unknown
+    try:
+        return os.lseek(fd, offset, what)
+    except OSError as problem:
+        if problem.errno == errno.ENXIO:
+            return None
+        if problem.errno in {errno.EINVAL, errno.ENOTSUP}:  # block devices; file systems that do not keep it
+            return unknown
+        raise
 
 
 def _fallocate(fd: int, mode: int, offset: int, count: int) -> None:
