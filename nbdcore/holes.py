@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["next_data", "next_hole", "punch_hole", "zero_range"]
+__all__ = ["allocate", "next_data", "next_hole", "punch_hole", "zero_range"]
 
 # linux/falloc.h
 _KEEP_SIZE = 0x01
@@ -35,8 +35,13 @@ def zero_range(fd: int, count: int, offset: int) -> None:
     _fallocate(fd, _ZERO_RANGE | _KEEP_SIZE, offset, count)
 
 
+def allocate(fd: int, count: int, offset: int) -> None:
+    """Give `count` bytes at `offset` room; what is in them stays. Raises OSError, ENOTSUP where that cannot be done."""
+    _fallocate(fd, _KEEP_SIZE, offset, count)
+
+
 def next_data(fd: int, offset: int) -> int | None:
-    """Return where the next data begin at `offset` or behind it: `offset` itself where nobody can tell, None where none follow."""
+    """Return where data begin, at `offset` or behind it: `offset` itself where nobody can tell, None where none follow."""
     return _seek(fd, offset, getattr(os, "SEEK_DATA", None), unknown=offset)
 
 

@@ -19,7 +19,7 @@ from nbdcore.cli.output import described, discard_output, prepare, reported, war
 __all__ = ["program", "run"]
 
 # Each is a module here, and the command in it has its name. In the order in which a newcomer wants them.
-_COMMANDS = ("demo", "info", "map", "checksum", "compare", "dump", "shell", "transports", "serve", "completion")
+_COMMANDS = ("demo", "info", "map", "copy", "checksum", "compare", "dump", "shell", "transports", "serve", "completion")
 
 # The variable by which a shell asks for the words that fit; see `nbdcore.cli.completion`.
 _COMPLETION = "_NBDCORE_COMPLETE"

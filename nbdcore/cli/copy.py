@@ -1,0 +1,203 @@
+"""`nbdcore copy`: a disk, a file or a pipe to another one, with nbdcopy's options. The work is done by `nbdcore.disk.copy`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nbdcore.cli.access import Access, Bracketed, DiskCommand, with_access
+from nbdcore.cli.output import warn
+from nbdcore.cli.progress import BAR, shown
+from nbdcore.cli.sizes import parsed, rounded
+
+if TYPE_CHECKING:
+    from nbdcore.disk.copying.opening import Place
+    from nbdcore.disk.copying.result import CopySettings
+
+__all__ = ["copy"]
+
+# What nbdcopy takes for a request.
+_SMALLEST_REQUEST, _LARGEST_REQUEST = 4 << 10, 32 << 20
+# Options that nbdcopy has with a value or without: what they stand for without.
+_WITHOUT_VALUE = {"--progress": BAR}
+
+
+class CopyCommand(DiskCommand):
+    """A command of which some options have a value or none: `--progress` and `--progress=3`, but never `--progress 3`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the command line, with the values written out that were left out."""
+        return super().parse_args(ctx, _written_out(args))
+
+
+def _written_out(words: list[str]) -> list[str]:
+    found: list[str] = []
+    of_server = False  # whether it stands between brackets
+    for number, word in enumerate(words):
+        if word == "--" and not of_server:
+            return found + words[number:]
+        of_server = word == "[" or (of_server and word != "]")
+        found.append(f"{word}={_WITHOUT_VALUE[word]}" if word in _WITHOUT_VALUE and not of_server else word)
+    return found
+
+
+if TYPE_CHECKING:
+    _EndType = click.ParamType[Place]
+else:
+    _EndType = click.ParamType
+
+
+class EndType(_EndType):
+    """An end of a copy, as a click argument's type."""
+
+    name = "disk"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Place:  # noqa: ARG002 (click's)
+        """Return what the library takes: the command line of a server, or the word as it is."""
+        return list(value.argv) if isinstance(value, Bracketed) else value
+
+
+def _request_size(text: str) -> int:
+    size = parsed(text)
+    if not _SMALLEST_REQUEST <= size <= _LARGEST_REQUEST or size & (size - 1):
+        raise click.BadParameter(f"{text!r} is no size for requests: they have a power of two from 4K to 32M")
+    return size
+
+
+def _granule(text: str) -> int:
+    size = parsed(text)
+    if size and (size < 512 or size & (size - 1)):
+        raise click.BadParameter(f"{text!r}: write 0 for not at all, or a power of two of 512 or more")
+    return size
+
+
+@click.command(cls=CopyCommand, short_help="Copy a disk to another one, a file or a pipe.")
+@click.argument("source", type=EndType())
+@click.argument("destination", type=EndType())
+@click.option("--allocated", is_flag=True, help="Have zeroes take up room at the destination, in place of holes.")
+@click.option(
+    "-C",
+    "--connections",
+    type=click.IntRange(1, 128),
+    default=4,
+    show_default=True,
+    metavar="N",
+    help="Connections to each server, if it can do with several.",
+)
+@click.option(
+    "--destination-is-zero",
+    "--target-is-zero",
+    is_flag=True,
+    help="Write no zeroes, since all of the destination reads as zeroes already.",
+)
+@click.option("--flush", is_flag=True, help="End when the destination has put all on permanent storage.")
+@click.option("--extents/--no-extents", default=True, help="Ask the source which parts are zero, or read all of it.")
+@click.option("-p", "bar", is_flag=True, help="Show how far it is, though standard error is no terminal.")
+@click.option(
+    "--progress",
+    metavar="[=FD]",
+    help="As -p; with =FD, write lines such as 50/100 to that file descriptor.",
+)
+@click.option(
+    "--queue-size",
+    type=parsed,
+    default="16M",
+    show_default=True,
+    metavar="SIZE",
+    help="The most bytes under way on a connection.",
+)
+@click.option(
+    "--request-size", type=_request_size, default="1M", show_default=True, metavar="SIZE", help="Bytes of a read or write."
+)
+@click.option(
+    "-R",
+    "--requests",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="The most requests under way on a connection.",
+)
+@click.option(
+    "-S",
+    "--sparse",
+    type=_granule,
+    default="4K",
+    show_default=True,
+    metavar="SIZE",
+    help="Look for zeroes among data in steps of this size, and write none; 0: do not look.",
+)
+@click.option("--synchronous", is_flag=True, help="Copy in order, one request at a time.")
+@click.option(
+    "-T",
+    "--threads",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="The most threads that copy. [default: as many as help]",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@click.option("-v", "--verbose", is_flag=True, help="Say on standard error what both sides are, and how they are copied.")
+@with_access
+def copy(
+    source: Place,
+    destination: Place,
+    *,
+    access: Access,
+    bar: bool,
+    progress: str | None,
+    quiet: bool,
+    verbose: bool,
+    **settings: Any,
+) -> None:
+    """Copy SOURCE to DESTINATION: each a file, a block device, an NBD URI, "-" for standard input or output, or a server to
+    start, [ COMMAND ARGS ... ]. A destination may also be null:, which keeps nothing.
+
+    A file is made if it is not there, and gets the source's size. Any other destination must be as large as the source, or larger.
+
+    \b
+    nbdcore copy nbd://localhost/ disk.img
+    nbdcore copy disk.img nbd://localhost/
+    nbdcore copy nbd://one/ nbd://two/ --flush
+    nbdcore copy -- [ nbdkit memory 1G ] null:
+    """  # noqa: D205, D301 (help of one sentence; a real backspace tells click not to wrap)
+    from nbdcore.disk import copy as copied
+
+    if bar and progress is None:
+        progress = BAR
+    with shown(progress, quiet=quiet) as telling, _interruption_told():
+        copied(
+            source,
+            destination,
+            **settings,
+            started=_describe if verbose else None,
+            progress=telling,
+            timeout=access.timeout,
+            **access.options(),
+        )
+
+
+@contextlib.contextmanager
+def _interruption_told() -> Iterator[None]:
+    """Say what Ctrl-C left, which the copy notes on it."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        for note in getattr(interruption, "__notes__", ()):
+            warn(f"interrupted: {note}")
+        raise
+
+
+def _describe(settings: CopySettings) -> None:
+    """Print what is about to happen, in nbdcopy's form."""
+    for side, end in (("src", settings.source), ("dst", settings.destination)):
+        warn(f"{side}: {end.kind} {end.name}")
+        size = "unknown" if end.size is None else f"{end.size} ({rounded(end.size)})"
+        warn(f"{side}: size={size}, preferred block size={end.preferred}")
+    warn(
+        f"connections={settings.connections} requests={settings.requests} threads={settings.threads} "
+        f"synchronous={str(settings.in_order).lower()}"
+    )

@@ -1,0 +1,236 @@
+"""The moving of a copy: threads that take pieces of the plan, and read, look for zeroes, and write each.
+
+A thread has one buffer and one request under way. It reads into the buffer and writes from it, so data are in the processor's
+cache in between, and the interpreter's lock is free while the kernel moves them. There is a thread for each connection at first.
+Where answers take long, more threads share the connections, up to the caller's limits: over a slow network many requests are
+under way, on a fast machine no more threads than do something.
+
+The caller's thread waits, and tells of progress. After the first error nothing more is begun.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from nbdcore.disk.copying import zeroes
+from nbdcore.disk.copying.ends import Destination, Range, Source
+from nbdcore.disk.copying.errors import failed
+from nbdcore.errors import Error
+
+__all__ = ["Counts", "Crew", "Mover", "Rules"]
+
+# Seconds for a piece, from which on it is worth a try to have more under way: a connection moves 1 MiB within 2 ms.
+_LONG = 0.004
+# Pieces for each thread by which a number of threads is judged, and how much faster twice as many must be.
+_TRIAL, _WORTH_IT = 3, 1.3
+# Seconds between two looks at how far the threads are.
+_GLANCE = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """How pieces are moved.
+
+    Attributes:
+        size: the most bytes of a piece of data.
+        granule: data are looked at for zeroes in granules of so many bytes; 0: not at all.
+        allocated: whether zeroes must take up room at the destination.
+        looks: called with offset and memory of all data that were read, and with None for known zeroes: (offset, count, view).
+    """
+
+    size: int
+    granule: int
+    allocated: bool
+    looks: Callable[[int, int, memoryview | None], None] | None = None
+
+
+@dataclass(slots=True)
+class Counts:
+    """What one mover has done, in bytes."""
+
+    copied: int = 0
+    zeroes: int = 0
+    finished: deque[tuple[int, int]] | None = None
+
+
+class Mover:
+    """Moves one piece after the other, in a buffer of its own."""
+
+    def __init__(self, source: Source, destination: Destination, rules: Rules, *, remember: bool = False) -> None:
+        self._source = source
+        self._destination = destination
+        self._rules = rules
+        self._nothing = b""
+        self._memory = bytearray(rules.size + -rules.size % max(rules.granule, 8))
+        self._view = memoryview(self._memory)
+        self.counts = Counts(finished=deque() if remember else None)
+
+    def move(self, piece: Range) -> int:
+        """Move a piece. Returns its length; less where a source that is read in order has ended. Raises CopyError."""
+        if piece.zero:
+            if self._rules.looks is not None:
+                self._rules.looks(piece.offset, piece.count, None)
+            self._zero(piece.offset, piece.count)
+            got = piece.count
+        else:
+            got = self._copy(piece.offset, piece.count)
+        if self.counts.finished is not None:
+            self.counts.finished.append((piece.offset, got))
+        return got
+
+    def has_more(self, offset: int) -> bool:
+        """Return whether a source that is read in order goes on at `offset`. Raises CopyError."""
+        try:
+            return bool(self._source.read_into(self._view[:1], offset))
+        except (OSError, Error) as problem:
+            raise failed("read", 1, offset, self._source.name, problem) from problem
+
+    def _copy(self, offset: int, count: int) -> int:
+        view = self._view if count == len(self._view) else self._view[:count]
+        try:
+            got = self._source.read_into(view, offset)
+        except (OSError, Error) as problem:
+            raise failed("read", count, offset, self._source.name, problem) from problem
+        if got < count:
+            view = view[:got]
+        if self._rules.looks is not None:
+            self._rules.looks(offset, got, view)
+        granule = self._rules.granule
+        if not granule:
+            self._write(view, offset)
+            return got
+        for at, length, zero in zeroes.runs(self._memory, got, granule):
+            if zero:
+                self._zero(offset + at, length)
+            else:
+                self._write(view[at : at + length], offset + at)
+        return got
+
+    def _write(self, view: memoryview, offset: int) -> None:
+        try:
+            self._destination.write(view, offset)
+        except (OSError, Error) as problem:
+            raise failed("write", len(view), offset, self._destination.name, problem) from problem
+        self.counts.copied += len(view)
+
+    def _zero(self, offset: int, count: int) -> None:
+        """Have a range of the destination read as zeroes: it does so, or it is made to, or they are written."""
+        destination, allocated = self._destination, self._rules.allocated
+        if not destination.blank or allocated:
+            whole = count - count % destination.minimum
+            try:
+                done = whole if whole and destination.zero(whole, offset, allocated=allocated) else 0
+            except (OSError, Error) as problem:
+                raise failed("zero", whole, offset, destination.name, problem) from problem
+            self._write_zeroes(offset + done, count - done)
+        self.counts.zeroes += count
+
+    def _write_zeroes(self, offset: int, count: int) -> None:
+        copied = self.counts.copied
+        while count:
+            if not self._nothing:
+                self._nothing = bytes(self._rules.size)
+            part = min(count, self._rules.size)
+            self._write(memoryview(self._nothing)[:part], offset)
+            offset, count = offset + part, count - part
+        self.counts.copied = copied
+
+
+class Crew:
+    """All threads of one copy.
+
+    Args:
+        pieces: the plan; threads take from it in turn.
+        mover: makes a mover for a thread.
+        threads: how many to begin with.
+        most: how many there may be, where answers take long.
+    """
+
+    def __init__(self, pieces: Iterator[Range], mover: Callable[[], Mover], threads: int, most: int) -> None:
+        self._pieces = pieces
+        self._mover = mover
+        self._pace = _Pace(threads, most)
+        self._failure: BaseException | None = None
+        self._stopped = False
+        self._plan = threading.Lock()
+        self._idle = threading.Condition()
+        self._working = 0
+
+    def run(self, glance: Callable[[], None]) -> None:
+        """Move all pieces, and call `glance` now and then. Raises the first error; threads may go on for a moment, see `wait`."""
+        try:
+            self._start(self._pace.threads)
+            while not self.wait(_GLANCE) and self._failure is None:
+                glance()
+        finally:
+            self._stopped = True
+        if self._failure is not None:
+            raise self._failure
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until every thread has ended. Returns whether that is so."""
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._working, seconds)
+
+    def _start(self, threads: int) -> None:
+        for _ in range(threads):
+            mover = self._mover()
+            with self._idle:
+                self._working += 1
+            threading.Thread(target=self._work, args=(mover,), name="nbdcore-copy", daemon=True).start()
+
+    def _work(self, mover: Mover) -> None:
+        try:
+            while not self._stopped:
+                with self._plan:
+                    piece = next(self._pieces, None)
+                if piece is None:
+                    break
+                mover.move(piece)
+                if not piece.zero:
+                    self._start(self._pace.more(piece.count))
+        except BaseException as problem:  # noqa: BLE001 (raised again by the thread that waits)
+            self._stopped = True
+            with self._plan:
+                self._failure = self._failure or problem
+        finally:
+            with self._idle:
+                self._working -= 1
+                self._idle.notify_all()
+
+
+class _Pace:
+    """Finds out how many threads are enough: twice as many are tried where pieces take long, and again where that was faster."""
+
+    def __init__(self, threads: int, most: int) -> None:
+        self.threads: int = threads
+        self._most = most
+        self._lock = threading.Lock()
+        self._since = time.monotonic()
+        self._moved = self._pieces = 0
+        self._rate = 0.0
+
+    def more(self, count: int) -> int:
+        """A piece of so many bytes is there. Returns how many more threads to start."""
+        if self.threads >= self._most:
+            return 0
+        with self._lock:
+            self._moved += count
+            self._pieces += 1
+            if self._pieces < _TRIAL * self.threads or self.threads >= self._most:
+                return 0
+            now = time.monotonic()
+            seconds = max(now - self._since, 1e-6)
+            rate, long = self._moved / seconds, seconds * self.threads / self._pieces > _LONG
+            self._since, self._moved, self._pieces = now, 0, 0
+            if not long or rate < _WORTH_IT * self._rate:
+                self._most = self.threads
+                return 0
+            more = min(self.threads, self._most - self.threads)
+            self._rate = rate
+            self.threads += more
+            return more

@@ -1,0 +1,113 @@
+"""From what the caller names to the end of a copy. Nothing is changed here but that a missing file is created, empty."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from nbdcore.clients.blocking.client import Client
+from nbdcore.clients.blocking.pool import Pool
+from nbdcore.clients.connect.options import ClientOptions
+from nbdcore.disk.copying.ends import Destination, Null, NullDestination, Source
+from nbdcore.disk.copying.files import FileDestination, FileSource, open_source_file
+from nbdcore.disk.copying.servers import Disk, ServerDestination, ServerSource
+from nbdcore.disk.copying.streams import StreamDestination, StreamSource
+from nbdcore.errors import UsageError
+from nbdcore.protocol.constants import BASE_ALLOCATION
+from nbdcore.uri import is_uri
+
+__all__ = ["Place", "open_destination", "open_source"]
+
+#: What can be an end of a copy: a URI or a path, "-", "null:", an open client, or the command line of a server to start.
+Place: TypeAlias = str | os.PathLike[str] | Client | Pool | Sequence[str] | Null
+
+_STANDARD = "-"
+_NULL = "null:"
+# Of a file that a copy creates, before the umask; as with nbdcopy.
+_MODE = 0o644
+
+
+def open_source(
+    place: Place, *, connections: int, contexts: Sequence[str], timeout: float | None, options: ClientOptions
+) -> Source:
+    """Open what is copied from. Raises UsageError, OSError, and what connecting raises."""
+    if isinstance(place, Null) or place == _NULL:
+        raise UsageError(errno.EINVAL, "null: is a destination, and no source")
+    disk = _connected(place, connections=connections, contexts=contexts, timeout=timeout, options=options)
+    if disk is not None:
+        return ServerSource(disk, _named(place), owned=disk is not place, use_extents=BASE_ALLOCATION in contexts)
+    if place == _STANDARD:
+        return StreamSource("standard input", sys.__stdin__.fileno() if sys.__stdin__ else 0, owned=False)
+    path = os.fspath(place)  # type: ignore[arg-type] # all else was dealt with
+    fd, mode = open_source_file(path)
+    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+        return FileSource(path, fd)
+    return StreamSource(path, fd, owned=True)
+
+
+def open_destination(place: Place, *, connections: int, keep: bool, timeout: float | None, options: ClientOptions) -> Destination:
+    """Open what is copied to. `keep`: what is in a file stays. Raises UsageError, OSError, and what connecting raises."""
+    if isinstance(place, Null) or place == _NULL:
+        return NullDestination()
+    disk = _connected(place, connections=connections, contexts=(), timeout=timeout, options=options)
+    if disk is not None:
+        return ServerDestination(disk, _named(place), owned=disk is not place)
+    if place == _STANDARD:
+        fd = sys.__stdout__.fileno() if sys.__stdout__ else 1
+        _refuse_terminal(fd, "standard output")
+        return StreamDestination("standard output", fd, owned=False)
+    return _local_destination(os.fspath(place), keep=keep)  # type: ignore[arg-type] # as above
+
+
+def _local_destination(path: str, *, keep: bool) -> Destination:
+    try:
+        mode = Path(path).stat().st_mode
+    except FileNotFoundError:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
+        return FileDestination(path, fd, created=True, keep=keep)
+    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+        return FileDestination(path, os.open(path, os.O_RDWR | os.O_CLOEXEC), keep=keep)
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, fd)
+        _refuse_terminal(fd, path)
+        undo.pop_all()
+    return StreamDestination(path, fd, owned=True)
+
+
+def _refuse_terminal(fd: int, name: str) -> None:
+    if os.isatty(fd):
+        raise UsageError(errno.EINVAL, f"{name} is a terminal, and a disk is nothing to look at: send it to a file or a pipe")
+
+
+def _connected(
+    place: Place, *, connections: int, contexts: Sequence[str], timeout: float | None, options: ClientOptions
+) -> Disk | None:
+    """Return a connected client for a place that is a server; None for another one."""
+    if isinstance(place, Client | Pool):
+        return place
+    options = {**options, "contexts": contexts}
+    if isinstance(place, str):
+        if not is_uri(place):
+            return None
+        if connections == 1:
+            return Client(**options).connect(place, timeout=timeout)
+        return Pool(connections=connections, **options).connect(place, timeout=timeout)
+    if isinstance(place, os.PathLike) or not isinstance(place, Sequence):
+        return None
+    return Client(**options).connect_socket_activation(place, timeout=timeout)
+
+
+def _named(place: Place) -> str:
+    """Return what messages call a server."""
+    if isinstance(place, str):
+        return place
+    if isinstance(place, Client | Pool):
+        return place.uri or "the client's server"
+    return " ".join(["[", *place, "]"])  # type: ignore[misc] # a command line: all else was dealt with

@@ -1,0 +1,89 @@
+"""Pipes, sockets, terminals and other things without offsets as the ends of a copy: standard input and output among them.
+
+They are used from their beginning to their end, by the thread that copies.
+"""
+
+from __future__ import annotations
+
+import os
+
+from nbdcore.disk.copying.ends import Destination, Source
+
+__all__ = ["StreamDestination", "StreamSource"]
+
+
+class StreamSource(Source):
+    """A descriptor that is read to its end.
+
+    Args:
+        name: what messages call it.
+        fd: the descriptor.
+        owned: whether to close it at the end.
+    """
+
+    kind = "stream"
+    in_order = True
+
+    def __init__(self, name: str, fd: int, *, owned: bool) -> None:
+        self.name = name
+        self._fd = fd
+        self._owned = owned
+        self._offset = 0
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        """Fill the view as far as the stream goes. Raises OSError."""
+        assert offset == self._offset, "a stream is read in order"
+        got = 0
+        while got < len(view):
+            more = os.readv(self._fd, (view[got:],))
+            if not more:
+                break
+            got += more
+        self._offset += got
+        return got
+
+    def close(self) -> None:
+        """Close the descriptor, if it is the copy's."""
+        if self._owned:
+            self._owned = False
+            os.close(self._fd)
+
+
+class StreamDestination(Destination):
+    """A descriptor that is written to from the beginning on.
+
+    Args:
+        name: what messages call it.
+        fd: the descriptor.
+        owned: whether to close it at the end.
+    """
+
+    kind = "stream"
+    in_order = True
+
+    def __init__(self, name: str, fd: int, *, owned: bool) -> None:
+        self.name = name
+        self._fd = fd
+        self._owned = owned
+        self._offset = 0
+
+    def write(self, view: memoryview, offset: int) -> None:
+        """Write all of the view. Raises OSError."""
+        assert offset == self._offset, "a stream is written in order"
+        written = 0
+        while written < len(view):
+            written += os.write(self._fd, view[written:])
+        self._offset += written
+
+    def zero(self, count: int, offset: int, *, allocated: bool) -> bool:  # noqa: ARG002 (the base's signature)
+        """Say that zeroes must be written."""
+        return False
+
+    def flush(self) -> None:
+        """Do nothing: whoever reads the stream has it from here on."""
+
+    def close(self) -> None:
+        """Close the descriptor, if it is the copy's."""
+        if self._owned:
+            self._owned = False
+            os.close(self._fd)
