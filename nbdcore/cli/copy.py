@@ -156,7 +156,8 @@ def copy(
     """Copy SOURCE to DESTINATION: each a file, a block device, an NBD URI, "-" for standard input or output, or a server to
     start, [ COMMAND ARGS ... ]. A destination may also be null:, which keeps nothing.
 
-    A file is made if it is not there, and gets the source's size. Any other destination must be as large as the source, or larger.
+    A file is made if it is not there, and has the source's size at the end. Any other destination must
+    be as large as the source.
 
     \b
     nbdcore copy nbd://localhost/ disk.img

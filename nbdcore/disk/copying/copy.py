@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 from collections.abc import Callable
 from typing import Unpack
 
 from nbdcore.clients.connect.options import CONNECTIONS, ClientOptions
+from nbdcore.clients.requests.arguments import StrPath
+from nbdcore.disk.blockhash import BlockHash
+from nbdcore.disk.copying.manifest import Manifest
 from nbdcore.disk.copying.opening import Place, open_destination, open_source
 from nbdcore.disk.copying.result import CopyProgress, CopyResult, CopySettings
-from nbdcore.disk.copying.task import CopyTask, Wishes
-from nbdcore.errors import UsageError
-from nbdcore.protocol.constants import BASE_ALLOCATION
+from nbdcore.disk.copying.settling import Wishes
+from nbdcore.disk.copying.task import CopyTask
 
 __all__ = ["copy"]
 
@@ -20,7 +21,8 @@ __all__ = ["copy"]
 _REQUEST_SIZE = 1 << 20
 # Bytes and requests under way at a time on each connection, and the granule in which zeroes are looked for: as with nbdcopy.
 _QUEUE_SIZE, _REQUESTS, _SPARSE = 16 << 20, 64, 4096
-_SMALLEST_GRANULE = 512
+# Where QEMU has its dirty bitmaps among the metadata contexts.
+_BITMAPS = "qemu:dirty-bitmap:"
 
 
 def copy(  # noqa: PLR0913 (they are nbdcopy's options, each by its name)
@@ -38,6 +40,12 @@ def copy(  # noqa: PLR0913 (they are nbdcopy's options, each by its name)
     extents: bool = True,
     flush: bool = False,
     synchronous: bool = False,
+    verify: bool = False,
+    checksum: BlockHash | str | None = None,
+    resume: StrPath | None = None,
+    bitmap: str = "",
+    changes: StrPath | None = None,
+    apply: StrPath | None = None,
     started: Callable[[CopySettings], object] | None = None,
     progress: Callable[[CopyProgress], object] | None = None,
     timeout: float | None = None,
@@ -69,6 +77,14 @@ def copy(  # noqa: PLR0913 (they are nbdcopy's options, each by its name)
         extents: ask the source which parts are zero (of a server, base:allocation); False: read all of it.
         flush: return when the destination has put all on permanent storage.
         synchronous: copy in order, one request at a time. Pipes and their kind are always copied so.
+        verify: read the destination back when all is written, and compare it with the source, which is read again.
+        checksum: compute the block hash of the source in the same pass: the name of an algorithm, or a `BlockHash`.
+        resume: the path of a manifest. Where there is none it is written, and removed when the copy is complete; meanwhile it
+            lists what the destination has put on permanent storage. Where there is one the copy goes on behind what it lists.
+        bitmap: copy only what this dirty bitmap of a server names, onto a full copy: the name that qemu-nbd --bitmap has for it,
+            or that of a metadata context.
+        changes: where to write the map of what the bitmap names; the destination is a file of changes then, and no full copy.
+        apply: the map of a file of changes, which is the source: only what it names is copied, onto a full copy.
         started: called once, when both ends are open and nothing has been changed.
         progress: called in this thread several times a second, and at the end. What it raises ends the copy.
         timeout: seconds for connecting. How long an answer may take is `command_timeout`.
@@ -76,10 +92,11 @@ def copy(  # noqa: PLR0913 (they are nbdcopy's options, each by its name)
 
     Returns what was done. Raises UsageError, with nothing changed, for wrong arguments, and for a destination that is read-only,
     too small or a terminal; OSError and what connecting raises likewise. Raises CopyError for what fails after that; it names the
-    range, and says what the destination is then: a regular file that this call created is removed. Ctrl-C stops the copy likewise,
-    and has a note that says the same.
+    range, and says what the destination is then: a regular file that this call created is removed, unless it can be resumed.
+    Ctrl-C stops the copy likewise, and has a note that says the same.
     """
     wishes = Wishes(
+        connections=connections,
         requests=requests,
         request_size=request_size,
         queue_size=queue_size,
@@ -89,32 +106,33 @@ def copy(  # noqa: PLR0913 (they are nbdcopy's options, each by its name)
         blank=destination_is_zero,
         flush=flush,
         in_order=synchronous,
+        verify=verify,
+        block_hash=BlockHash(checksum) if isinstance(checksum, str) else checksum,
+        manifest=None if resume is None else Manifest(resume),
+        bitmap=bitmap if ":" in bitmap or not bitmap else f"{_BITMAPS}{bitmap}",
+        changes=changes,
+        apply=apply,
         started=started,
         progress=progress,
     )
-    _check_numbers(wishes, connections)
     with contextlib.ExitStack() as opened:
-        contexts = (BASE_ALLOCATION,) if extents else ()
-        reader = open_source(source, connections=connections, contexts=contexts, timeout=timeout, options=options)
+        reader = open_source(
+            source,
+            connections=connections,
+            use_extents=extents,
+            bitmap=wishes.bitmap,
+            apply=apply,
+            timeout=timeout,
+            options=options,
+        )
         opened.callback(reader.close)
         writer = open_destination(
-            destination, connections=connections, keep=destination_is_zero, timeout=timeout, options=options
+            destination, connections=connections, keep=wishes.keep, use_extents=verify, timeout=timeout, options=options
         )
         opened.callback(writer.close)
-        task = CopyTask(reader, writer, wishes, connections)
+        task = CopyTask(reader, writer, wishes)
         try:
             return task.run()
         finally:
             if not task.ended:  # a thread still uses them: to close a descriptor under it would be worse than to keep it
                 opened.pop_all()
-
-
-def _check_numbers(wishes: Wishes, connections: int) -> None:
-    for name, value in (("connections", connections), ("requests", wishes.requests), ("queue_size", wishes.queue_size)):
-        if value < 1:
-            raise UsageError(errno.EINVAL, f"{name} must be 1 or more: not {value}")
-    if wishes.request_size < _SMALLEST_GRANULE:
-        raise UsageError(errno.EINVAL, f"request_size must be {_SMALLEST_GRANULE} or more: not {wishes.request_size}")
-    sparse = wishes.sparse
-    if sparse and (sparse < _SMALLEST_GRANULE or sparse & (sparse - 1)):
-        raise UsageError(errno.EINVAL, f"sparse must be 0, or a power of two of {_SMALLEST_GRANULE} or more: not {sparse}")

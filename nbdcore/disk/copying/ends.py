@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nbdcore.disk.sources import AnySource
+
 __all__ = ["NULL", "UNLIMITED", "Destination", "End", "Null", "NullDestination", "Range", "Source"]
 
 #: The maximum block size of an end that has none.
@@ -50,6 +52,8 @@ class End(ABC):
         maximum: the most bytes of one request.
         connections: how many connections there are to it; of what needs none: 0.
         in_order: whether it can only be used from its beginning to its end.
+        identity: by what a later copy knows it again; "": by its name.
+        readable: by what it can be read once more; None where it cannot.
     """
 
     kind: str
@@ -60,6 +64,8 @@ class End(ABC):
     maximum: int = UNLIMITED
     connections: int = 0
     in_order: bool = False
+    identity: str = ""
+    readable: AnySource | None = None
 
     def cancel(self) -> None:  # noqa: B027 (most ends never wait for long)
         """Have calls that wait in other threads fail now, if that can be done."""
@@ -90,15 +96,17 @@ class Destination(End):
         grows: whether it has the size that the copy gives it: a regular file.
         created: whether it did not exist before.
         blank: whether all of it reads as zeroes before the copy.
+        can_flush: whether it can be told to put what it has on permanent storage.
     """
 
     read_only: bool = False
     grows: bool = False
     created: bool = False
     blank: bool = False
+    can_flush: bool = True
 
-    def begin(self, size: int | None) -> None:
-        """Make it ready to take so many bytes. Until here nothing of it has been changed. Raises OSError."""
+    def begin(self) -> None:
+        """Make it ready to be written to. Until here nothing of it has been changed. Raises OSError."""
 
     @abstractmethod
     def write(self, view: memoryview, offset: int) -> None:

@@ -40,6 +40,8 @@ class FileSource(Source):
     def __init__(self, name: str, fd: int) -> None:
         self.kind = _kind(fd)
         self.name = name
+        self.identity = str(Path(name).absolute())
+        self.readable = Path(name)
         self._fd = fd
         self.size: int = os.lseek(fd, 0, os.SEEK_END)  # a block device's st_size is 0
 
@@ -85,6 +87,9 @@ class FileDestination(Destination):
         fd: the descriptor.
         created: whether the file did not exist before.
         keep: whether what is in a regular file stays, since only parts of it will be written.
+
+    Attributes:
+        found: bytes that the file had before.
     """
 
     def __init__(self, name: str, fd: int, *, created: bool = False, keep: bool = False) -> None:
@@ -92,12 +97,16 @@ class FileDestination(Destination):
         self.created = created
         self._fd = fd
         self._keep = keep
+        self.found: int = os.lseek(fd, 0, os.SEEK_END)
         self.kind = _kind(fd)
         self.grows: bool = self.kind == "file"
-        self.size: int | None = None if self.grows else os.lseek(fd, 0, os.SEEK_END)
+        self.size: int | None = None if self.grows else self.found
+        # Of a file by its number too: another one of the same name is no copy that was begun.
+        self.identity = f"{Path(name).absolute()}, inode {os.fstat(fd).st_ino}" if self.grows else str(Path(name).absolute())
+        self.readable = Path(name)
         self._cannot: set[Callable[[int, int, int], None]] = set()  # ways to zero that were tried in vain
 
-    def begin(self, size: int | None) -> None:  # noqa: ARG002 (the base's signature: it grows as it is written)
+    def begin(self) -> None:
         """Empty a regular file, unless what is in it stays: then its size is the last thing to change."""
         if self.grows and not self._keep:
             os.ftruncate(self._fd, 0)

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nbdcore.disk.copying import zeroes
 from nbdcore.disk.copying.ends import Destination, Range, Source
@@ -39,46 +39,53 @@ class Rules:
         size: the most bytes of a piece of data.
         granule: data are looked at for zeroes in granules of so many bytes; 0: not at all.
         allocated: whether zeroes must take up room at the destination.
-        looks: called with offset and memory of all data that were read, and with None for known zeroes: (offset, count, view).
+        look: called with each piece, from any thread: its offset, its length, and its data, or None for zeroes.
+        remember: whether to list the pieces that are moved.
     """
 
     size: int
     granule: int
     allocated: bool
-    looks: Callable[[int, int, memoryview | None], None] | None = None
+    look: Callable[[int, int, memoryview | None], None] | None = None
+    remember: bool = False
 
 
 @dataclass(slots=True)
 class Counts:
-    """What one mover has done, in bytes."""
+    """What one mover has done.
+
+    Attributes:
+        copied, zeroes: in bytes; see `CopyResult`.
+        finished: offset and length of pieces, where they are to be remembered; whoever reads them takes them out.
+    """
 
     copied: int = 0
     zeroes: int = 0
-    finished: deque[tuple[int, int]] | None = None
+    finished: deque[tuple[int, int]] = field(default_factory=deque)
 
 
 class Mover:
     """Moves one piece after the other, in a buffer of its own."""
 
-    def __init__(self, source: Source, destination: Destination, rules: Rules, *, remember: bool = False) -> None:
+    def __init__(self, source: Source, destination: Destination, rules: Rules) -> None:
         self._source = source
         self._destination = destination
         self._rules = rules
         self._nothing = b""
         self._memory = bytearray(rules.size + -rules.size % max(rules.granule, 8))
         self._view = memoryview(self._memory)
-        self.counts = Counts(finished=deque() if remember else None)
+        self.counts = Counts()
 
     def move(self, piece: Range) -> int:
         """Move a piece. Returns its length; less where a source that is read in order has ended. Raises CopyError."""
         if piece.zero:
-            if self._rules.looks is not None:
-                self._rules.looks(piece.offset, piece.count, None)
+            if self._rules.look is not None:
+                self._rules.look(piece.offset, piece.count, None)
             self._zero(piece.offset, piece.count)
             got = piece.count
         else:
             got = self._copy(piece.offset, piece.count)
-        if self.counts.finished is not None:
+        if self._rules.remember:
             self.counts.finished.append((piece.offset, got))
         return got
 
@@ -97,8 +104,8 @@ class Mover:
             raise failed("read", count, offset, self._source.name, problem) from problem
         if got < count:
             view = view[:got]
-        if self._rules.looks is not None:
-            self._rules.looks(offset, got, view)
+        if self._rules.look is not None:
+            self._rules.look(offset, got, view)
         granule = self._rules.granule
         if not granule:
             self._write(view, offset)

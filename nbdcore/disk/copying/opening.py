@@ -14,6 +14,8 @@ from typing import TypeAlias
 from nbdcore.clients.blocking.client import Client
 from nbdcore.clients.blocking.pool import Pool
 from nbdcore.clients.connect.options import ClientOptions
+from nbdcore.clients.requests.arguments import StrPath
+from nbdcore.disk.copying.changes import ChangesSource
 from nbdcore.disk.copying.ends import Destination, Null, NullDestination, Source
 from nbdcore.disk.copying.files import FileDestination, FileSource, open_source_file
 from nbdcore.disk.copying.servers import Disk, ServerDestination, ServerSource
@@ -34,28 +36,67 @@ _MODE = 0o644
 
 
 def open_source(
-    place: Place, *, connections: int, contexts: Sequence[str], timeout: float | None, options: ClientOptions
+    place: Place,
+    *,
+    connections: int,
+    use_extents: bool,
+    bitmap: str,
+    apply: StrPath | None,
+    timeout: float | None,
+    options: ClientOptions,
 ) -> Source:
-    """Open what is copied from. Raises UsageError, OSError, and what connecting raises."""
+    """Open what is copied from. Raises UsageError, OSError, and what connecting raises.
+
+    Args:
+        place: what the caller named.
+        connections: for a URI.
+        use_extents: whether to ask a server which parts are zero.
+        bitmap: the metadata context of a dirty bitmap, or "".
+        apply: the map of a file of changes.
+        timeout: seconds for connecting.
+        options: for the client.
+    """
+    contexts = [name for name in (BASE_ALLOCATION if use_extents else "", bitmap) if name]
     if isinstance(place, Null) or place == _NULL:
         raise UsageError(errno.EINVAL, "null: is a destination, and no source")
     disk = _connected(place, connections=connections, contexts=contexts, timeout=timeout, options=options)
     if disk is not None:
-        return ServerSource(disk, _named(place), owned=disk is not place, use_extents=BASE_ALLOCATION in contexts)
+        return ServerSource(disk, _named(place), owned=disk is not place, use_extents=use_extents, bitmap=bitmap)
+    if bitmap:
+        raise UsageError(errno.EINVAL, f"{place} is no server: a dirty bitmap is what a server has")
     if place == _STANDARD:
         return StreamSource("standard input", sys.__stdin__.fileno() if sys.__stdin__ else 0, owned=False)
     path = os.fspath(place)  # type: ignore[arg-type] # all else was dealt with
     fd, mode = open_source_file(path)
-    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
-        return FileSource(path, fd)
-    return StreamSource(path, fd, owned=True)
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, fd)
+        if apply is not None:
+            found: Source = ChangesSource(path, fd, apply)
+        elif stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+            found = FileSource(path, fd)
+        else:
+            found = StreamSource(path, fd, owned=True)
+        undo.pop_all()
+    return found
 
 
-def open_destination(place: Place, *, connections: int, keep: bool, timeout: float | None, options: ClientOptions) -> Destination:
-    """Open what is copied to. `keep`: what is in a file stays. Raises UsageError, OSError, and what connecting raises."""
+def open_destination(
+    place: Place, *, connections: int, keep: bool, use_extents: bool, timeout: float | None, options: ClientOptions
+) -> Destination:
+    """Open what is copied to. Raises UsageError, OSError, and what connecting raises.
+
+    Args:
+        place: what the caller named.
+        connections: for a URI.
+        keep: whether what is in a file stays.
+        use_extents: whether it will be asked which parts are zero: where it is read back.
+        timeout: seconds for connecting.
+        options: for the client.
+    """
     if isinstance(place, Null) or place == _NULL:
         return NullDestination()
-    disk = _connected(place, connections=connections, contexts=(), timeout=timeout, options=options)
+    contexts = (BASE_ALLOCATION,) if use_extents else ()
+    disk = _connected(place, connections=connections, contexts=contexts, timeout=timeout, options=options)
     if disk is not None:
         return ServerDestination(disk, _named(place), owned=disk is not place)
     if place == _STANDARD:

@@ -34,6 +34,7 @@ class CopySettings:
         requests: how many may be under way, all connections together.
         request_size: the most bytes of a read or write.
         sparse: in granules of so many bytes data are looked at for zeroes; 0: they are not.
+        block: pieces begin and end at multiples of so many bytes.
         threads: how many begin.
         in_order: whether the copy goes from the beginning to the end, one request at a time.
     """
@@ -44,6 +45,7 @@ class CopySettings:
     requests: int
     request_size: int
     sparse: int
+    block: int
     threads: int
     in_order: bool
 

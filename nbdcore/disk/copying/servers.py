@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Iterator
 
 from nbdcore.clients.blocking.client import Client
 from nbdcore.clients.blocking.pool import Pool
 from nbdcore.disk.copying.ends import Destination, End, Range, Source
-from nbdcore.errors import Error
-from nbdcore.protocol.constants import BASE_ALLOCATION
+from nbdcore.errors import Error, UsageError
+from nbdcore.protocol.constants import BASE_ALLOCATION, AllocationFlag
 
 __all__ = ["Disk", "ServerDestination", "ServerSource"]
 
 #: A connection to a server, or several.
 Disk = Client | Pool
 
+# Of the flags of a dirty bitmap: the range has changed.
+_DIRTY = 1
 # Seconds that the server has to hang up after the goodbye.
 _GOODBYE = 5.0
 
@@ -35,6 +38,7 @@ class _Server(End):
         self._disk = disk
         self._owned = owned
         self.name = name
+        self.readable = disk
         self.size: int = disk.size
         block = disk.block_size
         self.minimum, self.preferred = block.minimum, max(block.preferred, block.minimum)
@@ -56,23 +60,47 @@ class _Server(End):
 
 
 class ServerSource(_Server, Source):
-    """An export that is copied from. `use_extents`: whether to ask which parts of it are zero."""
+    """An export that is copied from.
 
-    def __init__(self, disk: Disk, name: str, *, owned: bool, use_extents: bool) -> None:
+    Args:
+        use_extents: whether to ask which parts of it are zero.
+        bitmap: the metadata context of a dirty bitmap; then only what that names is part of the copy. Raises UsageError where the
+            server does not have it.
+    """
+
+    def __init__(self, disk: Disk, name: str, *, owned: bool, use_extents: bool, bitmap: str = "") -> None:
         super().__init__(disk, name, owned=owned)
         self._use_extents = use_extents and BASE_ALLOCATION in disk.contexts
+        self._bitmap = bitmap
+        if bitmap and bitmap not in disk.contexts:
+            said = f"{name} has no metadata context {bitmap}"
+            raise UsageError(errno.ENOENT, f"{said}: serve it with its bitmap, as qemu-nbd --bitmap=NAME does")
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill the view. Raises Error."""
         return self._disk.pread_into(view, offset)
 
     def extents(self) -> Iterator[Range]:
-        """Yield what base:allocation says. Raises Error where the server cannot answer."""
+        """Yield what base:allocation says, of all or of what the bitmap names. Raises Error where the server cannot answer."""
+        if self._bitmap and self.size:
+            yield from self._dirty()
+            return
         if not self._use_extents or not self.size:
             yield from Source.extents(self)
             return
         for extent in self._disk.extents(BASE_ALLOCATION):
             yield Range(extent.offset, extent.length, zero=extent.zero)
+
+    def _dirty(self) -> Iterator[Range]:
+        if not self._use_extents:
+            for extent in self._disk.extents(self._bitmap):
+                if extent.flags & _DIRTY:
+                    yield Range(extent.offset, extent.length, zero=False)
+            return
+        for both in self._disk.extents(self._bitmap, BASE_ALLOCATION):
+            dirty, allocation = both.flags
+            if dirty & _DIRTY:
+                yield Range(both.offset, both.length, zero=bool(allocation & AllocationFlag.ZERO))
 
 
 class ServerDestination(_Server, Destination):
@@ -81,6 +109,7 @@ class ServerDestination(_Server, Destination):
     def __init__(self, disk: Disk, name: str, *, owned: bool) -> None:
         super().__init__(disk, name, owned=owned)
         self.read_only = disk.read_only
+        self.can_flush = disk.can_flush
         self._edge = threading.Lock()
 
     def write(self, view: memoryview, offset: int) -> None:

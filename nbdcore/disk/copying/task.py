@@ -4,45 +4,33 @@
 
 **Never finished in looks only.** A regular file has the source's size only when everything else is written: the piece at the end
 of the disk is moved last, when all threads are done, and zeroes at the end become part of the file by its size alone. When the
-copy fails, a file that it created is removed; whatever else the destination is, the error says that it is incomplete.
+copy fails, a file that it created is removed, unless a manifest says how to go on; whatever else the destination is, the error
+says that it is no complete copy.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from nbdcore.disk.copying import plan
-from nbdcore.disk.copying.ends import Destination, End, Range, Source
+from nbdcore.disk.copying.changes import write_map
+from nbdcore.disk.copying.digests import Digests
+from nbdcore.disk.copying.ends import Destination, Range, Source
 from nbdcore.disk.copying.errors import CopyError, described
-from nbdcore.disk.copying.moving import Crew, Mover, Rules
-from nbdcore.disk.copying.result import CopyEnd, CopyProgress, CopyResult, CopySettings
-from nbdcore.errors import Error, UsageError
+from nbdcore.disk.copying.moving import Crew, Mover
+from nbdcore.disk.copying.result import CopyProgress, CopyResult
+from nbdcore.disk.copying.settling import Wishes, checked, settled
+from nbdcore.disk.copying.verifying import verify
+from nbdcore.errors import Error
 
-__all__ = ["CopyTask", "Wishes"]
+__all__ = ["CopyTask"]
 
-# Seconds that threads get to end after an error, where what they wait for cannot be broken off.
-_PATIENCE = 5.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
-    """What the caller wants; see `copy`."""
-
-    requests: int
-    request_size: int
-    queue_size: int
-    threads: int
-    sparse: int
-    allocated: bool
-    blank: bool
-    flush: bool
-    in_order: bool
-    started: Callable[[CopySettings], object] | None
-    progress: Callable[[CopyProgress], object] | None
+# Seconds that threads get to end after an error: by themselves, since a piece takes no longer as a rule, and then, when what they
+# wait for has been broken off.
+_GRACE, _PATIENCE = 0.5, 5.0
 
 
 class CopyTask:
@@ -52,132 +40,114 @@ class CopyTask:
         ended: whether no thread of the copy uses the ends any more.
     """
 
-    def __init__(self, source: Source, destination: Destination, wishes: Wishes, connections: int) -> None:
+    def __init__(self, source: Source, destination: Destination, wishes: Wishes) -> None:
         self.ended = True
         self._source = source
         self._destination = destination
         self._wishes = wishes
-        self._block = math.lcm(source.minimum, destination.minimum)
-        self._rules = self._settled_rules()
-        self._settings = self._settled(connections)
+        self._digests = None if wishes.block_hash is None else Digests(wishes.block_hash)
+        self._manifest = wishes.manifest
+        self._resumed = 0
+        self._planned: list[Range] = []  # where only a part of the disk is copied: all of it
+        self._total = source.size
         self._movers: list[Mover] = []
         self._began = time.monotonic()
 
     def run(self) -> CopyResult:
         """Copy. Raises as `copy` does."""
+        wishes = self._wishes
         try:
-            self._check()
-            if self._wishes.started is not None:
-                self._wishes.started(self._settings)
+            checked(self._source, self._destination, wishes)
+            self._rules, self._settings = settled(
+                self._source, self._destination, wishes, None if self._digests is None else self._digests.add
+            )
+            if wishes.started is not None:
+                wishes.started(self._settings)
         except BaseException:
             self._discard()
             raise
         try:
             size = self._move()
-            if self._wishes.flush:
-                self._flush()
-            self._tell(size)
+            self._conclude(size)
+            verified = verify(self._source, self._destination, self._settings.connections) if wishes.verify else 0
         except CopyError as problem:
             problem.message = f"{problem.message}; {self._leave()}"
             raise
         except BaseException as problem:
             problem.add_note(self._leave())
             raise
+        if self._manifest is not None:
+            self._manifest.remove()
         copied, zeroes = self._counts()
-        return CopyResult(size=size, copied=copied, zeroes=zeroes, seconds=time.monotonic() - self._began)
-
-    # ------------------------------------------------------------------------------------------ before
-
-    def _settled_rules(self) -> Rules:
-        source, destination, wishes = self._source, self._destination, self._wishes
-        size = min(max(wishes.request_size, source.preferred, destination.preferred), source.maximum, destination.maximum)
-        if source.size is not None:
-            size = min(size, source.size)
-        size = max(size + -size % self._block, self._block)
-        if size > min(source.maximum, destination.maximum):
-            size -= self._block
-        granule = max(wishes.sparse, destination.preferred, self._block) if wishes.sparse else 0
-        return Rules(size=size, granule=granule, allocated=wishes.allocated)
-
-    def _settled(self, connections: int) -> CopySettings:
-        source, destination, wishes = self._source, self._destination, self._wishes
-        have = max(source.connections, destination.connections) or connections
-        in_order = wishes.in_order or source.in_order or destination.in_order
-        most = have * min(wishes.requests, max(wishes.queue_size // self._rules.size, 1))
-        if wishes.threads:
-            most = min(most, wishes.threads)
-        return CopySettings(
-            source=_shown(source),
-            destination=_shown(destination),
-            connections=have,
-            requests=1 if in_order else most,
-            request_size=self._rules.size,
-            sparse=self._rules.granule,
-            threads=1 if in_order else min(max(have, 2), most),
-            in_order=in_order,
+        return CopyResult(
+            size=size,
+            copied=copied,
+            zeroes=zeroes,
+            resumed=self._resumed,
+            unchanged=size - copied - zeroes - self._resumed,
+            seconds=time.monotonic() - self._began,
+            digest="" if self._digests is None else self._digests.checksum(),
+            verified=verified,
         )
-
-    def _check(self) -> None:
-        """Raise UsageError where the destination cannot become a copy of the source."""
-        source, destination = self._source, self._destination
-        if destination.read_only:
-            raise UsageError(errno.EROFS, f"{destination.name} is read-only: nothing can be copied to it")
-        if source.size is not None and destination.size is not None and destination.size < source.size:
-            raise UsageError(
-                errno.ENOSPC,
-                f"{destination.name} has {destination.size} bytes, fewer than {source.name}, which has {source.size}: "
-                "name a destination as large as the source",
-            )
 
     # ------------------------------------------------------------------------------------------ the copy
 
     def _move(self) -> int:
         """Move everything. Returns how many bytes the source has."""
         source, destination = self._source, self._destination
-        try:
-            destination.begin(source.size)
-        except OSError as problem:
-            raise CopyError(problem.errno or 0, f"cannot begin to write {destination.name}: {described(problem)}") from problem
-        destination.blank = destination.blank or self._wishes.blank
+        with self._doing("begin to write"):
+            destination.begin()
+            destination.blank = destination.blank or self._wishes.blank
+            if self._manifest is not None:
+                self._manifest.write((), destination)
+                self._resumed = self._manifest.finished.total()
         if source.size is None:
             size = self._move_stream()
         else:
             size = source.size
-            self._move_disk(size)
-        try:
-            destination.finish(size)
-        except OSError as problem:
-            raise CopyError(problem.errno or 0, f"cannot give {destination.name} its size: {described(problem)}") from problem
+            self._move_disk()
+        if not self._wishes.patches:
+            with self._doing("give its size to"):
+                destination.finish(size)
         return size
 
-    def _move_disk(self, size: int) -> None:
+    def _move_disk(self) -> None:
         last: list[Range] = []
-        pieces = plan.but_last(self._pieces(size), last)
+        pieces = plan.but_last(self._pieces(), last)
         if self._settings.in_order:
             mover = self._mover()
             for piece in pieces:
                 mover.move(piece)
-                self._tell(size)
+                self._glance()
         else:
-            self._move_side_by_side(pieces, size)
+            self._move_side_by_side(pieces)
             mover = self._movers[0]
         for piece in last:
             mover.move(piece)
 
-    def _move_side_by_side(self, pieces: Iterator[Range], size: int) -> None:
+    def _move_side_by_side(self, pieces: Iterator[Range]) -> None:
         crew = Crew(pieces, self._mover, self._settings.threads, self._settings.requests)
         try:
-            crew.run(lambda: self._tell(size))
+            crew.run(self._glance)
         except BaseException:
-            if not crew.wait(0):
+            if not crew.wait(_GRACE):
                 self._source.cancel()
                 self._destination.cancel()
                 self.ended = crew.wait(_PATIENCE)
             raise
 
-    def _pieces(self, size: int) -> Iterator[Range]:
+    def _pieces(self) -> Iterator[Range]:
+        size = self._source.size
+        assert size is not None, "a stream has no plan"
         try:
-            yield from plan.cut(plan.aligned(self._source.extents(), self._block, size), self._rules.size)
+            ranges = plan.aligned(self._source.extents(), self._settings.block, size)
+            if self._wishes.partial:
+                self._planned = [*ranges]
+                self._total = sum(one.count for one in self._planned)
+                ranges = iter(self._planned)
+            if self._manifest is not None:
+                ranges = self._manifest.finished.left_of(ranges)
+            yield from plan.cut(ranges, self._rules.size)
         except (OSError, Error) as problem:
             said = f"{self._source.name} does not tell which parts of it hold data: {described(problem)}"
             raise CopyError(
@@ -193,7 +163,7 @@ class CopyTask:
             count = self._rules.size if room is None else min(self._rules.size, room - at)
             got = mover.move(Range(at, count, zero=False))
             at += got
-            self._tell(None)
+            self._glance()
             if got < count:
                 return at
         if mover.has_more(at):
@@ -206,29 +176,66 @@ class CopyTask:
         self._movers.append(mover)
         return mover
 
+    def _conclude(self, size: int) -> None:
+        """All has been moved: flush, if that is wanted, and write the map of a file of changes."""
+        if self._wishes.flush:
+            with self._doing("flush"):
+                self._destination.flush()
+        if self._wishes.changes is not None:
+            try:
+                write_map(self._wishes.changes, size=size, bitmap=self._wishes.bitmap, ranges=self._planned)
+            except OSError as problem:
+                raise CopyError(problem.errno or 0, f"cannot write {self._wishes.changes}: {described(problem)}") from problem
+        self._tell()
+
     # ------------------------------------------------------------------------------------------ telling, and the end
 
     def _counts(self) -> tuple[int, int]:
         counts = [mover.counts for mover in self._movers]
         return sum(count.copied for count in counts), sum(count.zeroes for count in counts)
 
-    def _tell(self, size: int | None) -> None:
+    def _glance(self) -> None:
+        """What is done now and then while pieces are moved."""
+        self._tell()
+        if self._manifest is not None and self._manifest.due():
+            with self._doing("keep a manifest for"):
+                self._list_finished()
+
+    def _tell(self) -> None:
         if self._wishes.progress is None:
             return
         copied, zeroes = self._counts()
-        seconds = time.monotonic() - self._began
-        self._wishes.progress(CopyProgress(size=size, done=copied + zeroes, copied=copied, zeroes=zeroes, seconds=seconds))
+        done, seconds = copied + zeroes + self._resumed, time.monotonic() - self._began
+        now = CopyProgress(size=self._total, done=done, copied=copied, zeroes=zeroes, seconds=seconds)
+        self._wishes.progress(now)
 
-    def _flush(self) -> None:
+    def _list_finished(self) -> None:
+        """List in the manifest what has been moved."""
+        assert self._manifest is not None, "there is one"
+        finished = []
+        for mover in self._movers[:]:
+            waiting = mover.counts.finished
+            finished += [waiting.popleft() for _ in range(len(waiting))]
+        self._manifest.write(finished, self._destination)
+
+    @contextlib.contextmanager
+    def _doing(self, what: str) -> Iterator[None]:
+        """Give what the destination raises outside of any range the shape of a copy's error."""
         try:
-            self._destination.flush()
+            yield
+        except CopyError:
+            raise
         except (OSError, Error) as problem:
-            raise CopyError(problem.errno or 0, f"cannot flush {self._destination.name}: {described(problem)}") from problem
+            raise CopyError(problem.errno or 0, f"cannot {what} {self._destination.name}: {described(problem)}") from problem
 
     def _leave(self) -> str:
         """The copy has failed: leave nothing that looks finished. Returns what the destination is now."""
         name = self._destination.name
-        return f"{name}, which this copy had made, is removed" if self._discard() else f"{name} is incomplete"
+        if self._manifest is not None:
+            with contextlib.suppress(OSError, Error):  # what it lists already stays true
+                self._list_finished()
+            return f"{name} is no complete copy; the same copy with the manifest {self._manifest.path} goes on from here"
+        return f"{name}, which this copy had made, is removed" if self._discard() else f"{name} is no complete copy"
 
     def _discard(self) -> bool:
         """Remove what the copy created. Returns whether it is gone."""
@@ -239,7 +246,3 @@ class CopyTask:
         except OSError:
             return False
         return True
-
-
-def _shown(end: End) -> CopyEnd:
-    return CopyEnd(kind=end.kind, name=end.name, size=end.size, preferred=end.preferred)

@@ -1,0 +1,152 @@
+"""The manifest of a copy that can be interrupted: which ranges are finished, in a file that is true at any moment.
+
+A range is listed when the destination had flushed it: so whatever happens to this process, to the server or to the machine, what
+the manifest lists is there. The file is written beside itself, put on permanent storage, and takes the other's place in one step.
+It says of which source and destination it is, and is refused for any other. When the copy is complete it is removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nbdcore.disk.copying.ends import Destination, End, Range, Source
+from nbdcore.errors import UsageError
+
+__all__ = ["Finished", "Manifest"]
+
+_FORMAT = "nbdcore copy manifest 1"
+# Seconds between two flushes, at least, and in times of what the last one took: so they take a tenth of the time at most.
+_INTERVAL, _SHARE = 2.0, 10
+
+
+class Finished:
+    """Ranges of a disk that are finished; neighbours are one."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+        for begin, end in ranges:
+            self.add(begin, end)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return zip(self._begins, self._ends, strict=True)
+
+    def add(self, begin: int, end: int) -> None:
+        """Add the bytes from `begin` to `end`."""
+        first = bisect_left(self._ends, begin)  # the first range that touches it, or lies behind it
+        last = first
+        while last < len(self._begins) and self._begins[last] <= end:
+            last += 1
+        if first < last:
+            begin, end = min(begin, self._begins[first]), max(end, self._ends[last - 1])
+        self._begins[first:last] = [begin]
+        self._ends[first:last] = [end]
+
+    def total(self) -> int:
+        """Return how many bytes are finished."""
+        return sum(end - begin for begin, end in self)
+
+    def left_of(self, ranges: Iterable[Range]) -> Iterator[Range]:
+        """Yield what of the ranges, which are in order, is not finished."""
+        finished = iter([*self])
+        begin, end = next(finished, (0, 0))
+        for one in ranges:
+            at = one.offset
+            while at < one.end:
+                while end <= at and (following := next(finished, None)) is not None:
+                    begin, end = following
+                if begin <= at < end:
+                    at = end
+                    continue
+                edge = min(begin, one.end) if begin > at else one.end
+                yield Range(at, edge - at, one.zero)
+                at = edge
+
+
+class Manifest:
+    """The manifest of one copy.
+
+    Args:
+        path: the file; there need not be one.
+
+    Attributes:
+        found: whether there was one, so that a copy goes on.
+        finished: what it lists.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.finished = Finished()
+        self._last = time.monotonic()
+        self._interval = _INTERVAL
+        self._known: dict[str, Any] = {}
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            self.found = False
+            return
+        self.found = True
+        try:
+            self._known = json.loads(text)
+            assert self._known["format"] == _FORMAT
+            self.finished = Finished((int(begin), int(end)) for begin, end in self._known["finished"])
+        except (ValueError, TypeError, KeyError, AssertionError) as problem:
+            raise UsageError(errno.EINVAL, f"{self.path} is no manifest of a copy: name another file") from problem
+
+    def check(self, source: Source, destination: Destination) -> None:
+        """Raise UsageError where nothing can be resumed, or where it is the manifest of another copy."""
+        if source.size is None or destination.kind in ("stream", "null") or not destination.can_flush:
+            reason = f"{source.name if source.size is None else destination.name} does not keep what was copied"
+            raise UsageError(errno.EINVAL, f"a copy between {source.name} and {destination.name} cannot be resumed: {reason}")
+        described = {"source": _identity(source), "destination": _identity(destination)}
+        if self.found:
+            for side, now in described.items():
+                if self._known.get(side) != now:
+                    raise UsageError(
+                        errno.EINVAL,
+                        f"{self.path} is of another copy: its {side} was {self._known.get(side)}, and this one's is {now}; "
+                        "name another file, or remove that one to begin from the start",
+                    )
+        self._known = {"format": _FORMAT, **described}
+
+    def due(self) -> bool:
+        """Return whether it is time to write it again."""
+        return time.monotonic() - self._last >= self._interval
+
+    def write(self, pieces: Iterable[tuple[int, int]], destination: Destination) -> None:
+        """Flush the destination, then list these pieces, (offset, count), that were written before. Raises OSError, Error."""
+        begun = time.monotonic()
+        destination.flush()
+        for offset, count in pieces:
+            self.finished.add(offset, offset + count)
+        self._replace(json.dumps({**self._known, "finished": [*self.finished]}))
+        self._last = time.monotonic()
+        self._interval = max(_INTERVAL, _SHARE * (self._last - begun))
+
+    def _replace(self, text: str) -> None:
+        beside = self.path.with_name(f"{self.path.name}.new")
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def remove(self) -> None:
+        """The copy is complete."""
+        self.path.unlink(missing_ok=True)
+
+
+def _identity(end: End) -> dict[str, Any]:
+    return {"name": end.identity or end.name, "size": end.size}
