@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from nbdcore.cli.access import Access, Bracketed, DiskCommand, with_access
-from nbdcore.cli.output import warn
+from nbdcore.cli.hashes import BlockHashType
+from nbdcore.cli.output import say, warn
 from nbdcore.cli.progress import BAR, shown
 from nbdcore.cli.sizes import parsed, rounded
+from nbdcore.disk.blockhash import BlockHash
 
 if TYPE_CHECKING:
     from nbdcore.disk.copying.opening import Place
@@ -22,7 +25,7 @@ __all__ = ["copy"]
 # What nbdcopy takes for a request.
 _SMALLEST_REQUEST, _LARGEST_REQUEST = 4 << 10, 32 << 20
 # Options that nbdcopy has with a value or without: what they stand for without.
-_WITHOUT_VALUE = {"--progress": BAR}
+_WITHOUT_VALUE = {"--progress": BAR, "--checksum": "sha256/64k", "--blkhash": "sha256/64k"}
 
 
 class CopyCommand(DiskCommand):
@@ -93,6 +96,29 @@ def _granule(text: str) -> int:
     is_flag=True,
     help="Write no zeroes, since all of the destination reads as zeroes already.",
 )
+@click.option("--verify", is_flag=True, help="Read the destination back, and compare it with the source, when all is written.")
+@click.option(
+    "--checksum",
+    "--blkhash",
+    type=BlockHashType(),
+    metavar="[=NAME[/SIZE]]",
+    help="Print the checksum of what was copied, as nbdcore checksum does. [default: sha256/64k]",
+)
+@click.option("--checksum-file", "--blkhash-file", metavar="FILE", help="Write the checksum to FILE, and do not print it.")
+@click.option(
+    "--resume",
+    metavar="MANIFEST",
+    help="Keep in the file MANIFEST what is finished, and go on from there if it is the same copy's. A complete copy removes it.",
+)
+@click.option(
+    "--bitmap", default="", metavar="NAME", help="Copy only what this dirty bitmap of the source names, onto a full copy."
+)
+@click.option(
+    "--changes",
+    metavar="MAP",
+    help="With --bitmap: make DESTINATION a file of changes, and write which those are to the file MAP.",
+)
+@click.option("--apply", metavar="MAP", help="SOURCE is a file of changes: copy what the file MAP names, onto a full copy.")
 @click.option("--flush", is_flag=True, help="End when the destination has put all on permanent storage.")
 @click.option("--extents/--no-extents", default=True, help="Ask the source which parts are zero, or read all of it.")
 @click.option("-p", "bar", is_flag=True, help="Show how far it is, though standard error is no terminal.")
@@ -142,7 +168,7 @@ def _granule(text: str) -> int:
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 @click.option("-v", "--verbose", is_flag=True, help="Say on standard error what both sides are, and how they are copied.")
 @with_access
-def copy(
+def copy(  # noqa: PLR0913 (click hands each option over by its name)
     source: Place,
     destination: Place,
     *,
@@ -151,6 +177,8 @@ def copy(
     progress: str | None,
     quiet: bool,
     verbose: bool,
+    checksum: BlockHash | None,
+    checksum_file: str | None,
     **settings: Any,
 ) -> None:
     """Copy SOURCE to DESTINATION: each a file, a block device, an NBD URI, "-" for standard input or output, or a server to
@@ -164,21 +192,32 @@ def copy(
     nbdcore copy disk.img nbd://localhost/
     nbdcore copy nbd://one/ nbd://two/ --flush
     nbdcore copy -- [ nbdkit memory 1G ] null:
+    nbdcore copy nbd://localhost/ disk.img --verify --resume disk.manifest
+    nbdcore copy nbd://localhost/ disk.img --bitmap since-monday
     """  # noqa: D205, D301 (help of one sentence; a real backspace tells click not to wrap)
     from nbdcore.disk import copy as copied
 
+    if checksum_file is not None and checksum is None:
+        checksum = BlockHash()
+    if checksum is not None and checksum_file is None and destination == "-":
+        raise click.UsageError("standard output gets the disk: use --checksum-file for its checksum.")
     if bar and progress is None:
         progress = BAR
     with shown(progress, quiet=quiet) as telling, _interruption_told():
-        copied(
+        result = copied(
             source,
             destination,
             **settings,
+            checksum=checksum,
             started=_describe if verbose else None,
             progress=telling,
             timeout=access.timeout,
             **access.options(),
         )
+    if checksum_file is not None:
+        Path(checksum_file).write_text(f"{result.digest}\n", encoding="ascii")
+    elif checksum is not None:
+        say(result.digest)
 
 
 @contextlib.contextmanager

@@ -34,11 +34,21 @@ def open_source_file(path: str) -> tuple[int, int]:
     return fd, mode
 
 
+def _number(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+
+
 class FileSource(Source):
-    """A regular file or block device that is open; it belongs to this."""
+    """A regular file or block device that is open; it belongs to this.
+
+    Attributes:
+        number: by what the system knows it, whatever its name.
+    """
 
     def __init__(self, name: str, fd: int) -> None:
         self.kind = _kind(fd)
+        self.number = _number(fd)
         self.name = name
         self.identity = str(Path(name).absolute())
         self.readable = Path(name)
@@ -90,6 +100,7 @@ class FileDestination(Destination):
 
     Attributes:
         found: bytes that the file had before.
+        number: by what the system knows it, whatever its name.
     """
 
     def __init__(self, name: str, fd: int, *, created: bool = False, keep: bool = False) -> None:
@@ -99,6 +110,7 @@ class FileDestination(Destination):
         self._keep = keep
         self.found: int = os.lseek(fd, 0, os.SEEK_END)
         self.kind = _kind(fd)
+        self.number = _number(fd)
         self.grows: bool = self.kind == "file"
         self.size: int | None = None if self.grows else self.found
         # Of a file by its number too: another one of the same name is no copy that was begun.

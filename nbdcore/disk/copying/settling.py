@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from nbdcore.clients.requests.arguments import StrPath
 from nbdcore.disk.blockhash import BlockHash
 from nbdcore.disk.copying.ends import Destination, End, Source
-from nbdcore.disk.copying.files import FileDestination
+from nbdcore.disk.copying.files import FileDestination, FileSource
 from nbdcore.disk.copying.manifest import Manifest
 from nbdcore.disk.copying.moving import Rules
 from nbdcore.disk.copying.result import CopyEnd, CopyProgress, CopySettings
@@ -97,6 +97,8 @@ def checked(source: Source, destination: Destination, wishes: Wishes) -> None:
         room: int | None = destination.found
     else:
         room = destination.size
+    if isinstance(source, FileSource) and isinstance(destination, FileDestination) and source.number == destination.number:
+        raise UsageError(errno.EINVAL, f"{destination.name} is the same file as {source.name}: name another destination")
     if source.size is not None and room is not None and room < source.size:
         said = f"{destination.name} has {room} bytes, fewer than {source.name}, which has {source.size}"
         advice = "changes are put onto a full copy" if wishes.patches else "name a destination as large as the source"
