@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from nbdcore.errors import Error
+import os
+
+from nbdcore.errors import CommandError, Error, printable
 
 __all__ = ["CopyError", "described", "failed"]
 
@@ -29,8 +31,12 @@ class CopyError(Error, OSError):
 
 
 def described(problem: OSError | Error) -> str:
-    """Return an error's words."""
-    return str(problem) if isinstance(problem, Error) or not problem.strerror else problem.strerror
+    """Return an error's words, without the range and the number that a copy's own error has."""
+    if isinstance(problem, CommandError):
+        return printable(problem.server_text) or os.strerror(problem.errno or 0)
+    if isinstance(problem, Error):
+        return problem.message
+    return problem.strerror or str(problem)
 
 
 def failed(what: str, count: int, offset: int, name: str, problem: OSError | Error) -> CopyError:
