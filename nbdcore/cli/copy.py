@@ -130,10 +130,10 @@ def _granule(text: str) -> int:
 @click.option(
     "--queue-size",
     type=parsed,
-    default="16M",
+    default="32M",
     show_default=True,
     metavar="SIZE",
-    help="The most bytes under way on a connection.",
+    help="The most bytes under way, all connections together.",
 )
 @click.option(
     "--request-size", type=_request_size, default="1M", show_default=True, metavar="SIZE", help="Bytes of a read or write."

@@ -9,8 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from nbdcore.disk.sources import AnySource
+if TYPE_CHECKING:
+    from nbdcore.disk.sources import AnySource
 
 __all__ = ["NULL", "UNLIMITED", "Destination", "End", "Null", "NullDestination", "Range", "Source"]
 

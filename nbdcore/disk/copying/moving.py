@@ -26,7 +26,7 @@ __all__ = ["Counts", "Crew", "Mover", "Rules"]
 # Seconds for a piece, from which on it is worth a try to have more under way: a connection moves 1 MiB within 2 ms.
 _LONG = 0.004
 # Pieces for each thread by which a number of threads is judged, and how much faster twice as many must be.
-_TRIAL, _WORTH_IT = 3, 1.3
+_TRIAL, _WORTH_IT = 4, 1.1
 # Seconds between two looks at how far the threads are.
 _GLANCE = 0.1
 

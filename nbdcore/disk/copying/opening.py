@@ -15,7 +15,6 @@ from nbdcore.clients.blocking.client import Client
 from nbdcore.clients.blocking.pool import Pool
 from nbdcore.clients.connect.options import ClientOptions
 from nbdcore.clients.requests.arguments import StrPath
-from nbdcore.disk.copying.changes import ChangesSource
 from nbdcore.disk.copying.ends import Destination, Null, NullDestination, Source
 from nbdcore.disk.copying.files import FileDestination, FileSource, open_source_file
 from nbdcore.disk.copying.servers import Disk, ServerDestination, ServerSource
@@ -71,6 +70,8 @@ def open_source(
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, fd)
         if apply is not None:
+            from nbdcore.disk.copying.changes import ChangesSource
+
             found: Source = ChangesSource(path, fd, apply)
         elif stat.S_ISREG(mode) or stat.S_ISBLK(mode):
             found = FileSource(path, fd)

@@ -6,16 +6,18 @@ import errno
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nbdcore.clients.requests.arguments import StrPath
-from nbdcore.disk.blockhash import BlockHash
 from nbdcore.disk.copying.ends import Destination, End, Source
 from nbdcore.disk.copying.files import FileDestination, FileSource
-from nbdcore.disk.copying.manifest import Manifest
 from nbdcore.disk.copying.moving import Rules
 from nbdcore.disk.copying.result import CopyEnd, CopyProgress, CopySettings
-from nbdcore.disk.copying.verifying import check_can_verify
 from nbdcore.errors import UsageError
+
+if TYPE_CHECKING:
+    from nbdcore.disk.blockhash import BlockHash
+    from nbdcore.disk.copying.manifest import Manifest
 
 __all__ = ["SMALLEST_GRANULE", "Wishes", "checked", "settled"]
 
@@ -104,9 +106,15 @@ def checked(source: Source, destination: Destination, wishes: Wishes) -> None:
         advice = "changes are put onto a full copy" if wishes.patches else "name a destination as large as the source"
         raise UsageError(errno.ENOSPC, f"{said}: {advice}")
     if wishes.verify:
-        check_can_verify(source, destination)
+        _check_can_verify(source, destination)
     if wishes.manifest is not None:
         wishes.manifest.check(source, destination)
+
+
+def _check_can_verify(source: Source, destination: Destination) -> None:
+    for end in (source, destination):
+        if end.readable is None:
+            raise UsageError(errno.ESPIPE, f"{end.name} cannot be read again, so the copy cannot be verified")
 
 
 def settled(
@@ -122,7 +130,7 @@ def settled(
     rules = Rules(size=size, granule=granule, allocated=wishes.allocated, look=look, remember=wishes.manifest is not None)
     have = max(source.connections, destination.connections) or wishes.connections
     in_order = wishes.in_order or source.in_order or destination.in_order
-    most = have * min(wishes.requests, max(wishes.queue_size // size, 1))
+    most = min(have * wishes.requests, max(wishes.queue_size // size, 1))
     if wishes.threads:
         most = min(most, wishes.threads)
     settings = CopySettings(

@@ -14,17 +14,19 @@ import contextlib
 import errno
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from nbdcore.disk.copying import plan
-from nbdcore.disk.copying.changes import write_map
-from nbdcore.disk.copying.digests import Digests
 from nbdcore.disk.copying.ends import Destination, Range, Source
 from nbdcore.disk.copying.errors import CopyError, described
 from nbdcore.disk.copying.moving import Crew, Mover
 from nbdcore.disk.copying.result import CopyProgress, CopyResult
 from nbdcore.disk.copying.settling import Wishes, checked, settled
-from nbdcore.disk.copying.verifying import verify
 from nbdcore.errors import Error
+
+if TYPE_CHECKING:
+    from nbdcore.disk.blockhash import BlockHash
+    from nbdcore.disk.copying.digests import Digests
 
 __all__ = ["CopyTask"]
 
@@ -45,7 +47,7 @@ class CopyTask:
         self._source = source
         self._destination = destination
         self._wishes = wishes
-        self._digests = None if wishes.block_hash is None else Digests(wishes.block_hash)
+        self._digests = None if wishes.block_hash is None else _digests(wishes.block_hash)
         self._manifest = wishes.manifest
         self._resumed = 0
         self._planned: list[Range] = []  # where only a part of the disk is copied: all of it
@@ -69,7 +71,7 @@ class CopyTask:
         try:
             size = self._move()
             self._conclude(size)
-            verified = verify(self._source, self._destination, self._settings.connections) if wishes.verify else 0
+            verified = self._verify() if wishes.verify else 0
         except CopyError as problem:
             problem.message = f"{problem.message}; {self._leave()}"
             raise
@@ -182,11 +184,18 @@ class CopyTask:
             with self._doing("flush"):
                 self._destination.flush()
         if self._wishes.changes is not None:
+            from nbdcore.disk.copying.changes import write_map
+
             try:
                 write_map(self._wishes.changes, size=size, bitmap=self._wishes.bitmap, ranges=self._planned)
             except OSError as problem:
                 raise CopyError(problem.errno or 0, f"cannot write {self._wishes.changes}: {described(problem)}") from problem
         self._tell()
+
+    def _verify(self) -> int:
+        from nbdcore.disk.copying.verifying import verify
+
+        return verify(self._source, self._destination, self._settings.connections)
 
     # ------------------------------------------------------------------------------------------ telling, and the end
 
@@ -246,3 +255,10 @@ class CopyTask:
         except OSError:
             return False
         return True
+
+
+# What most copies do without is imported when it is wanted: a small copy takes no longer than to import all.
+def _digests(block_hash: BlockHash) -> Digests:
+    from nbdcore.disk.copying.digests import Digests
+
+    return Digests(block_hash)
