@@ -7,7 +7,7 @@ multiples of it. Zeroes come in pieces that are large, and not endless, so that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from itertools import chain
 
 from nbdcore.disk.copying.ends import Range
@@ -62,7 +62,7 @@ def cut(ranges: Iterable[Range], size: int) -> Iterator[Range]:
             at = edge
 
 
-def but_last(pieces: Iterable[Range], last: list[Range]) -> Iterator[Range]:
+def but_last(pieces: Iterable[Range], last: list[Range]) -> Generator[Range]:
     """Yield all but the last piece, which is put into `last`."""
     held: Range | None = None
     for one in pieces:

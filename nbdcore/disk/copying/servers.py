@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from collections import deque
 from collections.abc import Iterator
 
 from nbdcore.clients.blocking.client import Client
@@ -19,6 +20,9 @@ Disk = Client | Pool
 
 # Of the flags of a dirty bitmap: the range has changed.
 _DIRTY = 1
+# Of a large disk, so many bytes are asked about at once, by so many threads. A span of which each second block of 64 KiB is data
+# takes 8 MiB of memory for each of them.
+_SPAN, _SCOUTS = 4 << 30, 3
 # Seconds that the server has to hang up after the goodbye.
 _GOODBYE = 5.0
 
@@ -81,26 +85,48 @@ class ServerSource(_Server, Source):
         return self._disk.pread_into(view, offset)
 
     def extents(self) -> Iterator[Range]:
-        """Yield what base:allocation says, of all or of what the bitmap names. Raises Error where the server cannot answer."""
-        if self._bitmap and self.size:
-            yield from self._dirty()
-            return
-        if not self._use_extents or not self.size:
-            yield from Source.extents(self)
-            return
-        for extent in self._disk.extents(BASE_ALLOCATION):
-            yield Range(extent.offset, extent.length, zero=extent.zero)
+        """Yield what base:allocation says, of all or of what the bitmap names. Raises Error where the server cannot answer.
 
-    def _dirty(self) -> Iterator[Range]:
-        if not self._use_extents:
-            for extent in self._disk.extents(self._bitmap):
+        On a large disk several parts are asked about at a time, since some servers take long to find out.
+        """
+        if not self.size or not (self._use_extents or self._bitmap):
+            yield from Source.extents(self)
+        elif self.size <= _SPAN:
+            yield from self._described(0, self.size)
+        else:
+            yield from self._surveyed()
+
+    def _surveyed(self) -> Iterator[Range]:
+        from concurrent.futures import Future, ThreadPoolExecutor
+
+        waiting: deque[Future[list[Range]]] = deque()
+        with ThreadPoolExecutor(_SCOUTS, thread_name_prefix="nbdcore-copy") as scouts:
+            try:
+                for begin in range(0, self.size, _SPAN):
+                    count = min(_SPAN, self.size - begin)
+                    waiting.append(scouts.submit(lambda *part: [*self._described(*part)], begin, count))
+                    if len(waiting) > _SCOUTS:
+                        yield from waiting.popleft().result()
+                while waiting:
+                    yield from waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _described(self, begin: int, count: int) -> Iterator[Range]:
+        """Yield the ranges of a part of the disk."""
+        if not self._bitmap:
+            for extent in self._disk.extents(BASE_ALLOCATION, offset=begin, count=count):
+                yield Range(extent.offset, extent.length, zero=extent.zero)
+        elif not self._use_extents:
+            for extent in self._disk.extents(self._bitmap, offset=begin, count=count):
                 if extent.flags & _DIRTY:
                     yield Range(extent.offset, extent.length, zero=False)
-            return
-        for both in self._disk.extents(self._bitmap, BASE_ALLOCATION):
-            dirty, allocation = both.flags
-            if dirty & _DIRTY:
-                yield Range(both.offset, both.length, zero=bool(allocation & AllocationFlag.ZERO))
+        else:
+            for both in self._disk.extents(self._bitmap, BASE_ALLOCATION, offset=begin, count=count):
+                dirty, allocation = both.flags
+                if dirty & _DIRTY:
+                    yield Range(both.offset, both.length, zero=bool(allocation & AllocationFlag.ZERO))
 
 
 class ServerDestination(_Server, Destination):

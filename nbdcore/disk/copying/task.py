@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 from nbdcore.disk.copying import plan
@@ -127,7 +127,7 @@ class CopyTask:
         for piece in last:
             mover.move(piece)
 
-    def _move_side_by_side(self, pieces: Iterator[Range]) -> None:
+    def _move_side_by_side(self, pieces: Generator[Range]) -> None:
         crew = Crew(pieces, self._mover, self._settings.threads, self._settings.requests)
         try:
             crew.run(self._glance)
@@ -136,6 +136,8 @@ class CopyTask:
                 self._source.cancel()
                 self._destination.cancel()
                 self.ended = crew.wait(_PATIENCE)
+            if self.ended:
+                pieces.close()
             raise
 
     def _pieces(self) -> Iterator[Range]:
