@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
 import stat
 import sys
 import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import nbdcore
-from nbdcore.disk import NULL, BlockHash, CopyError, checksum, copy
+from nbdcore.disk import NULL, BlockHash, CopyError, checksum, copy, copy_async
 from nbdcore.disk.copying.ends import Range
 from nbdcore.disk.copying.manifest import Finished
 from nbdcore.disk.copying.plan import aligned, cut
@@ -475,3 +477,58 @@ def test_a_new_file_has_the_mode_of_other_tools(tmp_path):
     mask = os.umask(0)
     os.umask(mask)
     assert stat.S_IMODE((tmp_path / "copy").stat().st_mode) == 0o644 & ~mask
+
+
+# ---------------------------------------------------------------------------------------------- asyncio
+
+
+def test_a_copy_in_a_task_is_equal_and_tells_the_loop(serve, tmp_path):
+    origin = image(tmp_path / "origin")
+    told = []
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        result = await copy_async(
+            origin, serve(MemoryDisk(SIZE)), progress=lambda now: told.append((now, asyncio.get_running_loop() is loop))
+        )
+        await asyncio.sleep(0)
+        return result
+
+    assert asyncio.run(main()).size == SIZE
+    assert [now.done for now, in_loop in told if in_loop][-1] == SIZE
+
+
+class Slow(MemoryDisk):
+    """A disk of which each read takes a while."""
+
+    def pread(self, count, offset):
+        time.sleep(0.05)
+        return super().pread(count, offset)
+
+
+def test_a_cancelled_copy_ends_soon_and_leaves_nothing(serve, tmp_path):
+    disk = Slow(256 * MEBIBYTE)
+    disk.pwrite(b"x" * MEBIBYTE, 0)
+    uri = serve(disk)
+
+    async def main():
+        begun = asyncio.Event()
+        task = asyncio.create_task(copy_async(uri, tmp_path / "copy", extents=False, started=lambda _: begun.set()))
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(task, 5)
+        assert not (tmp_path / "copy").exists()
+
+    asyncio.run(main())
+
+
+def test_what_a_callback_raises_in_the_loop_ends_the_copy(serve, tmp_path):
+    disk = Slow(1024 * MEBIBYTE)
+
+    def refuse(_):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough") as error:
+        asyncio.run(copy_async(serve(disk), tmp_path / "copy", extents=False, progress=refuse))
+    assert any("is removed" in note for note in error.value.__notes__)
