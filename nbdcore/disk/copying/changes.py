@@ -3,8 +3,10 @@
 A file of changes is a sparse file as large as the disk, with data where the disk had changed. The map names the ranges; what is
 not in it had not changed, whatever the file has there. A range that is `zero` reads as zeroes now, which is a change too.
 
-    {"format": "nbdcore changes 1", "size": 1073741824, "bitmap": "since-monday",
-     "ranges": [{"offset": 1048576, "length": 65536, "zero": false}, ...]}
+    {"format": "nbdcore changes 1", "size": 1073741824, "bitmap": "qemu:dirty-bitmap:since-monday", "ranges": [
+      {"offset": 1048576, "length": 65536, "zero": false},
+      ...
+    ]}
 
 The map is written when the file is complete: without it, a file of changes is worth nothing.
 """
@@ -29,9 +31,10 @@ _FORMAT = "nbdcore changes 1"
 
 def write_map(path: str | os.PathLike[str], *, size: int, bitmap: str, ranges: Iterable[Range]) -> None:
     """Write the map of a file of changes. Raises OSError."""
-    listed = [{"offset": one.offset, "length": one.count, "zero": one.zero} for one in ranges]
-    text = json.dumps({"format": _FORMAT, "size": size, "bitmap": bitmap, "ranges": listed}, indent=1)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    listed = [json.dumps({"offset": one.offset, "length": one.count, "zero": one.zero}) for one in ranges]
+    head = json.dumps({"format": _FORMAT, "size": size, "bitmap": bitmap, "ranges": []}).removesuffix("]}")
+    body = ",\n".join(f"  {line}" for line in listed)  # a range a line, for people and their tools
+    Path(path).write_text(f"{head}\n{body}\n]}}\n", encoding="utf-8")
 
 
 def read_map(path: str | os.PathLike[str], size: int) -> list[Range]:
