@@ -181,11 +181,12 @@ def copy(  # noqa: PLR0913 (click hands each option over by its name)
     checksum_file: str | None,
     **settings: Any,
 ) -> None:
-    """Copy SOURCE to DESTINATION: each a file, a block device, an NBD URI, "-" for standard input or output, or a server to
-    start, [ COMMAND ARGS ... ]. A destination may also be null:, which keeps nothing.
+    """Copy SOURCE to DESTINATION.
 
-    A file is made if it is not there, and has the source's size at the end. Any other destination must
-    be as large as the source.
+    Each is a file, a block device, an NBD URI, "-" for standard input or output, or [ COMMAND ARGS ], a server to start.
+    A destination may also be null:, which keeps nothing.
+
+    A file is made if it is not there, and has the source's size at the end. Any other destination must be as large as the source.
 
     \b
     nbdcore copy nbd://localhost/ disk.img
@@ -194,7 +195,7 @@ def copy(  # noqa: PLR0913 (click hands each option over by its name)
     nbdcore copy -- [ nbdkit memory 1G ] null:
     nbdcore copy nbd://localhost/ disk.img --verify --resume disk.manifest
     nbdcore copy nbd://localhost/ disk.img --bitmap since-monday
-    """  # noqa: D205, D301 (help of one sentence; a real backspace tells click not to wrap)
+    """  # noqa: D301 (a real backspace is how click is told not to wrap)
     from nbdcore.disk import copy as copied
 
     if checksum_file is not None and checksum is None:

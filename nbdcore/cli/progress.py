@@ -28,6 +28,8 @@ BAR = "bar"
 
 # Seconds before a bar is drawn: what is over by then needs none, and rich need not be loaded for it.
 _UNHURRIED = 0.5
+# Seconds between two pictures of it.
+_FRAME = 0.1
 
 Telling = Callable[["CopyProgress"], object]
 
@@ -79,8 +81,12 @@ class _Bar:
     def __init__(self, *, at_once: bool) -> None:
         self._at_once = at_once
         self._drawn: Progress | None = None
+        self._next = 0.0
 
     def __call__(self, now: CopyProgress) -> None:
+        if now.seconds < self._next and now.done != now.size:
+            return
+        self._next = now.seconds + _FRAME
         if self._drawn is None:
             if not self._at_once and now.seconds < _UNHURRIED:
                 return

@@ -184,11 +184,19 @@ class Crew:
             return self._idle.wait_for(lambda: not self._working, seconds)
 
     def _start(self, threads: int) -> None:
+        """Start more threads. Raises RuntimeError where the system has no more, and there is none yet."""
         for _ in range(threads):
-            mover = self._mover()
+            thread = threading.Thread(target=self._work, args=(self._mover(),), name="nbdcore-copy", daemon=True)
             with self._idle:
                 self._working += 1
-            threading.Thread(target=self._work, args=(mover,), name="nbdcore-copy", daemon=True).start()
+            try:
+                thread.start()
+            except RuntimeError:
+                with self._idle:
+                    self._working -= 1
+                    if not self._working:
+                        raise
+                return
 
     def _work(self, mover: Mover) -> None:
         try:
