@@ -254,6 +254,20 @@ def test_a_terminal_is_no_destination(tmp_path):
         os.close(theirs)
 
 
+def test_a_bitmap_and_its_changes_are_refused_where_they_cannot_be(serve, tmp_path):
+    origin, uri = image(tmp_path / "origin"), serve(MemoryDisk(SIZE))
+    with pytest.raises(UsageError, match="no metadata context qemu:dirty-bitmap:monday"):
+        copy(uri, NULL, bitmap="monday")
+    with pytest.raises(UsageError, match="is no server"):
+        copy(origin, NULL, bitmap="monday")
+    with pytest.raises(UsageError, match="is a server"):
+        copy(uri, NULL, apply=tmp_path / "map")
+    for said in ("[]", "{}", '{"format": "nbdcore changes 1", "size": 5, "ranges": []}'):
+        (tmp_path / "map").write_text(said)
+        with pytest.raises(UsageError, match="map of"):
+            copy(origin, NULL, apply=tmp_path / "map")
+
+
 # ---------------------------------------------------------------------------------------------- failed
 
 

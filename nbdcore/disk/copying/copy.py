@@ -78,7 +78,8 @@ def copy(  # noqa: PLR0913 (they are nbdcopy's options, each by its name)
             or a power of two of 512 or more. It is raised to the destination's preferred block size.
         allocated: have zeroes take up room at the destination.
         destination_is_zero: all of the destination reads as zeroes already, so zeroes need not be written.
-        extents: ask the source which parts are zero (of a server, base:allocation); False: read all of it.
+        extents: ask the source which parts are zero; False: read all of it. A server is asked by base:allocation, which an open
+            client must have among its contexts.
         flush: return when the destination has put all on permanent storage.
         synchronous: copy in order, one request at a time. Pipes and their kind are always copied so.
         verify: read the destination back when all is written, and compare it with the source, which is read again.

@@ -42,17 +42,23 @@ def _number(fd: int) -> tuple[int, int]:
 class FileSource(Source):
     """A regular file or block device that is open; it belongs to this.
 
+    Args:
+        name: its path.
+        fd: the descriptor.
+        use_extents: whether to ask the file system for holes.
+
     Attributes:
         number: by what the system knows it, whatever its name.
     """
 
-    def __init__(self, name: str, fd: int) -> None:
+    def __init__(self, name: str, fd: int, *, use_extents: bool = True) -> None:
         self.kind = _kind(fd)
         self.number = _number(fd)
         self.name = name
         self.identity = str(Path(name).absolute())
         self.readable = Path(name)
         self._fd = fd
+        self._use_extents = use_extents
         self.size: int = os.lseek(fd, 0, os.SEEK_END)  # a block device's st_size is 0
 
     def read_into(self, view: memoryview, offset: int) -> int:
@@ -68,6 +74,9 @@ class FileSource(Source):
 
     def extents(self) -> Iterator[Range]:
         """Yield data and holes, as the file system tells them."""
+        if not self._use_extents:
+            yield from super().extents()
+            return
         offset = 0
         while offset < self.size:
             data = holes.next_data(self._fd, offset)

@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -60,7 +60,10 @@ def open_source(
         raise UsageError(errno.EINVAL, "null: is a destination, and no source")
     disk = _connected(place, connections=connections, contexts=contexts, timeout=timeout, options=options)
     if disk is not None:
-        return ServerSource(disk, _named(place), owned=disk is not place, use_extents=use_extents, bitmap=bitmap)
+        with _closed_on_failure(disk, place):
+            if apply is not None:
+                raise UsageError(errno.EINVAL, f"{_named(place)} is a server: a map of changes is for a local file")
+            return ServerSource(disk, _named(place), owned=disk is not place, use_extents=use_extents, bitmap=bitmap)
     if bitmap:
         raise UsageError(errno.EINVAL, f"{place} is no server: a dirty bitmap is what a server has")
     if place == _STANDARD:
@@ -74,7 +77,7 @@ def open_source(
 
             found: Source = ChangesSource(path, fd, apply)
         elif stat.S_ISREG(mode) or stat.S_ISBLK(mode):
-            found = FileSource(path, fd)
+            found = FileSource(path, fd, use_extents=use_extents)
         else:
             found = StreamSource(path, fd, owned=True)
         undo.pop_all()
@@ -99,7 +102,8 @@ def open_destination(
     contexts = (BASE_ALLOCATION,) if use_extents else ()
     disk = _connected(place, connections=connections, contexts=contexts, timeout=timeout, options=options)
     if disk is not None:
-        return ServerDestination(disk, _named(place), owned=disk is not place)
+        with _closed_on_failure(disk, place):
+            return ServerDestination(disk, _named(place), owned=disk is not place)
     if place == _STANDARD:
         fd = sys.__stdout__.fileno() if sys.__stdout__ else 1
         _refuse_terminal(fd, "standard output")
@@ -126,6 +130,17 @@ def _local_destination(path: str, *, keep: bool) -> Destination:
 def _refuse_terminal(fd: int, name: str) -> None:
     if os.isatty(fd):
         raise UsageError(errno.EINVAL, f"{name} is a terminal, and a disk is nothing to look at: send it to a file or a pipe")
+
+
+@contextlib.contextmanager
+def _closed_on_failure(disk: Disk, place: Place) -> Iterator[None]:
+    """Close a client that was opened here, if it turns out to be of no use."""
+    try:
+        yield
+    except BaseException:
+        if disk is not place:
+            disk.close()
+        raise
 
 
 def _connected(
