@@ -1,9 +1,9 @@
 """The moving of a copy: threads that take pieces of the plan, and read, look for zeroes, and write each.
 
 A thread has one buffer and one request under way. It reads into the buffer and writes from it, so data are in the processor's
-cache in between, and the interpreter's lock is free while the kernel moves them. There is a thread for each connection at first.
-Where answers take long, more threads share the connections, up to the caller's limits: over a slow network many requests are
-under way, on a fast machine no more threads than do something.
+cache in between, and the interpreter's lock is free while the kernel moves them. At first there are as many threads as processors,
+and no more than connections. Where pieces take long twice as many are tried, up to the caller's limits, and kept where that is
+faster: so over a slow network many requests are under way, and on a fast machine no more threads than do something.
 
 The caller's thread waits, and tells of progress. After the first error nothing more is begun.
 """
@@ -23,10 +23,10 @@ from nbdcore.errors import Error
 
 __all__ = ["Counts", "Crew", "Mover", "Rules"]
 
-# Seconds for a piece, from which on it is worth a try to have more under way: a connection moves 1 MiB within 2 ms.
-_LONG = 0.004
+# Seconds for a piece, from which on it is worth a try to have more under way: 1 MiB from one server to another takes 4 ms.
+_LONG = 0.008
 # Pieces for each thread by which a number of threads is judged, and how much faster twice as many must be.
-_TRIAL, _WORTH_IT = 4, 1.1
+_TRIAL, _WORTH_IT = 4, 1.2
 # Seconds between two looks at how far the threads are.
 _GLANCE = 0.1
 
@@ -88,6 +88,11 @@ class Mover:
         if self._rules.remember:
             self.counts.finished.append((piece.offset, got))
         return got
+
+    def release(self) -> None:
+        """Free the buffer: nothing more is moved."""
+        self._view.release()
+        self._memory = bytearray()
 
     def has_more(self, offset: int) -> bool:
         """Return whether a source that is read in order goes on at `offset`. Raises CopyError."""
@@ -206,46 +211,59 @@ class Crew:
                 if piece is None:
                     break
                 mover.move(piece)
-                if not piece.zero:
-                    self._start(self._pace.more(piece.count))
+                more = 0 if piece.zero else self._pace.more(piece.count)
+                if more < 0:
+                    break
+                self._start(more)
         except BaseException as problem:  # noqa: BLE001 (raised again by the thread that waits)
             self._stopped = True
             with self._plan:
                 self._failure = self._failure or problem
         finally:
+            mover.release()
             with self._idle:
                 self._working -= 1
                 self._idle.notify_all()
 
 
 class _Pace:
-    """Finds out how many threads are enough: twice as many are tried where pieces take long, and again where that was faster."""
+    """Finds out how many threads are enough: twice as many are tried where pieces take long, and kept where that was faster."""
 
     def __init__(self, threads: int, most: int) -> None:
         self.threads: int = threads
         self._most = most
+        self._settled = threads >= most
+        self._superfluous = 0
         self._lock = threading.Lock()
         self._since = time.monotonic()
         self._moved = self._pieces = 0
-        self._rate = 0.0
+        self._before = (0.0, threads)  # bytes a second, and by how many threads
 
     def more(self, count: int) -> int:
-        """A piece of so many bytes is there. Returns how many more threads to start."""
-        if self.threads >= self._most:
+        """A piece of so many bytes is there. Returns how many more threads to start; -1: the one that asks is to end."""
+        if self._settled and not self._superfluous:
             return 0
         with self._lock:
+            if self._settled:
+                ends = min(self._superfluous, 1)
+                self._superfluous -= ends
+                return -ends
             self._moved += count
             self._pieces += 1
-            if self._pieces < _TRIAL * self.threads or self.threads >= self._most:
-                return 0
-            now = time.monotonic()
-            seconds = max(now - self._since, 1e-6)
-            rate, long = self._moved / seconds, seconds * self.threads / self._pieces > _LONG
-            self._since, self._moved, self._pieces = now, 0, 0
-            if not long or rate < _WORTH_IT * self._rate:
-                self._most = self.threads
-                return 0
-            more = min(self.threads, self._most - self.threads)
-            self._rate = rate
-            self.threads += more
-            return more
+            return self._judged() if self._pieces >= _TRIAL * self.threads else 0
+
+    def _judged(self) -> int:
+        now = time.monotonic()
+        seconds = max(now - self._since, 1e-6)
+        rate, long = self._moved / seconds, seconds * self.threads / self._pieces > _LONG
+        self._since, self._moved, self._pieces = now, 0, 0
+        before, fewer = self._before
+        if not long or rate < _WORTH_IT * before:
+            self._settled = True
+            self._superfluous = self.threads - fewer if long else 0
+            return 0
+        more = min(self.threads, self._most - self.threads)
+        self._before = (rate, self.threads)
+        self.threads += more
+        self._settled = self.threads >= self._most
+        return more

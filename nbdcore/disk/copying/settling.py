@@ -14,6 +14,7 @@ from nbdcore.disk.copying.files import FileDestination, FileSource
 from nbdcore.disk.copying.moving import Rules
 from nbdcore.disk.copying.result import CopyEnd, CopyProgress, CopySettings
 from nbdcore.errors import UsageError
+from nbdcore.processes import available_processors
 
 if TYPE_CHECKING:
     from nbdcore.disk.blockhash import BlockHash
@@ -141,8 +142,8 @@ def settled(
         request_size=size,
         sparse=granule,
         block=block,
-        # Over one connection two threads: one writes while the other reads.
-        threads=1 if in_order else min(max(have, 2), most),
+        # Two at least: one writes while the other reads.
+        threads=1 if in_order else min(max(min(have, available_processors()), 2), most),
         in_order=in_order,
     )
     return rules, settings

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import time
 from collections.abc import Generator, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from nbdcore.disk.copying import plan
@@ -116,16 +117,13 @@ class CopyTask:
     def _move_disk(self) -> None:
         last: list[Range] = []
         pieces = plan.but_last(self._pieces(), last)
-        if self._settings.in_order:
-            mover = self._mover()
-            for piece in pieces:
-                mover.move(piece)
-                self._glance()
-        else:
+        if not self._settings.in_order:
             self._move_side_by_side(pieces)
-            mover = self._movers[0]
-        for piece in last:
+        mover = self._mover()
+        for piece in chain(pieces, last):
             mover.move(piece)
+            self._glance()
+        mover.release()
 
     def _move_side_by_side(self, pieces: Generator[Range]) -> None:
         crew = Crew(pieces, self._mover, self._settings.threads, self._settings.requests)
