@@ -1,8 +1,8 @@
 """The moving of a copy: threads that take pieces of the plan, and read, look for zeroes, and write each.
 
 A thread has one buffer and one request under way. It reads into the buffer and writes from it, so data are in the processor's
-cache in between, and the interpreter's lock is free while the kernel moves them. At first there are as many threads as processors,
-and no more than connections. Where pieces take long twice as many are tried, up to the caller's limits, and kept where that is
+cache in between, and the interpreter's lock is free while the kernel moves them. At first there is a thread for each processor,
+and none without a connection. Where pieces take long twice as many are tried, up to the caller's limits, and kept where that is
 faster: so over a slow network many requests are under way, and on a fast machine no more threads than do something.
 
 The caller's thread waits, and tells of progress. After the first error nothing more is begun.

@@ -2,7 +2,7 @@
 
 Data are looked at in granules. Almost every granule of real data begins with something else than eight zero bytes, so the first
 word of each is looked at, all of them in one call; only where it is zero the granule is compared, by memcmp. Looking at 1 MiB
-in granules of 4 KiB takes 5 us where it is data, 40 where it is all zero.
+in granules of 4 KiB takes 10 us where it is data, 0.3 ms where it is all zero, which is still less than to read it.
 """
 
 from __future__ import annotations
