@@ -110,7 +110,7 @@ TABLE = {
         ("nbdcore.clients", "nbdcore.protocol", "nbdcore.plugins", "nbdcore.streams", "nbdcore.uri", "nbdcore.errors")
     ),
     "nbdcore.disk": May(
-        ("nbdcore.clients", "nbdcore.protocol.constants", "nbdcore.uri", "nbdcore.processes", "nbdcore.errors"),
+        ("nbdcore.clients", "nbdcore.protocol.constants", "nbdcore.holes", "nbdcore.uri", "nbdcore.processes", "nbdcore.errors"),
         ("typing_extensions",),
     ),
     "nbdcore.server": May(
