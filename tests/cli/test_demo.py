@@ -38,6 +38,20 @@ def test_demo_tries_every_transport_or_says_why_not(demo):
     assert (done.stderr, done.returncode) == ("", 0)
 
 
+def test_demo_ends_with_a_disk_copied_and_compared(demo):
+    done = demo()
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("And a disk is copied over tcp to a file: ")]
+    assert "of its 64M, 24M were data" in line
+    assert "every byte is the same" in line
+
+
+def test_demo_without_room_for_a_copy_says_so_and_is_no_fault(demo):
+    done = demo(command=("sh", "-c", 'ulimit -f 1000; exec "$@"', "sh", *COMMAND))
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("A disk could not be copied to a file in ")]
+    assert "File too large" in line
+    assert done.returncode == 0
+
+
 def test_demo_that_is_piped_has_no_colours(demo):
     assert "\x1b" not in demo().stdout
 
