@@ -21,20 +21,22 @@ from operator import ne
 
 from nbdcore.clients.blocking.client import Client
 from nbdcore.clients.blocking.pool import Pool
+from nbdcore.disk.runs import pieces
+from nbdcore.disk.sources import NBDSource
 from nbdcore.errors import UsageError
-from nbdcore.protocol.constants import BASE_ALLOCATION
 
 __all__ = ["dump"]
 
 # Bytes of a line.
 _LINE = 16
 _ZEROES = bytes(_LINE)
-# Bytes of a read: nbddump's step. Larger ones are no faster, and a dump has two of them in memory.
-_STEP = 16 << 20
+# Bytes of the first read, and of the largest: each is twice the one before. The first line is there at once over a slow network
+# too, and a reader may want no more of them. Reads larger than the largest, which is nbddump's, are no faster.
+_FIRST_READ, _LARGEST_READ = 64 << 10, 16 << 20
 # Bytes that become text at once, five times as long.
 _PIECE = 64 << 10
-# A range of zeroes shorter than this is read with what is around it: a further read takes longer.
-_LEAST_SKIPPED = 64 << 10
+# What ranges of zeroes that are not read are made of: of a shorter one, a further read would take longer.
+_UNIT = 64 << 10
 # Lines that are made one by one, where fewer follow each other than pay for making many at once.
 _FEW = 8
 
@@ -44,8 +46,8 @@ def dump(
 ) -> Iterator[str]:
     """Read a range of a disk, and yield its hexadecimal dump in pieces of whole lines.
 
-    Where the metadata context base:allocation was selected, what it says is zero is not read. No more than 40 MiB are in memory,
-    however large the disk is.
+    Where the metadata context base:allocation was selected, what it says is zero is not read. A range need not begin or end where
+    the server's blocks do. No more than 40 MiB are in memory, however large the disk is.
 
     Args:
         disk: a client that is connected.
@@ -60,39 +62,23 @@ def dump(
     if offset < 0 or offset > size or (count is not None and count < 0):
         raise UsageError(errno.EINVAL, f"a dump of {count} bytes at offset {offset}: the disk has {size} bytes")
     end = size if count is None else min(size, offset + count)
-    return _dumped(disk, offset, end, _Sheet(offset, size, color=color), timeout)
+    return _dumped(NBDSource(disk, owned=False, timeout=timeout), offset, end, _Sheet(offset, size, color=color))
 
 
-def _dumped(disk: Client | Pool, offset: int, end: int, sheet: _Sheet, timeout: float | None) -> Iterator[str]:
-    for begin, stop, zero in _parts(disk, offset, end, timeout):
-        if zero:
-            yield from sheet.add_zeroes(stop - begin)
-            continue
-        for at in range(begin, stop, _STEP):
-            yield from sheet.add(disk.pread(min(_STEP, stop - at), at, timeout=timeout))
-
-
-def _parts(disk: Client | Pool, offset: int, end: int, timeout: float | None) -> Iterator[tuple[int, int, bool]]:
-    """Yield the range in parts of whole lines: where each begins and ends, and whether it is known to be zero.
-
-    The last line is never part of a zero range: it may be shorter than the others, and must be shown.
-    """
-    at = offset
-    if BASE_ALLOCATION in disk.contexts and offset < end:
-        last_line = offset + (end - offset - 1) // _LINE * _LINE
-        for extent in disk.extents(offset=offset, count=end - offset, timeout=timeout):
-            begin = offset - (offset - extent.offset) // _LINE * _LINE
-            stop = min(extent.end - (extent.end - offset) % _LINE, last_line)
-            if extent.zero and stop - begin >= _LEAST_SKIPPED:
-                if at < begin:
-                    yield at, begin, False
-                yield begin, stop, True
-                at = stop
-            while at + _STEP <= extent.end:  # not more than one step is put off until the next extent is known
-                yield at, at + _STEP, False
-                at += _STEP
-    if at < end:
-        yield at, end, False
+def _dumped(source: NBDSource, offset: int, end: int, sheet: _Sheet) -> Iterator[str]:
+    most = _FIRST_READ
+    for piece in pieces(source.data(offset, end), offset, end, unit=_UNIT, most=_LARGEST_READ):
+        if piece.data:
+            at = piece.begin
+            while at < piece.end:
+                count = min(most, piece.end - at)
+                yield from sheet.add(source.read(count, at))
+                at, most = at + count, min(2 * most, _LARGEST_READ)
+        else:
+            # The disk's last line may be shorter than the others, and is always shown.
+            last = piece.length % _LINE or _LINE
+            yield from sheet.add_zeroes(piece.length - last)
+            yield from sheet.add(bytes(last))
 
 
 # ---------------------------------------------------------------------------------------------- lines
@@ -117,6 +103,8 @@ class _Sheet:
 
     def add_zeroes(self, count: int) -> Iterator[str]:
         """Go on with so many zeroes, which are whole lines, and not the last one."""
+        if not count:
+            return
         if self._before != _ZEROES:
             yield from self._piece(_ZEROES)
             count -= _LINE

@@ -23,7 +23,7 @@ from nbdcore.errors import CommandError, UsageError
 from nbdcore.protocol.constants import BASE_ALLOCATION
 from nbdcore.uri import is_uri
 
-__all__ = ["AnySource", "Source", "checked_range", "open_source"]
+__all__ = ["AnySource", "NBDSource", "Source", "checked_range", "open_source"]
 
 #: What callers name a disk by: an NBD URI, a local file's path, a client that is connected, which stays theirs, or a function
 #: that connects one, which is closed in the end.
@@ -96,11 +96,13 @@ class NBDSource:
     Args:
         client: connected.
         owned: whether closing this closes the client.
+        timeout: seconds for each request; None stands for the client's `command_timeout`.
     """
 
-    def __init__(self, client: Client | Pool, *, owned: bool) -> None:
+    def __init__(self, client: Client | Pool, *, owned: bool, timeout: float | None = None) -> None:
         self._client = client
         self._owned = owned
+        self._timeout = timeout
         self.size: int = client.size
         self._multiple = client.block_size.minimum
 
@@ -112,22 +114,28 @@ class NBDSource:
             last = min(self.size, end + -end % self._multiple)
             # A server that fails to tell is still read. What ends the connection ends the reading too.
             with suppress(CommandError):
-                for extent in self._client.extents(offset=first, count=last - first):
+                for extent in self._client.extents(offset=first, count=last - first, timeout=self._timeout):
                     low, at = at, max(at, min(extent.end, end))
                     if not extent.zero and low < at:
                         yield low, at
         if at < end:
             yield at, end
 
-    def read_into(self, memory: memoryview, offset: int) -> None:
+    def read(self, count: int, offset: int) -> bytes:
         """Read; beyond what was asked for, where the server wants multiples of its minimum block size."""
+        end = offset + count
+        first = offset - offset % self._multiple
+        last = min(self.size, end + -end % self._multiple)
+        data = self._client.pread(last - first, first, timeout=self._timeout)
+        return data if last - first == count else data[offset - first : end - first]
+
+    def read_into(self, memory: memoryview, offset: int) -> None:
+        """Read as much as the memory holds; where that is no multiple of the server's, it is copied once more."""
         end = offset + len(memory)
         if offset % self._multiple or (end % self._multiple and end != self.size):
-            first = offset - offset % self._multiple
-            last = min(self.size, end + -end % self._multiple)
-            memory[:] = memoryview(self._client.pread(last - first, first))[offset - first : end - first]
+            memory[:] = self.read(len(memory), offset)
         else:
-            self._client.pread_into(memory, offset)
+            self._client.pread_into(memory, offset, timeout=self._timeout)
 
     def interrupt(self) -> None:
         """Close the client, if it is owned. One of the caller's goes on: a call ends when it is answered, or in its own time."""

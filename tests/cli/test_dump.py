@@ -114,7 +114,7 @@ def test_reader_that_takes_one_line_is_no_news(uri):
 
 @pytest.mark.interop("nbdkit")
 def test_read_that_fails_ends_it_with_one_line():
-    server = (programs.path_of("nbdkit"), "--filter=error", "memory", "1M", "error-pread=EIO", "error-pread-rate=100%")
+    server = (programs.path_of("nbdkit"), "--filter=error", "pattern", "1M", "error-pread=EIO", "error-pread-rate=100%")
     done = run("dump", "--length", "16", "[", *server, "]")
     [line] = [line for line in done.stderr.splitlines() if not line.startswith("nbdkit: ")]
     assert line.startswith("nbdcore: ")

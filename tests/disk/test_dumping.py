@@ -10,7 +10,8 @@ import pytest
 import nbdcore
 from nbdcore.disk.dumping import dump
 from nbdcore.errors import UsageError
-from nbdcore.server import MemoryDisk, Server
+from nbdcore.server import ExportSettings, MemoryDisk, Server
+from tests.disk.disks import SilentDisk
 
 PATIENCE = 30.0
 CONTEXTS = [nbdcore.BASE_ALLOCATION]
@@ -117,3 +118,35 @@ def test_wrong_range_is_refused_before_anything_is_read(wrong):
     with connected(disk) as client, pytest.raises(UsageError, match="the disk has 100 bytes"):
         dump(client, **wrong)
     assert disk.read == []
+
+
+class Untold(Counting):
+    """A disk that fails to tell what is zero."""
+
+    def extents(self, count, offset):
+        raise OSError(5, f"no map of {count} bytes at {offset}")
+
+
+@pytest.mark.parametrize(("offset", "count"), [(5, 20), (4090, 10_000), (19_000, None), (1, None)])
+def test_range_that_begins_inside_a_block_of_the_server_is_dumped(offset, count):
+    contents = random.Random(1).randbytes(20_480)
+    disk = MemoryDisk(len(contents))
+    disk.pwrite(contents, 0)
+    with connected(ExportSettings(disk, block_sizes=(4096, 4096, 1 << 20)), contexts=CONTEXTS) as client:
+        said = "".join(dump(client, offset=offset, count=count))
+    end = len(contents) if count is None else offset + count
+    assert said.splitlines() == list(expected(contents, offset, end))
+
+
+def test_disk_whose_server_fails_to_tell_what_is_zero_is_read():
+    disk = Untold(1 << 20)
+    disk.pwrite(b"data", 4096)
+    with connected(disk, contexts=CONTEXTS) as client:
+        assert "".join(dump(client)).splitlines() == list(expected(b"data".rjust(4100, b"\0").ljust(1 << 20, b"\0"), 0, 1 << 20))
+
+
+def test_first_line_does_not_wait_for_much():
+    disk = SilentDisk(bytes(32 << 20), [])
+    with connected(disk) as client:
+        next(dump(client))
+    assert disk.read == [(0, 64 << 10)]
