@@ -16,6 +16,7 @@ import sys
 from array import array
 from binascii import hexlify
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import chain
 from operator import ne
 
@@ -155,7 +156,9 @@ class _Sheet:
         self._starred = False
         at = self._at
         self._at += len(data)
-        if not self._color and len(data) >= _FEW * _LINE and len(data) % _LINE == 0 and _digits(at) == _digits(self._at):
+        if len(data) % _LINE == 0 and self._color:
+            return _many_colored_lines(at, data)
+        if len(data) % _LINE == 0 and len(data) >= _FEW * _LINE and _digits(at) == _digits(self._at):
             return _many_lines(at, data)
         line = _colored_line if self._color else _line
         return "".join(line(at + begin, data[begin : begin + _LINE]) for begin in range(0, len(data), _LINE))
@@ -218,6 +221,7 @@ _COLORED_LETTERS = tuple(_colored_letter(byte) for byte in range(256))
 
 
 def _colored_line(offset: int, data: bytes) -> str:
+    """Return any line, even one that is shorter than others."""
     left, right = (_in_words(_COLORED_BYTES, half) for half in (data[: _LINE // 2], data[_LINE // 2 :]))
     missing = _LINE - len(data)
     # nbddump has the space in the middle of a line behind the color, where the line ends before it.
@@ -230,3 +234,20 @@ def _colored_line(offset: int, data: bytes) -> str:
 
 def _in_words(words: Sequence[str], data: bytes) -> str:
     return "".join(map(words.__getitem__, data))
+
+
+def _many_colored_lines(offset: int, data: bytes) -> str:
+    """Return whole lines: their words, column by column, each with what stands before or behind it in a line."""
+    offsets = [f"{_GREEN}{at:010x}{_GREY}: " for at in range(offset, offset + len(data), _LINE)]
+    columns = (map(words.__getitem__, data[index % _LINE :: _LINE]) for index, words in enumerate(_columns()))
+    return "".join(chain.from_iterable(zip(offsets, *columns, strict=True)))
+
+
+@cache
+def _columns() -> list[Sequence[str]]:
+    """Return the words of each column, by the byte that is there: digits for all bytes of a line, then their letters."""
+    columns: list[Sequence[str]] = [*[_COLORED_BYTES] * _LINE, *[_COLORED_LETTERS] * _LINE]
+    columns[_LINE // 2] = [f" {word}" for word in _COLORED_BYTES]
+    columns[_LINE] = [f"{_GREY}│{word}" for word in _COLORED_LETTERS]
+    columns[-1] = [f"{word}{_GREY}│\n{_NO_COLOR}" for word in _COLORED_LETTERS]
+    return columns

@@ -69,6 +69,16 @@ def test_it_prints_what_nbddump_prints(uri, options):
 
 @pytest.mark.interop("nbddump", "nbdkit")
 @pytest.mark.parametrize("color", ["--color", "--no-color"])
+def test_it_prints_what_nbddump_prints_of_noise_and_of_lines_that_repeat(color, tmp_path):
+    noise = random.Random(1).randbytes(70_000)
+    image = tmp_path / "image"
+    image.write_bytes(noise + noise[:16] * 5000 + bytes(range(256)) + noise[:4096] + bytes(7))
+    server = ("--", "[", programs.path_of("nbdkit"), "file", image, "]")
+    assert invoke("dump", color, *server).stdout == programs.run("nbddump", color, *server).stdout
+
+
+@pytest.mark.interop("nbddump", "nbdkit")
+@pytest.mark.parametrize("color", ["--color", "--no-color"])
 def test_it_prints_what_nbddump_prints_of_a_short_last_line(color, tmp_path):
     for length in (1, 8, 9, 23):
         image = tmp_path / "image"
