@@ -79,7 +79,7 @@ def shell(
         raise Failure("-n makes no handle, which --uri, --base-allocation and --opt-mode are about: leave one of them out")
     if verbose:
         os.environ["LIBNBD_DEBUG"] = "1"
-    with _names(with_handle=not no_handle) as names:
+    with _names(with_handle=not no_handle) as names, _output_sent():
         waiting: dict[str, Iterator[Any]] = {"command": iter(command), "uri": iter(uri)}
         with _failures_shown():
             for option in ctx.meta[_ORDER]:
@@ -87,7 +87,6 @@ def shell(
                     _ACTIONS[option](names, next(waiting.get(option, iter([None]))))
             if not command:
                 _interact(names)
-        say("", newline=False)  # what the script has printed leaves now, while a failure can still be told
 
 
 # ---------------------------------------------------------------------------------------------- names
@@ -173,6 +172,16 @@ _ACTIONS: dict[str, Callable[[_Names, Any], None]] = {
     "base_allocation": _ask_for_allocation,
     "opt_mode": _ask_for_opt_mode,
 }
+
+
+@contextlib.contextmanager
+def _output_sent() -> Iterator[None]:
+    """However the script ends: what it has printed leaves now, while a failure can still be told."""
+    try:
+        yield
+    finally:
+        if sys.stdout is not None and not sys.stdout.closed:
+            say("", newline=False)
 
 
 @contextlib.contextmanager

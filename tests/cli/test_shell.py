@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -156,3 +157,17 @@ def test_interactively_it_says_what_is_there_and_runs_what_is_typed(server):
 
 def test_exit_ends_it():
     assert typed("raise SystemExit\nprint('not reached')\n").stdout == "nbd> "
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("end", ["raise ValueError", "exit(3)", "h.pread(1, 0)"])
+def test_output_that_cannot_be_written_is_told_however_the_script_ends(end):
+    with Path("/dev/full").open("w") as full:
+        done = run("shell", "-c", f"print(1); {end}", stdout=full.fileno(), PYTHONUNBUFFERED="")
+    assert done.stderr.splitlines()[-1] == "nbdcore: cannot write to standard output: No space left on device"
+    assert done.returncode == 1
+
+
+def test_script_may_close_standard_output():
+    done = run("shell", "-c", "import sys; print(1); sys.stdout.close()")
+    assert (done.stdout, done.stderr, done.returncode) == ("1\n", "", 0)
