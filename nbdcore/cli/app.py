@@ -14,7 +14,7 @@ import click
 
 import nbdcore
 from nbdcore.cli import originals
-from nbdcore.cli.output import described, discard_output, prepare, reported, warn
+from nbdcore.cli.output import described, discard_output, prepare, printer, reported, warn
 
 __all__ = ["program", "run"]
 
@@ -32,12 +32,17 @@ class _Program(click.Group):
         """Return the names of all commands."""
         return list(_COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 (as above)
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command of a name; None where there is none."""
         if cmd_name not in _COMMANDS:
             return None
         command: click.Command = getattr(import_module(f"nbdcore.cli.{cmd_name}"), cmd_name)
+        _say_help(command.get_help_option(ctx))
         return command
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        """Return the option --help of the program itself."""
+        return _say_help(super().get_help_option(ctx))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command."""
@@ -58,11 +63,25 @@ class _Originals(_Program):
         return command and originals.disguised(cmd_name, command)
 
 
+def _say_help(option: click.Option | None) -> click.Option | None:
+    """Have --help print as commands do: click has a message of its own for output that cannot be written."""
+    if option is not None:
+        option.callback = printer(click.Context.get_help)
+    return option
+
+
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
 @click.group(cls=_Program, context_settings=_SETTINGS, short_help="Look at, copy and serve disks over NBD.")
-@click.version_option(nbdcore.__version__, prog_name="nbdcore", message="%(prog)s %(version)s")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=printer(lambda _: f"nbdcore {nbdcore.__version__}"),
+    help="Show the version and exit.",
+)
 def program() -> None:
     """Look at and serve disks over NBD, the Network Block Device protocol, by which a program uses a disk that another one has.
 
@@ -83,7 +102,7 @@ def run(name: str = "nbdcore") -> int:
             program(prog_name=name)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
-    except OSError as error:  # click's own writing, of help and versions, which no command hears of
+    except OSError as error:  # click's own writing, of wrong usage, which no command hears of
         discard_output()
         warn(f"cannot write: {described(error)}")
         return 1

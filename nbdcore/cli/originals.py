@@ -6,12 +6,13 @@ says its own, and has the options that libnbd's programs have in common.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from copy import copy
+from functools import partial
 
 import click
 
-from nbdcore.cli.output import say
+from nbdcore.cli.output import printer
 from nbdcore.cli.versions import version_option
 
 __all__ = ["COMMANDS", "disguised"]
@@ -27,21 +28,14 @@ def disguised(name: str, command: click.Command) -> click.Command:
     found.params = [parameter for parameter in command.params if "--version" not in parameter.opts]
     found = version_option(found)
     for option, dashes in (("--short-options", 1), ("--long-options", 2)):
-        found = click.option(option, is_flag=True, is_eager=True, expose_value=False, hidden=True, callback=_lister(dashes))(
-            found
-        )
+        callback = printer(partial(_list, dashes))
+        found = click.option(option, is_flag=True, is_eager=True, expose_value=False, hidden=True, callback=callback)(found)
     return found
 
 
-def _lister(dashes: int) -> Callable[[click.Context, click.Parameter, bool], None]:
-    """Return what prints, for a shell that completes words, the names that begin with so many dashes, one a line."""
-
-    def print_them(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
-        if wanted and not ctx.resilient_parsing:
-            say("\n".join(sorted({name for name in _names(ctx) if len(name) - len(name.lstrip("-")) == dashes})))
-            ctx.exit()
-
-    return print_them
+def _list(dashes: int, ctx: click.Context) -> str:
+    """Return, for a shell that completes words, the names of options that begin with so many dashes, one a line."""
+    return "\n".join(sorted({name for name in _names(ctx) if len(name) - len(name.lstrip("-")) == dashes}))
 
 
 def _names(ctx: click.Context) -> Iterable[str]:

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 import click
@@ -32,6 +32,7 @@ __all__ = [
     "paragraph",
     "pour",
     "prepare",
+    "printer",
     "reported",
     "say",
     "table",
@@ -114,6 +115,17 @@ def pour(pieces: Iterable[str], *, newline: bool = True) -> None:
     except OSError as error:
         discard_output()
         raise Failure(f"cannot write to standard output: {error.strerror}") from error
+
+
+def printer(text: Callable[[click.Context], str]) -> Callable[[click.Context, click.Parameter, bool], None]:
+    """Return the callback of an option that prints something, such as --version, and ends the command."""
+
+    def print_it(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+        if wanted and not ctx.resilient_parsing:
+            say(text(ctx))
+            ctx.exit()
+
+    return print_it
 
 
 def discard_output() -> None:

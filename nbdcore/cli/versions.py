@@ -5,19 +5,16 @@ from __future__ import annotations
 import click
 
 import nbdcore
-from nbdcore.cli.output import say
+from nbdcore.cli.output import printer
 
 __all__ = ["version_option"]
 
 
-def _print(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
-    if not wanted or ctx.resilient_parsing:
-        return
+def _version(ctx: click.Context) -> str:
     from nbdcore.libnbd import __version__ as libnbd_version  # which takes a moment
 
     # The number that scripts look at is the second word: the release of libnbd that is stood in for.
-    say(f"{ctx.command_path} {libnbd_version} (libnbd drop-in of nbdcore {nbdcore.__version__})\nlibnbd {libnbd_version}")
-    ctx.exit()
+    return f"{ctx.command_path} {libnbd_version} (libnbd drop-in of nbdcore {nbdcore.__version__})\nlibnbd {libnbd_version}"
 
 
 #: Gives a command the options -V and --version.
@@ -27,6 +24,6 @@ version_option = click.option(
     is_flag=True,
     is_eager=True,
     expose_value=False,
-    callback=_print,
+    callback=printer(_version),
     help="Print the version of this program and of the libnbd that it stands in for.",
 )
