@@ -184,10 +184,22 @@ def _fill(stream: BinaryIO, memory: memoryview) -> int:
     filled = 0
     while filled < len(memory):
         count = stream.readinto(memory[filled:])  # type: ignore[attr-defined] # every binary file has it
+        if count is None:
+            _wait_for(stream)
+            continue
         if not count:
             break
         filled += count
     return filled
+
+
+def _wait_for(stream: BinaryIO) -> None:
+    """Wait until there is something to read, or the end. Whoever shares a pipe may have set it not to wait by itself."""
+    import selectors
+
+    with selectors.DefaultSelector() as selector:
+        selector.register(stream, selectors.EVENT_READ)
+        selector.select()
 
 
 def _skip(stream: BinaryIO, count: int, memory: memoryview) -> None:

@@ -8,6 +8,7 @@ import os
 import random
 import sys
 import threading
+import time
 
 import pytest
 
@@ -331,3 +332,13 @@ def test_a_streams_checksum_is_that_of_the_same_bytes_on_a_disk(offset, length):
 def test_a_stream_that_ends_too_soon_is_refused(offset, length):
     with pytest.raises(UsageError, match=r"it ended after 10 bytes|0 or more"):
         checksum_of_stream(Dribble(b"0123456789"), offset=offset, length=length)
+
+
+def test_stream_that_has_nothing_yet_is_waited_for():
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    later = threading.Timer(0.1, lambda: (os.write(writer, b"one"), time.sleep(0.05), os.write(writer, b"two"), os.close(writer)))
+    later.start()
+    with os.fdopen(reader, "rb", buffering=0) as stream:
+        assert checksum_of_stream(stream).digest == block_hash(b"onetwo")
+    later.join()
