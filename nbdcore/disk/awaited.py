@@ -94,8 +94,11 @@ class _Work:
         return pool.connect(uri, timeout=self._timeout)
 
     def _call(self, connect: Callable[[], Client | Pool]) -> Client | Pool:
+        self._check_wanted()
         client = connect()
         self._opened.append(client)
+        if self._unwanted:
+            client.close()  # it came too late for `_stop`
         return client
 
     def _check_wanted(self) -> None:

@@ -99,6 +99,34 @@ def test_a_cancelled_task_waits_for_no_connection():
         asyncio.run(asyncio.wait_for(cancelled(silent), PATIENCE))
 
 
+def test_a_task_cancelled_while_its_function_connects_waits_for_no_read(socket_path):
+    connecting, cancelled, asked, go_on = (threading.Event() for _ in range(4))
+
+    class HangingDisk(ToldDisk):
+        def pread(self, count, offset):
+            asked.set()
+            go_on.wait(PATIENCE)
+            return super().pread(count, offset)
+
+    async def run(uri):
+        def connect():
+            connecting.set()
+            cancelled.wait(PATIENCE)
+            return nbdcore.connect(uri)
+
+        task = asyncio.create_task(nbdcore.aio.checksum(connect))
+        await asyncio.to_thread(connecting.wait, PATIENCE)
+        task.cancel()
+        asyncio.get_running_loop().call_later(0.05, cancelled.set)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with served(HangingDisk(bytes(1 << 20), []), socket_path) as uri:
+        asyncio.run(asyncio.wait_for(run(uri), PATIENCE / 4))
+        assert not asked.is_set()
+        go_on.set()
+
+
 def test_an_unknown_name_of_the_module_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'unicorn'"):
         nbdcore.aio.unicorn  # noqa: B018 (looking it up is the test)
