@@ -47,6 +47,8 @@ class _Trouble(Failure):
 @click.argument("first", metavar="A", type=ReadType())
 @click.argument("second", metavar="B", type=ReadType())
 @click.option("-s", "--strict", is_flag=True, help="Disks of different sizes differ, even where the rest of one is zero.")
+@click.option("--offset", type=parsed, default="0", metavar="SIZE", help="Begin there, in both: 512, 1M.")
+@click.option("--length", type=parsed, metavar="SIZE", help="Compare so many bytes, in place of all up to the end.")
 @click.option("--map", "all_differences", is_flag=True, help="Print each range that differs: its offset and length in bytes.")
 @click.option(
     "--granularity",
@@ -54,7 +56,7 @@ class _Trouble(Failure):
     default="4K",
     show_default=True,
     metavar="SIZE",
-    help="With --map: what ranges begin and end at multiples of, a power of two up to 1M.",
+    help="With --map: the blocks that ranges are made of, counted from --offset; a power of two up to 1M.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; the ranges are in there with --map.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing: the exit status says all.")
@@ -79,7 +81,8 @@ def compare(
     nbdcore compare disk.img [ qemu-nbd -r -f qcow2 disk.qcow2 ]
     """  # noqa: D301 (a real backspace is how click is told not to wrap)
     result = _compare((first, second), reading, quiet=quiet, **wanted)
-    text = _document(result, ranges=wanted["all_differences"]) if as_json else _text(result, ranges=wanted["all_differences"])
+    ranges, whole = wanted["all_differences"], (wanted["offset"], wanted["length"]) == (0, None)
+    text = _document(result, ranges=ranges) if as_json else _text(result, ranges=ranges, whole=whole)
     if text and not quiet:
         say(text)
     if not result.same:
@@ -97,7 +100,7 @@ def _compare(disks: tuple[Place | Path, Place | Path], reading: Reading, *, quie
         return comparing.compare(first, second, connections=reading.connections, progress=progress, **wanted)
 
 
-def _text(result: Comparison, *, ranges: bool) -> str:
+def _text(result: Comparison, *, ranges: bool, whole: bool) -> str:
     if ranges and result.differences:
         return "\n".join(f"{one.offset:>12} {one.length:>12}" for one in result.differences)
     smaller, larger = sorted(result.sizes)
@@ -107,9 +110,8 @@ def _text(result: Comparison, *, ranges: bool) -> str:
         return f"The disks differ in size: {result.sizes[0]} and {result.sizes[1]} bytes."
     if ranges:
         return ""
-    if larger > smaller:
-        return f"The disks have the same contents, and the last {larger - smaller} bytes of the larger one are zero."
-    return "The disks have the same contents."
+    rest = f", and the last {larger - smaller} bytes of the larger one are zero" if whole and larger > smaller else ""
+    return f"The disks have the same contents{'' if whole else ' there'}{rest}."
 
 
 def _document(result: Comparison, *, ranges: bool) -> str:

@@ -50,10 +50,12 @@ async def checksum(
     return await work.run(partial(checksums.checksum, work.source(source), connections=connections, **wanted), progress)
 
 
-async def compare(
+async def compare(  # noqa: PLR0913 (as `nbdcore.disk.compare`)
     first: AnySource,
     second: AnySource,
     *,
+    offset: int = 0,
+    length: int | None = None,
     strict: bool = False,
     all_differences: bool = False,
     granularity: int = comparing.GRANULARITY,
@@ -64,7 +66,8 @@ async def compare(
 ) -> Comparison:
     """Compare two disks. See `nbdcore.disk.compare`; for `progress` and cancelling see `checksum`."""
     work = _Work(connections, timeout, options)
-    wanted: dict[str, Any] = {"strict": strict, "all_differences": all_differences, "granularity": granularity}
+    wanted: dict[str, Any] = {"offset": offset, "length": length, "strict": strict}
+    wanted |= {"all_differences": all_differences, "granularity": granularity}
     sources = (work.source(first), work.source(second))
     return await work.run(partial(comparing.compare, *sources, connections=connections, **wanted), progress)
 

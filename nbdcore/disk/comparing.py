@@ -16,7 +16,7 @@ from typing import Unpack
 from nbdcore.clients.connect.options import CONNECTIONS, ClientOptions
 from nbdcore.disk.checksums import Progress
 from nbdcore.disk.runs import Piece, in_order, pieces
-from nbdcore.disk.sources import AnySource, Source, open_source
+from nbdcore.disk.sources import AnySource, Source, checked_range, open_source
 from nbdcore.errors import UsageError
 
 __all__ = ["GRANULARITY", "Comparison", "Difference", "compare"]
@@ -61,10 +61,12 @@ class Comparison:
     sizes: tuple[int, int]
 
 
-def compare(
+def compare(  # noqa: PLR0913 (each says something of its own, by name)
     first: AnySource,
     second: AnySource,
     *,
+    offset: int = 0,
+    length: int | None = None,
     strict: bool = False,
     all_differences: bool = False,
     granularity: int = GRANULARITY,
@@ -73,15 +75,17 @@ def compare(
     timeout: float | None = None,
     **options: Unpack[ClientOptions],
 ) -> Comparison:
-    """Compare two disks, up to the first difference or as a whole.
+    """Compare two disks, or a range of them, up to the first difference or as a whole.
 
     Args:
         first: an NBD URI, a local file or block device, a connected `Client` or `Pool`, or a function that returns one of
             those, which is closed in the end.
         second: likewise.
-        strict: disks of different sizes differ, and nothing is read of them.
+        offset: where the range begins, in bytes. Blocks are counted from there.
+        length: bytes of the range; None: up to the end of the larger disk.
+        strict: disks of different sizes differ, and nothing is read of them; of a range, both must have all.
         all_differences: go on behind the first difference, and list all.
-        granularity: bytes; ranges that differ begin at multiples of it, and end there or at the end. A power of two up to 1 MiB.
+        granularity: bytes of a block, of which those that differ are made; a power of two up to 1 MiB.
         connections: opened for each URI, as far as its server allows several; as many threads work, and two at least.
         progress: called with the bytes that are done, and all of them, now and then; what it raises ends the work.
         timeout: seconds for connecting.
@@ -97,18 +101,19 @@ def compare(
         open_source(second, connections=connections, timeout=timeout, **options) as other,
     ):
         sizes = (one.size, other.size)
-        if strict and one.size != other.size:
+        begin, end = checked_range(max(sizes), offset, length)
+        if strict and min(one.size, end) != min(other.size, end):
             return Comparison(same=False, first_difference=None, differences=(), sizes=sizes)
         found = _Found()
         pair = _Pair(one, other, granularity)
-        with closing(pair.outcomes(max(2, connections))) as outcomes:
+        with closing(pair.outcomes(begin, end, threads=max(2, connections))) as outcomes:
             for piece, different in outcomes:
                 if different is not None:
                     found.add(different)
                     if not all_differences:
                         break
                 if progress is not None:
-                    progress(piece.end, pair.size)
+                    progress(piece.end - begin, end - begin)
         differences = tuple(found.ranges) if all_differences else ()
         return Comparison(found.first is None, found.first, differences, sizes)
 
@@ -136,18 +141,18 @@ class _Pair:
     """Two disks that are read side by side."""
 
     def __init__(self, first: Source, second: Source, granularity: int) -> None:
-        self.size = max(first.size, second.size)
         self._first = first
         self._second = second
         self._granularity = granularity
         self._zeroes = bytes(_PIECE)
         self._own = threading.local()
 
-    def outcomes(self, threads: int) -> Generator[tuple[_PairPiece, _Different | None]]:
-        """Compare all pieces, in threads, and yield them in order, each with what is different in it."""
+    def outcomes(self, begin: int, end: int, *, threads: int) -> Generator[tuple[_PairPiece, _Different | None]]:
+        """Compare all pieces of a range, in threads, and yield them in order, each with what is different in it."""
         unit = max(_UNIT, self._granularity)
-        of_both = (pieces(one.data(0, one.size), 0, self.size, unit=unit, most=_PIECE) for one in (self._first, self._second))
-        return in_order(self._work, _overlaid(*of_both), threads=threads, give_up=self._give_up)
+        data = (one.data(begin, min(end, one.size)) for one in (self._first, self._second))
+        todo = _overlaid(*(pieces(of_one, begin, end, unit=unit, most=_PIECE) for of_one in data))
+        return in_order(self._work, todo, threads=threads, give_up=self._give_up)
 
     def _give_up(self) -> None:
         self._first.interrupt()
@@ -178,11 +183,9 @@ class _Pair:
 def _overlaid(first: Iterator[Piece], second: Iterator[Piece]) -> Iterator[_PairPiece]:
     """Yield the pieces of two disks: each begins and ends where those of one do."""
     one, other = next(first, None), next(second, None)
-    begin = 0
     while one is not None and other is not None:
         end = min(one.end, other.end)
-        yield _PairPiece(begin, end, one.data or other.data, of_first=one.data, of_second=other.data)
-        begin = end
+        yield _PairPiece(max(one.begin, other.begin), end, one.data or other.data, of_first=one.data, of_second=other.data)
         if one.end == end:
             one = next(first, None)
         if other.end == end:

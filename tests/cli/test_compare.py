@@ -69,6 +69,20 @@ def test_the_map_has_all_differences(words, lines, one, changed):
     assert (status, errors) == (1, "")
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--offset=8K", "--length", "280K"), (0, "The disks have the same contents there.\n", "")),
+        (("--offset=5001",), (1, "The disks differ, first at byte 5001.\n", "")),
+        (("--offset=5001", "--map"), (1, f"{5001:>12} {4096:>12}\n{299913:>12} {87:>12}\n", "")),
+        (("--offset=1M",), (2, "", "nbdcore: the disk has 300000 bytes, and no offset 1048576\n")),
+    ],
+    ids=str,
+)
+def test_a_range_is_compared_by_itself(words, told, one, changed):
+    assert outcome(one, changed, *words) == told
+
+
 def test_json_has_the_differences_with_the_map_only(one, changed):
     _, text, _ = outcome(one, changed, "--json")
     facts = {"same": False, "first-difference": 5000, "sizes": [300_000, 300_000]}

@@ -80,6 +80,39 @@ def test_it_finds_what_comparing_each_byte_finds(seed, short_folder):
     assert first.differences == ()
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_it_finds_what_differs_in_a_range(seed, short_folder):
+    numbers = random.Random(seed)
+    disk = random_disk(seed, SIZE)
+    other = changed(disk, seed, SIZE + numbers.choice([0, 1, -700_001]))
+    size = max(disk.size, other.size)
+    offset = numbers.choice([1, 4096, 70_001, SIZE - 300_000])
+    length = numbers.choice([None, 0, 1, 100_000, size - offset])
+    end = size if length is None else offset + length
+    parts = [one.contents.ljust(size, b"\0")[offset:end] for one in (disk, other)]
+    wanted = tuple(Difference(one.offset + offset, one.length) for one in differences(*parts, 4096))
+    with both(disk, other, short_folder) as uris:
+        found = compare(*uris, offset=offset, length=length, all_differences=True, timeout=PATIENCE)
+    assert (found.differences, found.same) == (wanted, not wanted)
+    assert not any(end <= low for low, _ in disk.read)
+
+
+def test_range_beyond_both_disks_is_refused(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(10))
+    (tmp_path / "b").write_bytes(bytes(20))
+    assert compare(tmp_path / "a", tmp_path / "b", offset=15, length=5).same
+    for wrong in ({"offset": 21}, {"offset": 15, "length": 6}, {"offset": -1}, {"length": -1}):
+        with pytest.raises(UsageError, match="the disk has 20 bytes, and no"):
+            compare(tmp_path / "a", tmp_path / "b", **wrong)
+
+
+def test_with_strict_both_disks_have_the_whole_range(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(10))
+    (tmp_path / "b").write_bytes(bytes(20))
+    assert compare(tmp_path / "a", tmp_path / "b", strict=True, length=10).same
+    assert not compare(tmp_path / "a", tmp_path / "b", strict=True, length=11).same
+
+
 def first_byte(first, second, wanted):
     if not wanted:
         return None
