@@ -53,7 +53,7 @@ def install(folder: str | os.PathLike[str]) -> list[Path]:
     texts = {where / name: _COMMAND.format(made_here=_MADE_HERE, python=shlex.quote(sys.executable), name=name) for name in NAMES}
     texts[where / "nbd.py"] = _MODULE.format(made_here=_MADE_HERE)
     for path in texts:
-        if path.exists() and _MADE_HERE not in path.read_text(encoding="utf-8", errors="replace"):
+        if os.path.lexists(path) and _MADE_HERE not in _text_of(path):
             raise FileExistsError(f"{path} is something else, and is left as it is: choose a folder of its own")
     where.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
@@ -61,6 +61,13 @@ def install(folder: str | os.PathLike[str]) -> list[Path]:
         path.write_text(text, encoding="utf-8")
         path.chmod(0o644 if path.suffix else 0o755)
     return list(texts)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:  # a link that leads nowhere, just now
+        return ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         made = install(folder)
     except OSError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)  # noqa: T201 (a program of its own, beside the command)
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error
+        print(f"{parser.prog}: {reason}", file=sys.stderr)  # noqa: T201 (a program of its own, beside the command)
         return 1
     quoted = shlex.quote(str(folder))
     print(f"Made in {folder}: {', '.join(path.name for path in made)}.")  # noqa: T201 (as above)

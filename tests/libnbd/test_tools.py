@@ -99,3 +99,16 @@ def test_it_replaces_what_it_made_and_nothing_else(tmp_path, capsys):
     assert f"{tmp_path / 'nbdsh'} is something else" in capsys.readouterr().err
     assert (tmp_path / "nbdsh").read_text() == "another's"
     assert not Path(tmp_path / "nbdinfo").exists()
+
+
+def test_link_that_leads_nowhere_is_not_replaced(tmp_path):
+    (tmp_path / "nbdinfo").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(FileExistsError, match="nbdinfo is something else"):
+        tools.install(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["nbdinfo"]
+
+
+def test_what_the_system_refuses_is_told_with_its_path(tmp_path, capsys):
+    (tmp_path / "nbdsh").mkdir()
+    assert tools.main(["--install", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"python -m nbdcore.libnbd.tools: {tmp_path}/nbdsh: Is a directory\n"
