@@ -63,7 +63,7 @@ def checksum(
     if part["range_size"] is not None and not as_json:
         raise click.UsageError("--range-size is for --json: the checksums of parts are in there.")
     result = _checksum(disk, reading, quiet=quiet, block_hash=block_hash, **part)
-    say(_document(result) if as_json else result.digest.hex())
+    say(_document(result, ranges=part["range_size"] is not None) if as_json else result.digest.hex())
 
 
 def _checksum(disk: Place | Path, reading: Reading, *, quiet: bool, **wanted: Any) -> Checksum:
@@ -76,7 +76,7 @@ def _checksum(disk: Place | Path, reading: Reading, *, quiet: bool, **wanted: An
         return checksums.checksum(reading.source(disk), connections=reading.connections, progress=progress, **wanted)
 
 
-def _document(result: Checksum) -> str:
+def _document(result: Checksum, *, ranges: bool) -> str:
     import json
 
     facts: dict[str, Any] = {
@@ -87,6 +87,6 @@ def _document(result: Checksum) -> str:
         "length": result.length,
         "zeroes": result.zeroes,
     }
-    if result.ranges:
+    if ranges:
         facts["ranges"] = [{"offset": one.offset, "length": one.length, "digest": one.digest.hex()} for one in result.ranges]
     return json.dumps(facts, indent=2)

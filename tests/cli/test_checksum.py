@@ -95,6 +95,11 @@ def test_json_has_what_was_read_and_the_parts_checksums(path):
     }
 
 
+def test_json_of_nothing_has_no_parts_but_says_so(path):
+    assert json.loads(invoke("checksum", path, "--json", "--range-size=128K", "--length=0").stdout)["ranges"] == []
+    assert "ranges" not in json.loads(invoke("checksum", path, "--json").stdout)
+
+
 @pytest.mark.interop("nbdkit")
 def test_a_server_that_tells_untruths_about_zeroes_is_read_with_no_extents(tmp_path):
     script = tmp_path / "server"
