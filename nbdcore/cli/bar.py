@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ _UNHURRIED = 0.5
 @contextlib.contextmanager
 def bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
     """Give what is to be told how many bytes are done, and of how many; None where nobody would see it."""
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
+    if quiet or sys.stderr is None or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":  # which wipes nothing away
         yield None
         return
     with contextlib.ExitStack() as stack:

@@ -153,7 +153,7 @@ def checksum_of_stream(
         if count < len(room):
             break
     if length is not None and sums.length < length:
-        raise UsageError(errno.EINVAL, f"it ended after {offset + sums.length} bytes: there are no {length} at {offset}")
+        raise UsageError(errno.EINVAL, f"the stream ended after {offset + sums.length} bytes: it has no {length} at {offset}")
     return sums.result()
 
 
@@ -207,7 +207,7 @@ def _skip(stream: BinaryIO, count: int, memory: memoryview) -> None:
     while left:
         skipped = _fill(stream, memory[:left])
         if not skipped:
-            raise UsageError(errno.EINVAL, f"it ended after {count - left} bytes: there is nothing at {count}")
+            raise UsageError(errno.EINVAL, f"the stream ended after {count - left} bytes: there is nothing at {count}")
         left -= skipped
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import time
 
 import pytest
 
+from nbdcore.cli.bar import bar
 from nbdcore.server import MemoryDisk
 from tests.cli.commands import COMMAND, DEADLINE, invoke, run
 from tests.disk.disks import SilentDisk, ToldDisk, block_hash, served
@@ -175,6 +177,18 @@ def test_ctrl_c_ends_it_at_once_though_the_server_does_not_answer(by_itself, tmp
     # The server that it started says something about its own end.
     assert [line for line in errors.splitlines() if not line.startswith(b"nbdkit:")] == []
     assert (text, process.returncode) == (b"", 130)
+
+
+@pytest.mark.parametrize(("terminal", "drawn"), [("xterm", True), ("dumb", False)])
+def test_a_bar_is_for_terminals_that_can_wipe_it_away(terminal, drawn, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", terminal)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with bar("work") as told:
+        assert (told is not None) is drawn
 
 
 def test_on_a_terminal_a_bar_is_drawn_and_wiped_away(socket_path):
