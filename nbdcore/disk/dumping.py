@@ -236,11 +236,16 @@ def _in_words(words: Sequence[str], data: bytes) -> str:
     return "".join(map(words.__getitem__, data))
 
 
+# Stands for the line `│` while words are joined: with it, which takes two bytes, each word would be widened by itself, in a third
+# more time.
+_BAR = "\x01"
+
+
 def _many_colored_lines(offset: int, data: bytes) -> str:
     """Return whole lines: their words, column by column, each with what stands before or behind it in a line."""
     offsets = [f"{_GREEN}{at:010x}{_GREY}: " for at in range(offset, offset + len(data), _LINE)]
     columns = (map(words.__getitem__, data[index % _LINE :: _LINE]) for index, words in enumerate(_columns()))
-    return "".join(chain.from_iterable(zip(offsets, *columns, strict=True)))
+    return "".join(chain.from_iterable(zip(offsets, *columns, strict=True))).replace(_BAR, "│")
 
 
 @cache
@@ -248,6 +253,6 @@ def _columns() -> list[Sequence[str]]:
     """Return the words of each column, by the byte that is there: digits for all bytes of a line, then their letters."""
     columns: list[Sequence[str]] = [*[_COLORED_BYTES] * _LINE, *[_COLORED_LETTERS] * _LINE]
     columns[_LINE // 2] = [f" {word}" for word in _COLORED_BYTES]
-    columns[_LINE] = [f"{_GREY}│{word}" for word in _COLORED_LETTERS]
-    columns[-1] = [f"{word}{_GREY}│\n{_NO_COLOR}" for word in _COLORED_LETTERS]
+    columns[_LINE] = [f"{_GREY}{_BAR}{word}" for word in _COLORED_LETTERS]
+    columns[-1] = [f"{word}{_GREY}{_BAR}\n{_NO_COLOR}" for word in _COLORED_LETTERS]
     return columns
