@@ -10,7 +10,7 @@ import click
 from nbdcore import Error
 from nbdcore.cli.access import DiskCommand, Place
 from nbdcore.cli.bar import bar
-from nbdcore.cli.output import Failure, described, say
+from nbdcore.cli.output import Failure, described, say, warn
 from nbdcore.cli.reading import Reading, ReadType, is_read_once, with_reading
 from nbdcore.cli.sizes import parsed
 
@@ -82,9 +82,8 @@ def compare(
     """  # noqa: D301 (a real backspace is how click is told not to wrap)
     result = _compare((first, second), reading, quiet=quiet, **wanted)
     ranges, whole = wanted["all_differences"], (wanted["offset"], wanted["length"]) == (0, None)
-    text = _document(result, ranges=ranges) if as_json else _text(result, ranges=ranges, whole=whole)
-    if text and not quiet:
-        say(text)
+    if not quiet:
+        _show(result, as_json=as_json, ranges=ranges, whole=whole)
     if not result.same:
         raise click.exceptions.Exit(_DIFFERENT)
 
@@ -100,16 +99,23 @@ def _compare(disks: tuple[Place | Path, Place | Path], reading: Reading, *, quie
         return comparing.compare(first, second, connections=reading.connections, progress=progress, **wanted)
 
 
-def _text(result: Comparison, *, ranges: bool, whole: bool) -> str:
-    if ranges and result.differences:
-        return "\n".join(f"{one.offset:>12} {one.length:>12}" for one in result.differences)
+def _show(result: Comparison, *, as_json: bool, ranges: bool, whole: bool) -> None:
+    if as_json:
+        say(_document(result, ranges=ranges))
+    elif result.differences:
+        say("\n".join(f"{one.offset:>12} {one.length:>12}" for one in result.differences))
+    elif not ranges:
+        say(_sentence(result, whole=whole))
+    elif not result.same:
+        warn(_sentence(result, whole=whole))  # no line among ranges
+
+
+def _sentence(result: Comparison, *, whole: bool) -> str:
     smaller, larger = sorted(result.sizes)
     if result.first_difference is not None:
         return f"The disks differ, first at byte {result.first_difference}."
     if not result.same:
         return f"The disks differ in size: {result.sizes[0]} and {result.sizes[1]} bytes."
-    if ranges:
-        return ""
     rest = f", and the last {larger - smaller} bytes of the larger one are zero" if whole and larger > smaller else ""
     return f"The disks have the same contents{'' if whole else ' there'}{rest}."
 
