@@ -62,6 +62,11 @@ class _Originals(_Program):
         command = super().get_command(ctx, originals.COMMANDS.get(cmd_name, ""))
         return command and originals.disguised(cmd_name, command)
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, and the words that are for it: libnbd's programs understand options that are cut short."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command, originals.spelled_out(command, rest) if command else rest
+
 
 def _say_help(option: click.Option | None) -> click.Option | None:
     """Have --help print as commands do: click has a message of its own for output that cannot be written."""
