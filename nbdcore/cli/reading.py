@@ -13,6 +13,7 @@ import click
 
 from nbdcore import Client, Pool, is_uri
 from nbdcore.cli.access import Access, Bracketed, Place, with_access
+from nbdcore.cli.output import Failure
 
 __all__ = ["ReadType", "Reading", "is_read_once", "read_once", "with_reading"]
 
@@ -42,6 +43,8 @@ class ReadType(_ReadType):
             return Place(argv=value.argv)
         if is_uri(value):
             return Place(value)
+        if not value:  # which a path takes for the current folder
+            raise Failure("'' is no disk: write an NBD URI, a file, - or [ COMMAND ARGS ... ]")
         path = Path(value)
         return path.absolute() if path == _STANDARD_INPUT and value != str(path) else path
 

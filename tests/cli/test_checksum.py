@@ -150,6 +150,12 @@ def test_an_error_in_the_middle_is_one_line_and_no_checksum(path):
     assert (done.stdout, done.exit_code) == ("", 1)
 
 
+def test_an_empty_word_is_no_disk():
+    done = invoke("checksum", "")
+    assert done.stderr == "nbdcore: '' is no disk: write an NBD URI, a file, - or [ COMMAND ARGS ... ]\n"
+    assert (done.stdout, done.exit_code) == ("", 1)
+
+
 def test_a_file_that_is_not_there_is_one_line(tmp_path):
     done = invoke("checksum", tmp_path / "nothing")
     assert (done.stdout, done.stderr, done.exit_code) == ("", f"nbdcore: {tmp_path}/nothing: No such file or directory\n", 1)
