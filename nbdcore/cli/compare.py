@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +29,25 @@ class CompareCommand(DiskCommand):
 
     usage_status = _TROUBLE
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the command line; where a word is no disk, the exit status is 2."""
+        with _trouble():
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; whatever it fails of, its exit status is 2."""
-        try:
+        with _trouble():
             return super().invoke(ctx)
-        except (OSError, Error) as error:
-            raise _Trouble(described(error)) from error
-        except Failure as failure:
-            raise _Trouble(failure.message) from failure
+
+
+@contextlib.contextmanager
+def _trouble() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, Error) as error:
+        raise _Trouble(described(error)) from error
+    except Failure as failure:
+        raise _Trouble(failure.message) from failure
 
 
 class _Trouble(Failure):

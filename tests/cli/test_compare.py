@@ -122,6 +122,7 @@ def test_a_larger_disk_is_the_same_where_its_rest_is_zero_unless_sizes_matter(on
         (("-", "{one}"), "nbdcore: -: what comes through a pipe cannot be compared"),
         (("{one}", "nbd+unix:///?socket={one}"), "nbdcore: cannot connect to"),
         (("{one}", "["), 'no "]" ends it'),
+        (("{one}", ""), "nbdcore: '' is no disk"),
     ],
     ids=str,
 )
