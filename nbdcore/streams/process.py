@@ -89,10 +89,11 @@ class Child:
     def failure(self, number: int = 0) -> Disconnected | None:
         """Return why the process failed, None where it is still running, or ended well. Waits a moment for what is on its way.
 
-        `number` is the errno of what showed that it did.
+        `number` is the errno of what showed that it did. There is one for a server that leaves its client behind: then it failed,
+        whatever its exit status.
         """
         status = self._wait(_LAST_MOMENT)
-        if not status:
+        if status is None or not (status or number):
             return None
         self._listener.join(_LAST_MOMENT)
         with self._passing:

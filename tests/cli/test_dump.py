@@ -3,7 +3,9 @@ from __future__ import annotations
 import os
 import pty
 import random
+import re
 import subprocess
+import sys
 
 import pytest
 
@@ -130,3 +132,10 @@ def test_read_that_fails_ends_it_with_one_line():
     assert line.startswith("nbdcore: ")
     assert "EIO" in line
     assert (done.stdout, done.returncode) == ("", 1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="servers are started on unix sockets")
+def test_command_that_is_no_server_is_told_to_have_ended():
+    done = run("dump", "[", "true", "]")
+    assert re.fullmatch(r"nbdcore: the command true ended with status 0 \(E[A-Z]+\)\n", done.stderr)
+    assert done.returncode == 1
