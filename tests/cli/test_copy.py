@@ -156,7 +156,7 @@ def test_wrong_usage_is_refused(origin, tmp_path, words, said):
 @pytest.mark.interop("nbdkit")
 def test_a_read_error_names_the_range_and_leaves_no_file(tmp_path):
     with nbdkit("pattern", "3M", "error-pread-rate=100%", "error=EIO", filters=["error"]) as server:
-        failed(invoke("copy", server.uri, tmp_path / "copy"), "cannot read 1048576 bytes at offset 0", "EIO", "is removed")
+        failed(invoke("copy", server.uri, tmp_path / "copy"), "cannot read 1048576 bytes at offset ", "EIO", "is removed")
     assert not (tmp_path / "copy").exists()
 
 
