@@ -53,7 +53,7 @@ class Inquiry:
         self._place = place
         self._access = access
         self._uri = parse_uri(place.uri) if place.uri else None
-        self.chosen = self._uri.export if self._uri else ""
+        self.chosen: str = self._uri.export if self._uri else ""
         self.server: Facts = {}
         self._client: Client | None = None
 

@@ -26,7 +26,7 @@ class Aliased(click.Option):
 
     def __init__(self, param_decls: list[str], *, aliases: tuple[str, ...] = (), **settings: Any) -> None:
         super().__init__([*param_decls, *aliases], **settings)
-        self.aliases = {name for pair in aliases for name in pair.split("/")}
+        self.aliases: set[str] = {name for pair in aliases for name in pair.split("/")}
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """Return the help, with the names that it is for."""

@@ -20,7 +20,7 @@ class SpelledOption(click.Option):
 
     def __init__(self, param_decls: Sequence[str], *, spellings: Sequence[str] = (), **attributes: Any) -> None:
         super().__init__([*param_decls, *spellings], **attributes)
-        self.spellings = frozenset(name for words in spellings for name in words.split("/"))
+        self.spellings: frozenset[str] = frozenset(name for words in spellings for name in words.split("/"))
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """Return what help shows of it."""

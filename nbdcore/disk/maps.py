@@ -121,7 +121,7 @@ class DiskMap:
     __slots__ = ("contexts", "lengths", "offsets", "types")
 
     def __init__(self, columns: ExtentColumns | CombinedExtentColumns, *contexts: str) -> None:
-        self.contexts = contexts or (BASE_ALLOCATION,)
+        self.contexts: tuple[str, ...] = contexts or (BASE_ALLOCATION,)
         self.offsets: Column = columns.offsets
         self.lengths: Column = columns.lengths
         self.types: tuple[Column, ...] = (columns.flags,) if isinstance(columns, ExtentColumns) else columns.flags

@@ -52,11 +52,11 @@ class FileSource(Source):
     """
 
     def __init__(self, name: str, fd: int, *, use_extents: bool = True) -> None:
-        self.kind = _kind(fd)
-        self.number = _number(fd)
+        self.kind: str = _kind(fd)
+        self.number: tuple[int, int] = _number(fd)
         self.name = name
-        self.identity = str(Path(name).absolute())
-        self.readable = Path(name)
+        self.identity: str = str(Path(name).absolute())
+        self.readable: Path = Path(name)
         self._fd = fd
         self._use_extents = use_extents
         self.size: int = os.lseek(fd, 0, os.SEEK_END)  # a block device's st_size is 0
@@ -118,13 +118,13 @@ class FileDestination(Destination):
         self._fd = fd
         self._keep = keep
         self.found: int = os.lseek(fd, 0, os.SEEK_END)
-        self.kind = _kind(fd)
-        self.number = _number(fd)
+        self.kind: str = _kind(fd)
+        self.number: tuple[int, int] = _number(fd)
         self.grows: bool = self.kind == "file"
         self.size: int | None = None if self.grows else self.found
         # Of a file by its number too: another one of the same name is no copy that was begun.
-        self.identity = f"{Path(name).absolute()}, inode {os.fstat(fd).st_ino}" if self.grows else str(Path(name).absolute())
-        self.readable = Path(name)
+        self.identity: str = f"{Path(name).absolute()}, inode {os.fstat(fd).st_ino}" if self.grows else str(Path(name).absolute())
+        self.readable: Path = Path(name)
         self._cannot: set[Callable[[int, int, int], None]] = set()  # ways to zero that were tried in vain
 
     def begin(self) -> None:

@@ -82,8 +82,9 @@ class Manifest:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.finished = Finished()
+        self.path: Path = Path(path)
+        self.found: bool = True
+        self.finished: Finished = Finished()
         self._last = time.monotonic()
         self._interval = _INTERVAL
         self._known: dict[str, Any] = {}
@@ -92,7 +93,6 @@ class Manifest:
         except FileNotFoundError:
             self.found = False
             return
-        self.found = True
         try:
             self._known = json.loads(text)
             assert self._known["format"] == _FORMAT

@@ -74,7 +74,7 @@ class Mover:
         self._nothing = b""
         self._memory = bytearray(rules.size + -rules.size % max(rules.granule, 8))
         self._view = memoryview(self._memory)
-        self.counts = Counts()
+        self.counts: Counts = Counts()
 
     def move(self, piece: Range) -> int:
         """Move a piece. Returns its length; less where a source that is read in order has ended. Raises CopyError."""

@@ -42,12 +42,13 @@ class _Server(End):
         self._disk = disk
         self._owned = owned
         self.name = name
-        self.readable = disk
+        self.readable: Disk = disk
         self.size: int = disk.size
         block = disk.block_size
-        self.minimum, self.preferred = block.minimum, max(block.preferred, block.minimum)
-        self.maximum = max(min(block.maximum, block.payload), block.minimum)
-        self.connections = disk.connections if isinstance(disk, Pool) else 1
+        self.minimum: int = block.minimum
+        self.preferred: int = max(block.preferred, block.minimum)
+        self.maximum: int = max(min(block.maximum, block.payload), block.minimum)
+        self.connections: int = disk.connections if isinstance(disk, Pool) else 1
 
     def cancel(self) -> None:
         """Have calls that wait in other threads fail now. A client that the caller brought is left as it is."""
@@ -134,8 +135,8 @@ class ServerDestination(_Server, Destination):
 
     def __init__(self, disk: Disk, name: str, *, owned: bool) -> None:
         super().__init__(disk, name, owned=owned)
-        self.read_only = disk.read_only
-        self.can_flush = disk.can_flush
+        self.read_only: bool = disk.read_only
+        self.can_flush: bool = disk.can_flush
         self._edge = threading.Lock()
 
     def write(self, view: memoryview, offset: int) -> None:

@@ -44,7 +44,7 @@ class CopyTask:
     """
 
     def __init__(self, source: Source, destination: Destination, wishes: Wishes) -> None:
-        self.ended = True
+        self.ended: bool = True
         self._source = source
         self._destination = destination
         self._wishes = wishes
