@@ -16,9 +16,10 @@ import nbdcore
 from nbdcore import DeadlineExceeded, Disconnected, Export, NegotiationError, ProtocolViolation, UsageError
 from nbdcore.cli.access import Access, DiskType, Place, with_access
 from nbdcore.cli.inquiry import Inquiry, hinted
-from nbdcore.cli.options import Aliased, GetoptCommand, with_color
+from nbdcore.cli.options import GetoptCommand, with_color
 from nbdcore.cli.output import Failure, described, pour, say, warn
 from nbdcore.cli.sizes import parsed
+from nbdcore.cli.spellings import SpelledOption
 
 if TYPE_CHECKING:
     from nbdcore.disk.maps import DiskMap
@@ -70,19 +71,20 @@ class _Wish:
 @click.option("--size", "only_size", is_flag=True, help="Print the size in bytes, and nothing else.")
 @click.option("--uri", "only_uri", is_flag=True, help="Print the URI, in its plain form, and nothing else.")
 @click.option(
-    "--is", "--can", "--has", "has", cls=Aliased, aliases=("--have",), metavar="FEATURE",
+    "--is", "--can", "--has", "has", cls=SpelledOption, spellings=["--have"], metavar="FEATURE",
     help="Print nothing. The exit status is 0 if the disk has the feature, 2 if not, and 1 for an error.",
 )  # fmt: skip
 @click.option(
-    "--isnt", "--cannot", "--hasnt", "lacks", cls=Aliased, aliases=_NEGATIONS, metavar="FEATURE",
+    "--isnt", "--cannot", "--hasnt", "lacks", cls=SpelledOption, spellings=_NEGATIONS, metavar="FEATURE",
     help="The other way round: 2 if it has the feature, 0 if not, and 1 for an error all the same.",
 )  # fmt: skip
 @click.option(
-    "--map", "contexts", cls=Aliased, is_flag=False, flag_value=nbdcore.BASE_ALLOCATION, multiple=True, metavar="[=CONTEXT]",
+    "--map", "contexts", cls=SpelledOption, is_flag=False, flag_value=nbdcore.BASE_ALLOCATION, multiple=True,
+    metavar="[=CONTEXT]",
     help="Print which parts are data and which are holes; or what another metadata context says, such as "
     "--map=qemu:dirty-bitmap:NAME. With several, each line tells of all.",
 )  # fmt: skip
-@click.option("--totals", cls=Aliased, aliases=("--total",), is_flag=True, help="Sum the map up.")
+@click.option("--totals", cls=SpelledOption, spellings=["--total"], is_flag=True, help="Sum the map up.")
 @click.option("--offset", type=parsed, metavar="SIZE", help="Where the map begins: 512M, 1G.")
 @click.option("--length", type=parsed, metavar="SIZE", help="How much of the disk the map covers.")
 @click.option("--list", "-L", "list_all", is_flag=True, help="Describe all the disks of the server, whichever URI names.")

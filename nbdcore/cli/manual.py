@@ -105,7 +105,7 @@ def _options(command: click.Command, ctx: click.Context) -> Iterator[str]:
     for option in command.get_params(ctx):
         if isinstance(option, click.Option) and not option.hidden:
             names, opposites = shown_names(option)
-            value = "" if option.is_flag or option.count else f" \\fI{_literal(_value(option))}\\fR"
+            value = "" if option.is_flag or option.count else f" \\fI{_literal(_value(option))}\\fR".replace(" \\fI[=", "\\fI[=")
             yield ".TP"
             yield ", ".join(f"\\fB{_literal(name)}\\fR{value}" for name in [*names, *opposites])
             yield from _sentences(_help_of(option))
@@ -115,7 +115,7 @@ def _help_of(option: click.Option) -> str:
     text = (option.help or "").strip()
     if option.show_default and option.default is not None:
         text += f" [default: {option.default}]"
-    if isinstance(option, SpelledOption):
+    if isinstance(option, SpelledOption) and option.spellings:
         text += f" Also: {', '.join(sorted(option.spellings))}."
     return text
 

@@ -1,4 +1,4 @@
-"""Options as libnbd's tools have them: under many names, and with a value that may be left out.
+"""Options as libnbd's tools have them: with a value that may be left out, and with colours.
 
 A command of a script that was written for those tools must mean the same here. `--map` there takes no value from the next word,
 as GNU's getopt has it, while click would take the disk for one.
@@ -8,33 +8,17 @@ from __future__ import annotations
 
 import os
 import sys
-from copy import copy
 from typing import Any
 
 import click
 
 from nbdcore.cli.access import DiskCommand
+from nbdcore.cli.spellings import SpelledOption
 
-__all__ = ["Aliased", "GetoptCommand", "in_color", "painted", "with_color"]
+__all__ = ["GetoptCommand", "in_color", "painted", "with_color"]
 
 # Where a command keeps whether it prints in colour.
 _COLORED = f"{__name__}.colored"
-
-
-class Aliased(click.Option):
-    """An option with names that its help need not tell of: `aliases`; or whose value may be left out, shown as `[=VALUE]`."""
-
-    def __init__(self, param_decls: list[str], *, aliases: tuple[str, ...] = (), **settings: Any) -> None:
-        super().__init__([*param_decls, *aliases], **settings)
-        self.aliases: set[str] = {name for pair in aliases for name in pair.split("/")}
-
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """Return the help, with the names that it is for."""
-        shown = copy(self)
-        shown.opts = [name for name in self.opts if name not in self.aliases]
-        shown.secondary_opts = [name for name in self.secondary_opts if name not in self.aliases]
-        record = super(Aliased, shown).get_help_record(ctx)
-        return record and (record[0].replace(" [=", "[="), record[1])
 
 
 class GetoptCommand(DiskCommand):
@@ -82,8 +66,8 @@ def with_color(function: Any) -> Any:
     return click.option(
         "--color/--no-color",
         "color",
-        cls=Aliased,
-        aliases=("--colour/--no-colour", "--colors/--no-colors", "--colours/--no-colours"),
+        cls=SpelledOption,
+        spellings=["--colour/--no-colour", "--colors/--no-colors", "--colours/--no-colours"],
         default=None,
         callback=_choose,
         expose_value=False,

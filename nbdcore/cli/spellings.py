@@ -12,7 +12,7 @@ __all__ = ["SpelledOption", "shown_names"]
 
 
 class SpelledOption(click.Option):
-    """An option, for `click.option(..., cls=SpelledOption)`.
+    """An option, for `click.option(..., cls=SpelledOption)`. Help shows a metavar `[=VALUE]` without a space before it.
 
     Args:
         spellings: further names, which work and are not shown; a pair of opposites as for click, "--colour/--no-colour".
@@ -26,7 +26,8 @@ class SpelledOption(click.Option):
         """Return what help shows of it."""
         shown = copy(self)
         shown.opts, shown.secondary_opts = shown_names(self)
-        return click.Option.get_help_record(shown, ctx)
+        record = click.Option.get_help_record(shown, ctx)
+        return record and (record[0].replace(" [=", "[="), record[1])
 
 
 def shown_names(option: click.Option) -> tuple[list[str], list[str]]:

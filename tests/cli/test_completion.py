@@ -42,6 +42,8 @@ def test_commands_and_options_are_offered():
 def test_further_spellings_are_not_offered():
     assert fitting("dump", "--c") == ["--color"]
     assert fitting("dump", "--no-c") == ["--no-color"]
+    assert fitting("info", "--ha") == ["--has", "--hasnt"]
+    assert fitting("map", "--c") == ["--context", "--csv", "--color"]
 
 
 @pytest.mark.parametrize(
