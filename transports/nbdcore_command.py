@@ -15,7 +15,6 @@ from typing import Any, ClassVar, NoReturn
 
 from nbdcore.errors import UsageError, printable
 from nbdcore.plugins.spec import Connecting, Transport, hookimpl
-from nbdcore.streams.process import run_activated, run_command
 from nbdcore.uri import URI
 
 #: The longest name of a socket that systemd takes (sd_pid_notify_with_fds(3), FDNAME=).
@@ -72,6 +71,8 @@ class CommandTransport(Transport):
 
     def connect(self, address: CommandAddress, *, timeout: float | None = None) -> Connecting:  # noqa: ARG002 (starting takes no time)
         """Start the program, and connect to it."""
+        from nbdcore.streams.process import run_activated, run_command  # plugins are loaded where no program is started
+
         if address.activation is not None:
             return (yield from run_activated(address.argv, name=address.activation))
         return run_command(address.argv)

@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 
 from nbdcore.errors import Error, UsageError, printable
 from nbdcore.plugins.spec import Connecting, Transport, hookimpl
-from nbdcore.streams.process import run_command
 from nbdcore.uri import DEFAULT_PORT, URI
 
 _LAST_PORT = 65535
@@ -30,15 +29,12 @@ _USER = r"[A-Za-z0-9_.+][A-Za-z0-9_.+@-]*"
 
 #: Lines of ssh, and of the shell on the other machine, that time alone does not change. ssh's exit status is 255 for these as it
 #: is for a machine that is still starting; its words are the same in every locale.
-_FINAL = re.compile(
-    r"""
+_FINAL = r"""
       ^ (?: \S+ :\ )? Permission\ denied\ \(                                      # whom nobody lets in
     | ^ Host\ key\ verification\ failed                                          # another machine, or one not known yet
     | ^ ssh: \ Could\ not\ resolve\ hostname\ .*: (?! \ Temporary\ failure ) .   # a name that is not there
     | \b nc: \ (?: command\ )? not\ found $                                      # nothing there to go on with
-    """,
-    re.VERBOSE | re.MULTILINE,
-)
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +131,15 @@ class SSHTransport(Transport):
 
     def connect(self, address: SSHAddress, *, timeout: float | None = None) -> Connecting:  # noqa: ARG002 (starting takes no time)
         """Start ssh. Whether it gets anywhere shows when the server is to greet: what ssh says then is in the error."""
+        from nbdcore.streams.process import run_command  # plugins are loaded where no program is started
+
         yield from ()
         return run_command(address.argv)
 
     def is_retryable(self, error: Error) -> bool:
         """Tell whether it is worth logging in again: not where nobody lets this user in, or the name or the key is wrong."""
-        return not _FINAL.search(error.server_text.replace("\r", ""))  # ssh ends its lines as for a terminal
+        said = error.server_text.replace("\r", "")  # ssh ends its lines as for a terminal
+        return not re.search(_FINAL, said, re.VERBOSE | re.MULTILINE)
 
 
 def _truth(word: str | None) -> bool | None:
