@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from nbdcore.disk.maps import DiskMap
 
 __all__ = ["map"]
+
+# Errors after which a part of a file has been written.
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 
 @click.command(cls=GetoptCommand, short_help="Draw where a disk has data, holes and changes.")
@@ -86,8 +91,10 @@ def _write_picture(found: DiskMap, disk: Place, path: str) -> None:
     if path == "-":
         say(picture.removesuffix("\n"))
         return
+    file = Path(path)
     try:
-        with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123 (a path as the user wrote it)
-            file.write(picture)
+        file.write_text(picture, encoding="utf-8")
     except OSError as error:
+        if file.is_file() and error.errno in _NO_ROOM:  # half a picture is of no use, and may look like a whole one
+            file.unlink()
         raise Failure(f"cannot write {path}: {error.strerror}") from error

@@ -139,6 +139,14 @@ def test_picture_that_cannot_be_written_is_one_line(sparse, tmp_path):
     assert "nowhere" in done.stderr
 
 
+def test_picture_that_does_not_fit_leaves_no_file_behind(sparse, tmp_path):
+    file = tmp_path / "disk.svg"
+    small = ("sh", "-c", 'ulimit -f 1 && exec "$@"', "sh", *COMMAND)  # files of a block
+    done = run("map", sparse, "--svg", file, command=small)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"nbdcore: cannot write {file}: File too large\n")
+    assert not file.exists()
+
+
 @pytest.mark.interop("qemu-nbd", "qemu-img", "qemu-io")
 def test_contexts_are_drawn_below_each_other_with_their_own_characters(layered):
     done = invoke("map", layered, "--context", "qemu:allocation-depth", "--context", "qemu:dirty-bitmap:*")
