@@ -42,7 +42,8 @@ def svg(found: DiskMap, *, title: str) -> str:
     y = float(_MARGIN + 12)
     shown = title if len(title) <= _TITLE else f"{title[: _TITLE - 1]}…"
     body.append(_text(_MARGIN, y, shown, size=16, weight="bold"))
-    body.append(_text(_MARGIN, y + 20, f"{_human(found.end - found.begin)}, {len(found)} parts", color="#4b5563"))
+    amount = f"{_human(found.end - found.begin)}, {len(found)} {'part' if len(found) == 1 else 'parts'}"
+    body.append(_text(_MARGIN, y + 20, amount, color="#4b5563"))
     y += 40
     for sketch in sketched(found, _COLUMNS * _ROWS):
         drawing, y = _drawn(sketch, y)

@@ -131,6 +131,7 @@ def test_picture_is_written_to_its_file_and_nothing_printed(sparse, tmp_path):
     assert {"width", "height", "viewBox"} <= picture.attrib.keys()
     assert "data: 64 KiB (6.2%)" in [element.text for element in picture.iter()]
     assert ET.fromstring(invoke("map", sparse, "--svg", "-").stdout).attrib == picture.attrib
+    assert ">4 KiB, 1 part<" in invoke("map", sparse, "--length", "4K", "--svg", "-").stdout
 
 
 def test_picture_that_cannot_be_written_is_one_line(sparse, tmp_path):
