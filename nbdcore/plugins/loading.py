@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nbdcore.errors import TransportUnavailable, printable
 from nbdcore.uri import URI
@@ -112,33 +112,33 @@ def _name_and_version(entry_point: importlib_metadata.EntryPoint) -> tuple[str, 
 
 
 def announced_plugins(complaints: list[str]) -> list[Plugin]:
-    """Return the plugins that installed distributions announce, in no order; adds to `complaints` what cannot even be read."""
-    import importlib_metadata
+    """Return the plugins that installed distributions announce, in no order; adds to `complaints` what cannot even be read.
 
-    from nbdcore.plugins.spec import GROUP
-
-    try:
-        return [Plugin.announced(entry_point) for entry_point in importlib_metadata.entry_points(group=GROUP)]
-    except Exception:  # noqa: BLE001 (one distribution's broken metadata, of whatever kind, would hide everybody's transports)
-        return _announced_one_by_one(complaints)
-
-
-def _announced_one_by_one(complaints: list[str]) -> list[Plugin]:
+    One distribution's broken metadata, of whatever kind, must not hide everybody else's transports. Most distributions announce
+    none, which shows before anything of theirs is parsed.
+    """
     import importlib_metadata
 
     from nbdcore.plugins.spec import GROUP
 
     plugins: dict[tuple[str, str], Plugin] = {}  # of two copies on sys.path the first one is the one that gets imported
     for distribution in importlib_metadata.distributions():
-        name = "without a readable name"
         try:
-            name = distribution.name
+            if GROUP not in (distribution.read_text("entry_points.txt") or ""):
+                continue
             for entry_point in distribution.entry_points.select(group=GROUP):
                 plugin = Plugin.announced(entry_point)
                 plugins.setdefault((plugin.name, plugin.distribution), plugin)
         except Exception as error:  # noqa: BLE001 (as above, and this is the culprit)
-            complaints.append(f"the entry points of distribution {name} cannot be read: {_described(error)}")
+            complaints.append(f"the entry points of distribution {_name_of(distribution)} cannot be read: {_described(error)}")
     return list(plugins.values())
+
+
+def _name_of(distribution: Any) -> str:  # of a type whose name releases of importlib_metadata do not agree on
+    try:
+        return str(distribution.name)
+    except Exception:  # noqa: BLE001 (metadata that is broken may raise anything)
+        return "without a readable name"
 
 
 def attempt(plugin: Plugin) -> tuple[State, str, list[Transport]]:
