@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from nbdcore import TLS, Client, ClientOptions, Pool, create_pool, is_uri
+from nbdcore import TLS, Client, ClientOptions, is_uri
 from nbdcore.cli.output import Failure
 from nbdcore.plugins.registry import registry
+
+if TYPE_CHECKING:
+    from nbdcore import Pool
 
 __all__ = ["Access", "Bracketed", "DiskCommand", "DiskType", "Place", "bracketed", "with_access"]
 
@@ -161,6 +164,8 @@ class Access:
 
     def pool(self, place: Place, connections: int, **more: Any) -> Pool:
         """Return a pool of connections to a URI. A server that is started for the command has one connection: `client`."""
+        from nbdcore import create_pool
+
         return create_pool(place.uri, connections=connections, timeout=self.timeout, **self.options(**more))
 
 
