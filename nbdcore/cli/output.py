@@ -77,8 +77,9 @@ def prepare(name: str = "nbdcore") -> None:
     """
     global _program  # noqa: PLW0603 (a process is one program)
     _program = name
-    if sys.stdout is not None:  # a program may be started without
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # the interpreter's own TextIOWrapper
+    if sys.stdout is None:  # a program may be started without; what it prints goes nowhere
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 (a device, open as long as the process is)
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # the interpreter's own TextIOWrapper
     warnings.showwarning = lambda message, *_, **__: warn(f"warning: {message}")
 
 

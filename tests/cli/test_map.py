@@ -140,6 +140,13 @@ def test_picture_that_cannot_be_written_is_one_line(sparse, tmp_path):
     assert "nowhere" in done.stderr
 
 
+def test_command_without_a_standard_output_prints_nowhere(sparse):
+    closed = ("sh", "-c", 'exec "$@" >&-', "sh", *COMMAND)
+    for words in (["map", "--json"], ["map"], ["info", "--json"]):
+        done = run(*words, sparse, command=closed)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_picture_that_does_not_fit_leaves_no_file_behind(sparse, tmp_path):
     file = tmp_path / "disk.svg"
     small = ("sh", "-c", 'ulimit -f 1 && exec "$@"', "sh", *COMMAND)  # files of a block
