@@ -77,8 +77,11 @@ def prepare(name: str = "nbdcore") -> None:
     """
     global _program  # noqa: PLW0603 (a process is one program)
     _program = name
-    if sys.stdout is None:  # a program may be started without; what it prints goes nowhere
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 (a device, open as long as the process is)
+    # A program may be started without them: what it prints goes nowhere, and there is nothing to read.
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: PTH123, SIM115 (a device, open as long as the process is)
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 (as above)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # the interpreter's own TextIOWrapper
     warnings.showwarning = lambda message, *_, **__: warn(f"warning: {message}")
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from nbdcore import libnbd
 from nbdcore.cli.app import program
 from nbdcore.server import MemoryDisk, Server
-from tests.cli.commands import invoke, run
+from tests.cli.commands import COMMAND, invoke, run
 
 SIZE = 1 << 20
 
@@ -171,3 +171,9 @@ def test_output_that_cannot_be_written_is_told_however_the_script_ends(end):
 def test_script_may_close_standard_output():
     done = run("shell", "-c", "import sys; print(1); sys.stdout.close()")
     assert (done.stdout, done.stderr, done.returncode) == ("1\n", "", 0)
+
+
+def test_shell_without_a_standard_input_ends_at_once():
+    done = run("shell", "-n", command=("sh", "-c", 'exec "$@" <&-', "sh", *COMMAND))
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
