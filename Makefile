@@ -11,6 +11,10 @@ PYTEST := $(BIN)/pytest -o cache_dir=$(VENV)/tests -n 4 --dist loadgroup
 # left out, and say so. In CI that is a failure like any other.
 where_possible = $(1) || { status=$$?; [ $$status -eq 3 ] && [ "$$CI" != true ] || exit $$status; }
 
+# Tests start Python some thousand times, some of them in an emulated processor: it is to compile nbdcore once, and not each time,
+# even where the environment says that no bytecode is to be kept.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-quick test-pythons test-here test-vsock lint docs servers vm-parts clean
 
