@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import json
 import os
@@ -18,8 +19,11 @@ import pytest
 import nbdcore
 from nbdcore.disk import NULL, BlockHash, CopyError, checksum, copy, copy_async
 from nbdcore.disk.copying.ends import Range
+from nbdcore.disk.copying.files import FileSource
 from nbdcore.disk.copying.manifest import Finished
+from nbdcore.disk.copying.moving import Crew, Mover, Rules
 from nbdcore.disk.copying.plan import aligned, cut
+from nbdcore.disk.copying.streams import StreamDestination
 from nbdcore.disk.copying.zeroes import runs
 from nbdcore.errors import UsageError
 from nbdcore.server import ExportSettings, FileDisk, MemoryDisk, Server
@@ -352,6 +356,58 @@ def test_what_progress_raises_ends_the_copy(tmp_path):
         copy(origin, tmp_path / "copy", progress=lambda _: (_ for _ in ()).throw(RuntimeError("enough")))
     assert any("is removed" in note for note in error.value.__notes__)
     assert not (tmp_path / "copy").exists()
+
+
+def test_a_second_interruption_closes_no_file_under_a_thread(serve, tmp_path):
+    reading, victim = threading.Event(), tmp_path / "victim"
+
+    class Stuck:
+        size = SIZE
+
+        def pread(self, count, offset):
+            reading.set()
+            time.sleep(1.5)
+            return b"x" * count
+
+    def interrupted(_):
+        if reading.is_set():
+            threading.Timer(0.1, _thread.interrupt_main).start()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        copy(serve(Stuck()), tmp_path / "copy", extents=False, request_size=64 * KIBIBYTE, progress=interrupted)
+    with victim.open("wb"):
+        settled(lambda: [thread for thread in threading.enumerate() if thread.name == "nbdcore-copy"])
+    assert victim.read_bytes() == b""
+    assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full is Linux's")
+def test_a_write_error_is_told_while_the_source_does_not_tell_its_extents(tmp_path):
+    asked, told = threading.Event(), threading.Event()
+
+    def pieces():
+        yield Range(0, BLOCK, zero=False)
+        asked.set()
+        told.wait(10)
+
+    class Full(StreamDestination):
+        def write(self, view, offset):
+            asked.wait(10)
+            super().write(view, offset)
+
+    source = FileSource("origin", os.open(image(tmp_path / "origin"), os.O_RDONLY))
+    destination = Full("full", os.open("/dev/full", os.O_WRONLY), owned=True)
+    rules = Rules(size=BLOCK, granule=0, allocated=False)
+    crew = Crew(pieces(), lambda: Mover(source, destination, rules), 2, 2)
+    begun = time.monotonic()
+    with pytest.raises(CopyError, match="cannot write"):
+        crew.run(lambda: None)
+    assert time.monotonic() - begun < 5
+    told.set()
+    assert crew.wait(10)
+    source.close()
+    destination.close()
 
 
 # ---------------------------------------------------------------------------------------------- checksums, resuming

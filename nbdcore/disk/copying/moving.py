@@ -217,7 +217,7 @@ class Crew:
                 self._start(more)
         except BaseException as problem:  # noqa: BLE001 (raised again by the thread that waits)
             self._stopped = True
-            with self._plan:
+            with self._idle:  # not `_plan`, which another thread has while it waits for the source to tell its extents
                 self._failure = self._failure or problem
         finally:
             mover.release()

@@ -127,16 +127,25 @@ class CopyTask:
 
     def _move_side_by_side(self, pieces: Generator[Range]) -> None:
         crew = Crew(pieces, self._mover, self._settings.threads, self._settings.requests)
+        self.ended = False
         try:
             crew.run(self._glance)
+            self.ended = True
         except BaseException:
-            if not crew.wait(_GRACE):
-                self._source.cancel()
-                self._destination.cancel()
-                self.ended = crew.wait(_PATIENCE)
+            self._stop(crew)
             if self.ended:
                 pieces.close()
             raise
+
+    def _stop(self, crew: Crew) -> None:
+        """Wait for the threads to end. A second Ctrl-C breaks off what they wait for, a third one leaves them behind."""
+        try:
+            self.ended = crew.wait(_GRACE)
+        finally:
+            if not self.ended:
+                self._source.cancel()
+                self._destination.cancel()
+                self.ended = crew.wait(_PATIENCE)
 
     def _pieces(self) -> Iterator[Range]:
         size = self._source.size
