@@ -364,7 +364,7 @@ def test_a_second_interruption_closes_no_file_under_a_thread(serve, tmp_path):
     class Stuck:
         size = SIZE
 
-        def pread(self, count, offset):
+        def pread(self, count, _offset):
             reading.set()
             time.sleep(1.5)
             return b"x" * count
@@ -474,6 +474,74 @@ def test_a_manifest_of_another_copy_is_refused(serve, tmp_path):
     manifest.write_text("{}")
     with pytest.raises(UsageError, match="no manifest"):
         copy(origin, tmp_path / "copy", resume=manifest)
+
+
+def interrupted(origin, destination, manifest, **how):
+    with pytest.raises(InterruptedError):
+        copy(origin, destination, resume=manifest, progress=stop_after(MEBIBYTE), synchronous=True, extents=False, **how)
+
+
+def test_a_file_that_was_truncated_is_not_gone_on_with(tmp_path):
+    origin, manifest = tmp_path / "origin", tmp_path / "manifest"
+    origin.write_bytes(random.Random(20).randbytes(SIZE))
+    interrupted(origin, tmp_path / "copy", manifest)
+    os.truncate(tmp_path / "copy", BLOCK)
+    with pytest.raises(UsageError, match="what that lists is lost"):
+        copy(origin, tmp_path / "copy", resume=manifest)
+
+
+def test_a_copy_that_is_found_to_differ_begins_from_the_start(serve, tmp_path):
+    class Forgetful(MemoryDisk):
+        forgets = True
+
+        def pwrite(self, data, offset):
+            super().pwrite(bytes(len(data)) if self.forgets and offset else data, offset)
+
+    origin, manifest, disk = tmp_path / "origin", tmp_path / "manifest", Forgetful(SIZE)
+    origin.write_bytes(random.Random(21).randbytes(SIZE))
+    uri = serve(disk)
+    with pytest.raises(CopyError, match=r"differs from .* is no complete copy .EIO.$"):
+        copy(origin, uri, resume=manifest, verify=True)
+    disk.forgets = False
+    copy(origin, uri, resume=manifest)
+    assert disk.pread(SIZE, 0) == origin.read_bytes()
+
+
+def test_nothing_is_listed_after_a_flush_that_failed(serve, tmp_path):
+    class Lossy(MemoryDisk):
+        flushes = 0
+
+        def flush(self):
+            self.flushes += 1
+            if self.flushes == 2:
+                raise OSError(5, "data were lost")
+
+    origin, manifest = tmp_path / "origin", tmp_path / "manifest"
+    origin.write_bytes(random.Random(22).randbytes(SIZE))
+    with pytest.raises(CopyError, match="data were lost"):
+        copy(origin, serve(Lossy(SIZE)), resume=manifest)
+    assert json.loads(manifest.read_text())["finished"] == []
+
+
+def test_what_a_copy_writes_beside_must_not_be_an_end_of_it_or_nowhere(serve, tmp_path):
+    origin, existing = image(tmp_path / "origin"), tmp_path / "existing"
+    existing.write_bytes(b"precious")
+    for manifest, destination in ((tmp_path / "new", tmp_path / "new"), (tmp_path / "nowhere" / "manifest", existing)):
+        with pytest.raises(UsageError, match=r"end of the copy|there is no folder"):
+            copy(origin, destination, resume=manifest)
+    with pytest.raises(UsageError, match="no manifest"):
+        copy(origin, existing, resume=origin)
+    assert existing.read_bytes() == b"precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["existing", "origin"]
+
+
+def test_what_a_part_lacks_is_not_taken_for_finished(serve, tmp_path):
+    origin, manifest, uri = tmp_path / "origin", tmp_path / "manifest", serve(MemoryDisk(SIZE))
+    origin.write_bytes(random.Random(23).randbytes(SIZE))
+    (tmp_path / "map").write_text(json.dumps({"format": "nbdcore changes 1", "size": SIZE, "ranges": []}))
+    interrupted(origin, uri, manifest)
+    with pytest.raises(UsageError, match="its part was"):
+        copy(origin, uri, resume=manifest, apply=tmp_path / "map")
 
 
 # ---------------------------------------------------------------------------------------------- arithmetic

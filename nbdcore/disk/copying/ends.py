@@ -107,6 +107,10 @@ class Destination(End):
     blank: bool = False
     can_flush: bool = True
 
+    def length(self) -> int:
+        """Return how many bytes it has now. Raises OSError."""
+        return self.size or 0
+
     def begin(self) -> None:
         """Make it ready to be written to. Until here nothing of it has been changed. Raises OSError."""
 

@@ -127,6 +127,10 @@ class FileDestination(Destination):
         self.readable: Path = Path(name)
         self._cannot: set[Callable[[int, int, int], None]] = set()  # ways to zero that were tried in vain
 
+    def length(self) -> int:
+        """Return how many bytes it has now. Raises OSError."""
+        return os.lseek(self._fd, 0, os.SEEK_END)
+
     def begin(self) -> None:
         """Empty a regular file, unless what is in it stays: then its size is the last thing to change."""
         if self.grows and not self._keep:

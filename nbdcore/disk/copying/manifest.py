@@ -14,7 +14,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nbdcore.disk.copying.ends import Destination, End, Range, Source
 from nbdcore.errors import UsageError
@@ -22,6 +22,8 @@ from nbdcore.errors import UsageError
 __all__ = ["Finished", "Manifest"]
 
 _FORMAT = "nbdcore copy manifest 1"
+# What each one begins with.
+_BEGINNING = json.dumps({"format": _FORMAT}).encode().removesuffix(b"}")
 # Seconds between two flushes, at least, and in times of what the last one took: so they take a tenth of the time at most.
 _INTERVAL, _SHARE = 2.0, 10
 
@@ -88,24 +90,36 @@ class Manifest:
         self._last = time.monotonic()
         self._interval = _INTERVAL
         self._known: dict[str, Any] = {}
+        self._failed = False
         try:
-            text = self.path.read_text(encoding="utf-8")
+            with self.path.open("rb") as file:
+                self._read(file)
+            self.found = True
         except FileNotFoundError:
             self.found = False
-            return
-        try:
-            self._known = json.loads(text)
-            assert self._known["format"] == _FORMAT
-            self.finished = Finished((int(begin), int(end)) for begin, end in self._known["finished"])
-        except (ValueError, TypeError, KeyError, AssertionError) as problem:
+        except (ValueError, TypeError, KeyError) as problem:
             raise UsageError(errno.EINVAL, f"{self.path} is no manifest of a copy: name another file") from problem
 
-    def check(self, source: Source, destination: Destination) -> None:
-        """Raise UsageError where nothing can be resumed, or where it is the manifest of another copy."""
+    def _read(self, file: BinaryIO) -> None:
+        if file.read(len(_BEGINNING)) != _BEGINNING:  # perhaps a whole disk, which is not to be read
+            raise ValueError("it does not begin as one")
+        self._known = json.loads(_BEGINNING + file.read())
+        for begin, end in self._known["finished"]:
+            if not 0 <= int(begin) <= int(end):
+                raise ValueError(f"it lists a range from {begin} to {end}")
+            self.finished.add(int(begin), int(end))
+
+    def check(self, source: Source, destination: Destination, part: str) -> None:
+        """Raise UsageError where nothing can be resumed, or where it is the manifest of another copy.
+
+        `part` says which part of the disk is copied, "" for all of it: what a part lacks must not be taken for finished.
+        """
         if source.size is None or destination.kind in ("stream", "null") or not destination.can_flush:
             reason = f"{source.name if source.size is None else destination.name} does not keep what was copied"
             raise UsageError(errno.EINVAL, f"a copy between {source.name} and {destination.name} cannot be resumed: {reason}")
-        described = {"source": _identity(source), "destination": _identity(destination)}
+        if not self.path.parent.is_dir():  # said before the destination is changed
+            raise UsageError(errno.ENOENT, f"there is no folder {self.path.parent}: name a manifest in one that exists")
+        described = {"source": _identity(source), "destination": _identity(destination), "part": part}
         if self.found:
             for side, now in described.items():
                 if self._known.get(side) != now:
@@ -114,6 +128,12 @@ class Manifest:
                         f"{self.path} is of another copy: its {side} was {self._known.get(side)}, and this one's is {now}; "
                         "name another file, or remove that one to begin from the start",
                     )
+            if destination.length() < self._known.get("length", 0):
+                raise UsageError(
+                    errno.EINVAL,
+                    f"{destination.name} has {destination.length()} bytes, fewer than when {self.path} was written: "
+                    "what that lists is lost; remove that file to begin from the start",
+                )
         self._known = {"format": _FORMAT, **described}
 
     def due(self) -> bool:
@@ -121,12 +141,20 @@ class Manifest:
         return time.monotonic() - self._last >= self._interval
 
     def write(self, pieces: Iterable[tuple[int, int]], destination: Destination) -> None:
-        """Flush the destination, then list these pieces, (offset, count), that were written before. Raises OSError, Error."""
+        """Flush the destination, then list these pieces, (offset, count), that were written before. Raises OSError, Error.
+
+        After a flush that failed nothing more is listed: an operating system says once that it lost data, and then forgets them.
+        """
+        if self._failed:
+            return
         begun = time.monotonic()
+        length = destination.length()
+        self._failed = True
         destination.flush()
+        self._failed = False
         for offset, count in pieces:
             self.finished.add(offset, offset + count)
-        self._replace(json.dumps({**self._known, "finished": [*self.finished]}))
+        self._replace(json.dumps({**self._known, "length": length, "finished": [*self.finished]}))
         self._last = time.monotonic()
         self._interval = max(_INTERVAL, _SHARE * (self._last - begun))
 
@@ -144,7 +172,7 @@ class Manifest:
             os.close(folder)
 
     def remove(self) -> None:
-        """The copy is complete."""
+        """Remove the file: the copy is complete, or what is listed turned out not to be there."""
         self.path.unlink(missing_ok=True)
 
 

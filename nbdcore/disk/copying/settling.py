@@ -6,6 +6,7 @@ import errno
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdcore.clients.requests.arguments import StrPath
@@ -102,6 +103,9 @@ def checked(source: Source, destination: Destination, wishes: Wishes) -> None:
         room = destination.size
     if isinstance(source, FileSource) and isinstance(destination, FileDestination) and source.number == destination.number:
         raise UsageError(errno.EINVAL, f"{destination.name} is the same file as {source.name}: name another destination")
+    for path in (wishes.changes, None if wishes.manifest is None else wishes.manifest.path):
+        if path is not None and any(_same(path, end) for end in (source, destination)):
+            raise UsageError(errno.EINVAL, f"{path} is an end of the copy, and would be overwritten: name another file")
     if source.size is not None and room is not None and room < source.size:
         said = f"{destination.name} has {room} bytes, fewer than {source.name}, which has {source.size}"
         advice = "changes are put onto a full copy" if wishes.patches else "name a destination as large as the source"
@@ -109,7 +113,12 @@ def checked(source: Source, destination: Destination, wishes: Wishes) -> None:
     if wishes.verify:
         _check_can_verify(source, destination)
     if wishes.manifest is not None:
-        wishes.manifest.check(source, destination)
+        wishes.manifest.check(source, destination, f"{wishes.bitmap}{'' if wishes.apply is None else wishes.apply}")
+
+
+def _same(path: StrPath, end: End) -> bool:
+    """Return whether an end is the file of this path."""
+    return end.kind == "file" and Path(path).exists() and Path(path).samefile(end.name)
 
 
 def _check_can_verify(source: Source, destination: Destination) -> None:

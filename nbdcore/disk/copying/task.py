@@ -51,6 +51,7 @@ class CopyTask:
         self._digests = None if wishes.block_hash is None else _digests(wishes.block_hash)
         self._manifest = wishes.manifest
         self._resumed = 0
+        self._differs = False  # whether the destination was read back, and is not equal
         self._planned: list[Range] = []  # where only a part of the disk is copied: all of it
         self._total = source.size
         self._movers: list[Mover] = []
@@ -189,7 +190,10 @@ class CopyTask:
 
     def _conclude(self, size: int) -> None:
         """All has been moved: flush, if that is wanted, and write the map of a file of changes."""
-        if self._wishes.flush:
+        if self._manifest is not None:  # when it is gone nothing is left to do: so all is on permanent storage before that
+            with self._doing("flush"):
+                self._list_finished()
+        elif self._wishes.flush:
             with self._doing("flush"):
                 self._destination.flush()
         if self._wishes.changes is not None:
@@ -204,7 +208,13 @@ class CopyTask:
     def _verify(self) -> int:
         from nbdcore.disk.copying.verifying import verify
 
-        return verify(self._source, self._destination, self._settings.connections)
+        try:
+            return verify(self._source, self._destination, self._settings.connections)
+        except CopyError as problem:
+            self._differs = problem.offset is not None
+            if self._manifest is not None and self._differs:  # all is listed: to go on from there would end at once, in success
+                self._manifest.remove()
+            raise
 
     # ------------------------------------------------------------------------------------------ telling, and the end
 
@@ -249,9 +259,10 @@ class CopyTask:
     def _leave(self) -> str:
         """The copy has failed: leave nothing that looks finished. Returns what the destination is now."""
         name = self._destination.name
-        if self._manifest is not None:
-            with contextlib.suppress(OSError, Error):  # what it lists already stays true
-                self._list_finished()
+        if self._manifest is not None and not self._differs:
+            if self.ended:  # else a thread still waits for an end, and a flush might wait as well
+                with contextlib.suppress(OSError, Error):  # what it lists already stays true
+                    self._list_finished()
             return f"{name} is no complete copy; the same copy with the manifest {self._manifest.path} goes on from here"
         return f"{name}, which this copy had made, is removed" if self._discard() else f"{name} is no complete copy"
 
