@@ -8,6 +8,7 @@ import json
 import os
 import random
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -408,6 +409,32 @@ def test_a_write_error_is_told_while_the_source_does_not_tell_its_extents(tmp_pa
     assert crew.wait(10)
     source.close()
     destination.close()
+
+
+def test_standard_input_and_output_are_not_the_file_at_the_other_end(tmp_path):
+    both = image(tmp_path / "both")
+    before = both.read_bytes()
+    for ends, opened in ((("-", both), {"stdin": both.open("rb")}), ((both, "-"), {"stdout": both.open("r+b")})):
+        with next(iter(opened.values())):
+            command = [sys.executable, "-m", "nbdcore", "copy", *ends]
+            ran = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=30, check=False, **opened)
+        assert (ran.returncode, "same file" in ran.stderr) == (1, True)
+    assert both.read_bytes() == before
+
+
+def test_changes_are_not_widened_to_the_blocks_of_a_server(serve, tmp_path):
+    full, changes = MemoryDisk(SIZE), tmp_path / "changes"
+    full.pwrite(b"f" * SIZE, 0)
+    with changes.open("wb") as file:
+        file.truncate(SIZE)
+        os.pwrite(file.fileno(), b"c" * 512, 1024)
+    (tmp_path / "map").write_text(
+        json.dumps({"format": "nbdcore changes 1", "size": SIZE, "ranges": [{"offset": 1024, "length": 512, "zero": False}]})
+    )
+    uri = serve(ExportSettings(full, block_sizes=(BLOCK, BLOCK, MEBIBYTE)))
+    with pytest.raises(UsageError, match="blocks of 4096 bytes"):
+        copy(changes, uri, apply=tmp_path / "map")
+    assert full.pread(SIZE, 0) == b"f" * SIZE
 
 
 # ---------------------------------------------------------------------------------------------- checksums, resuming

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -61,6 +62,8 @@ class ChangesSource(FileSource):
     def __init__(self, name: str, fd: int, path: str | os.PathLike[str]) -> None:
         super().__init__(name, fd)
         self._ranges = read_map(path, self.size)
+        # What is around a range is no part of the disk: a block that it has a part of cannot be taken in whole.
+        self.edges = math.gcd(*(edge for one in self._ranges for edge in (one.offset, one.end) if edge < self.size))
 
     def extents(self) -> Iterator[Range]:
         """Yield the ranges of the map."""

@@ -56,6 +56,7 @@ class End(ABC):
         in_order: whether it can only be used from its beginning to its end.
         identity: by what a later copy knows it again; "": by its name.
         readable: by what it can be read once more; None where it cannot.
+        number: by what the system knows a file or block device, whatever its name; None for all else.
     """
 
     kind: str
@@ -68,6 +69,7 @@ class End(ABC):
     in_order: bool = False
     identity: str = ""
     readable: AnySource | None = None
+    number: tuple[int, int] | None = None
 
     def cancel(self) -> None:  # noqa: B027 (most ends never wait for long)
         """Have calls that wait in other threads fail now, if that can be done."""
@@ -78,7 +80,13 @@ class End(ABC):
 
 
 class Source(End):
-    """What is copied from."""
+    """What is copied from.
+
+    Attributes:
+        edges: where it has parts of a disk only, they begin and end at multiples of so many bytes, or at the disk's end; else 0.
+    """
+
+    edges: int = 0
 
     @abstractmethod
     def read_into(self, view: memoryview, offset: int) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from nbdcore import holes
 from nbdcore.disk.copying.ends import Destination, Range, Source
 
-__all__ = ["FileDestination", "FileSource", "open_source_file"]
+__all__ = ["FileDestination", "FileSource", "number_of", "open_source_file"]
 
 
 def _kind(fd: int) -> str:
@@ -34,9 +34,12 @@ def open_source_file(path: str) -> tuple[int, int]:
     return fd, mode
 
 
-def _number(fd: int) -> tuple[int, int]:
+def number_of(fd: int) -> tuple[int, int] | None:
+    """Return by what the system knows a regular file or block device; None for all else."""
     status = os.fstat(fd)
-    return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+    if stat.S_ISBLK(status.st_mode):
+        return (0, status.st_rdev)
+    return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
 
 
 class FileSource(Source):
@@ -46,14 +49,11 @@ class FileSource(Source):
         name: its path.
         fd: the descriptor.
         use_extents: whether to ask the file system for holes.
-
-    Attributes:
-        number: by what the system knows it, whatever its name.
     """
 
     def __init__(self, name: str, fd: int, *, use_extents: bool = True) -> None:
         self.kind: str = _kind(fd)
-        self.number: tuple[int, int] = _number(fd)
+        self.number: tuple[int, int] = number_of(fd)
         self.name = name
         self.identity: str = str(Path(name).absolute())
         self.readable: Path = Path(name)
@@ -109,7 +109,6 @@ class FileDestination(Destination):
 
     Attributes:
         found: bytes that the file had before.
-        number: by what the system knows it, whatever its name.
     """
 
     def __init__(self, name: str, fd: int, *, created: bool = False, keep: bool = False) -> None:
@@ -119,7 +118,7 @@ class FileDestination(Destination):
         self._keep = keep
         self.found: int = os.lseek(fd, 0, os.SEEK_END)
         self.kind: str = _kind(fd)
-        self.number: tuple[int, int] = _number(fd)
+        self.number: tuple[int, int] = number_of(fd)
         self.grows: bool = self.kind == "file"
         self.size: int | None = None if self.grows else self.found
         # Of a file by its number too: another one of the same name is no copy that was begun.

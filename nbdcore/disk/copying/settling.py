@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nbdcore.clients.requests.arguments import StrPath
 from nbdcore.disk.copying.ends import Destination, End, Source
-from nbdcore.disk.copying.files import FileDestination, FileSource
+from nbdcore.disk.copying.files import FileDestination
 from nbdcore.disk.copying.moving import Rules
 from nbdcore.disk.copying.result import CopyEnd, CopyProgress, CopySettings
 from nbdcore.errors import UsageError
@@ -101,7 +101,7 @@ def checked(source: Source, destination: Destination, wishes: Wishes) -> None:
         room: int | None = destination.found
     else:
         room = destination.size
-    if isinstance(source, FileSource) and isinstance(destination, FileDestination) and source.number == destination.number:
+    if source.number is not None and source.number == destination.number:
         raise UsageError(errno.EINVAL, f"{destination.name} is the same file as {source.name}: name another destination")
     for path in (wishes.changes, None if wishes.manifest is None else wishes.manifest.path):
         if path is not None and any(_same(path, end) for end in (source, destination)):
@@ -110,6 +110,9 @@ def checked(source: Source, destination: Destination, wishes: Wishes) -> None:
         said = f"{destination.name} has {room} bytes, fewer than {source.name}, which has {source.size}"
         advice = "changes are put onto a full copy" if wishes.patches else "name a destination as large as the source"
         raise UsageError(errno.ENOSPC, f"{said}: {advice}")
+    if wishes.apply is not None and source.edges % destination.minimum:
+        said = f"{destination.name} takes blocks of {destination.minimum} bytes, and the changes begin or end within some"
+        raise UsageError(errno.EINVAL, f"{said}: apply them over a server that takes less")
     if wishes.verify:
         _check_can_verify(source, destination)
     if wishes.manifest is not None:

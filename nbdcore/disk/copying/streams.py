@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 from nbdcore.disk.copying.ends import Destination, Source
+from nbdcore.disk.copying.files import number_of
 
 __all__ = ["StreamDestination", "StreamSource"]
 
@@ -26,6 +27,7 @@ class StreamSource(Source):
 
     def __init__(self, name: str, fd: int, *, owned: bool) -> None:
         self.name = name
+        self.number = number_of(fd)  # the shell may have made standard input of the very file that is copied to
         self._fd = fd
         self._owned = owned
         self._offset = 0
@@ -63,6 +65,7 @@ class StreamDestination(Destination):
 
     def __init__(self, name: str, fd: int, *, owned: bool) -> None:
         self.name = name
+        self.number = number_of(fd)
         self._fd = fd
         self._owned = owned
         self._offset = 0
