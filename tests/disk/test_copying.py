@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import random
+import socket
 import stat
 import subprocess
 import sys
@@ -686,6 +687,45 @@ def test_a_cancelled_copy_ends_soon_and_leaves_nothing(serve, tmp_path):
         assert not (tmp_path / "copy").exists()
 
     asyncio.run(main())
+
+
+async def cancelled_soon(task):
+    await asyncio.sleep(0.3)
+    task.cancel()
+    begun = time.monotonic()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert time.monotonic() - begun < 2
+
+
+def test_a_copy_that_waits_for_a_pipe_is_cancelled_soon(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    holding = os.open(tmp_path / "pipe", os.O_RDWR)
+
+    async def main():
+        await cancelled_soon(asyncio.create_task(copy_async(tmp_path / "pipe", tmp_path / "copy")))
+        assert not (tmp_path / "copy").exists()
+
+    try:
+        asyncio.run(main())
+    finally:
+        os.close(holding)
+
+
+def test_a_copy_that_connects_is_cancelled_soon_and_changes_nothing(tmp_path, short_folder):
+    (tmp_path / "copy").write_bytes(b"precious")
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.bind(str(short_folder / "mute"))
+        mute.listen()
+        uri = f"nbd+unix:///?socket={short_folder / 'mute'}"
+
+        async def main():
+            await cancelled_soon(asyncio.create_task(copy_async(uri, tmp_path / "copy")))
+
+        begun = time.monotonic()
+        asyncio.run(main())
+        assert time.monotonic() - begun < 5
+    assert (tmp_path / "copy").read_bytes() == b"precious"
 
 
 def test_what_a_callback_raises_in_the_loop_ends_the_copy(serve, tmp_path):

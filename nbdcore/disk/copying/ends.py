@@ -7,7 +7,7 @@ server (`servers`). Its calls may come from several threads at once, unless it i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,7 @@ class End(ABC):
         in_order: whether it can only be used from its beginning to its end.
         identity: by what a later copy knows it again; "": by its name.
         readable: by what it can be read once more; None where it cannot.
+        waiting: called several times a second while a pipe has nothing to read or no room, if that can be; what it raises passes.
         number: by what the system knows a file or block device, whatever its name; None for all else.
     """
 
@@ -70,6 +71,7 @@ class End(ABC):
     identity: str = ""
     readable: AnySource | None = None
     number: tuple[int, int] | None = None
+    waiting: Callable[[], object] | None = None
 
     def cancel(self) -> None:  # noqa: B027 (most ends never wait for long)
         """Have calls that wait in other threads fail now, if that can be done."""

@@ -6,11 +6,30 @@ They are used from their beginning to their end, by the thread that copies.
 from __future__ import annotations
 
 import os
+import select
 
-from nbdcore.disk.copying.ends import Destination, Source
+from nbdcore.disk.copying.ends import Destination, End, Source
 from nbdcore.disk.copying.files import number_of
 
 __all__ = ["StreamDestination", "StreamSource"]
+
+
+# Milliseconds between two calls of `waiting`.
+_GLANCE = 100
+
+
+def _wait(end: End, fd: int, *, writing: bool) -> None:
+    """Wait until a descriptor can be read or written, and call `waiting` meanwhile.
+
+    Where there is no poll(), as on Windows, it returns at once: the system call waits then, and nothing is called.
+    """
+    if not hasattr(select, "poll"):
+        return
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT if writing else select.POLLIN)
+    while not poll.poll(_GLANCE):
+        if end.waiting is not None:
+            end.waiting()
 
 
 class StreamSource(Source):
@@ -37,12 +56,24 @@ class StreamSource(Source):
         assert offset == self._offset, "a stream is read in order"
         got = 0
         while got < len(view):
-            more = os.readv(self._fd, (view[got:],))
+            more = self._some(view[got:])
             if not more:
                 break
             got += more
         self._offset += got
         return got
+
+    def _some(self, view: memoryview) -> int:
+        while True:
+            _wait(self, self._fd, writing=False)
+            try:
+                if hasattr(os, "readv"):
+                    return os.readv(self._fd, (view,))
+                data = os.read(self._fd, len(view))  # Windows
+            except BlockingIOError:  # another process reads from it as well, and was faster
+                continue
+            view[: len(data)] = data
+            return len(data)
 
     def close(self) -> None:
         """Close the descriptor, if it is the copy's."""
@@ -75,7 +106,10 @@ class StreamDestination(Destination):
         assert offset == self._offset, "a stream is written in order"
         written = 0
         while written < len(view):
-            written += os.write(self._fd, view[written:])
+            try:
+                written += os.write(self._fd, view[written:])
+            except BlockingIOError:  # whoever made the pipe, or shares it, does not want to wait
+                _wait(self, self._fd, writing=True)
         self._offset += written
 
     def zero(self, count: int, offset: int, *, allocated: bool) -> bool:  # noqa: ARG002 (the base's signature)

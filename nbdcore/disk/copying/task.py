@@ -54,6 +54,7 @@ class CopyTask:
         self._differs = False  # whether the destination was read back, and is not equal
         self._planned: list[Range] = []  # where only a part of the disk is copied: all of it
         self._total = source.size
+        source.waiting = destination.waiting = self._tell
         self._movers: list[Mover] = []
         self._began = time.monotonic()
 
