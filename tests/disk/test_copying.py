@@ -31,7 +31,7 @@ from nbdcore.errors import UsageError
 from nbdcore.server import ExportSettings, FileDisk, MemoryDisk, Server
 from tests.leaks import none_left_open, settled
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="copies read and write at offsets, as Windows does not")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Unix sockets, named pipes and holes, as Windows lacks")
 
 KIBIBYTE = 1 << 10
 MEBIBYTE = 1 << 20
@@ -156,6 +156,24 @@ def test_an_existing_file_has_nothing_of_its_own_left(tmp_path):
     (tmp_path / "copy").write_bytes(b"x" * (SIZE + 7))
     copy(origin, tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == origin.read_bytes()
+
+
+def test_files_are_copied_where_the_system_does_not_read_at_an_offset(tmp_path):
+    origin = image(tmp_path / "origin")
+    script = """
+import os, sys
+from tests.portability.elsewhere import take_away
+take_away()
+for name in ("readv", "O_CLOEXEC"):
+    delattr(os, name)
+from nbdcore.disk import copy
+copy(sys.argv[1], sys.argv[2], flush=True, verify=True, request_size=65536, resume=sys.argv[2] + ".manifest")
+copy("-", sys.argv[3])
+"""
+    command = [sys.executable, "-c", script, origin, tmp_path / "copy", tmp_path / "streamed"]
+    with origin.open("rb") as file:
+        subprocess.run(command, stdin=file, timeout=30, check=True, cwd=Path(__file__).parents[2])
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "streamed").read_bytes() == origin.read_bytes()
 
 
 def test_what_is_said_to_be_zero_already_is_not_zeroed(serve, tmp_path):

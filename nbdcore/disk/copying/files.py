@@ -16,6 +16,7 @@ from pathlib import Path
 
 from nbdcore import holes
 from nbdcore.disk.copying.ends import Destination, Range, Source
+from nbdcore.disk.copying.offsets import FLAGS, PositionedFile
 
 __all__ = ["FileDestination", "FileSource", "number_of", "open_source_file"]
 
@@ -26,7 +27,7 @@ def _kind(fd: int) -> str:
 
 def open_source_file(path: str) -> tuple[int, int]:
     """Open a local file to read. Returns the descriptor and its mode. Raises OSError, with the path."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | FLAGS)
     mode = os.fstat(fd).st_mode
     if stat.S_ISDIR(mode):
         os.close(fd)
@@ -59,14 +60,15 @@ class FileSource(Source):
         self.readable: Path = Path(name)
         self._fd = fd
         self._use_extents = use_extents
-        self.size: int = os.lseek(fd, 0, os.SEEK_END)  # a block device's st_size is 0
+        self._file = PositionedFile(fd)
+        self.size: int = self._file.length()
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill the view. Raises OSError, EIO where the file has become shorter."""
         count = len(view)
-        got = os.preadv(self._fd, (view,), offset)
+        got = self._file.read_some(view, offset)
         while got < count:
-            more = os.preadv(self._fd, (view[got:],), offset + got)
+            more = self._file.read_some(view[got:], offset + got)
             if not more:
                 raise OSError(errno.EIO, f"it ends at {offset + got}, though it had {self.size} bytes")
             got += more
@@ -128,7 +130,7 @@ class FileDestination(Destination):
 
     def length(self) -> int:
         """Return how many bytes it has now. Raises OSError."""
-        return os.lseek(self._fd, 0, os.SEEK_END)
+        return self._file.length()
 
     def begin(self) -> None:
         """Empty a regular file, unless what is in it stays: then its size is the last thing to change."""
@@ -139,9 +141,9 @@ class FileDestination(Destination):
     def write(self, view: memoryview, offset: int) -> None:
         """Write all of the view. Raises OSError."""
         count = len(view)
-        written = os.pwrite(self._fd, view, offset)
+        written = self._file.write_some(view, offset)
         while written < count:  # Linux writes at most 2^31 - 4096 bytes at once, a file system that fills up what fits
-            written += os.pwrite(self._fd, view[written:], offset + written)
+            written += self._file.write_some(view[written:], offset + written)
 
     def zero(self, count: int, offset: int, *, allocated: bool) -> bool:
         """Punch a hole, or zero the range and keep it allocated. Raises OSError."""
@@ -166,7 +168,7 @@ class FileDestination(Destination):
 
     def flush(self) -> None:
         """Return when all that was written is on permanent storage. Raises OSError."""
-        os.fdatasync(self._fd)
+        self._file.flush()
 
     def finish(self, size: int) -> None:
         """Give a regular file its size. Raises OSError."""

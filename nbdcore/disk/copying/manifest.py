@@ -165,6 +165,8 @@ class Manifest:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(self.path)
+        if os.name != "posix":  # Windows opens no folders
+            return
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

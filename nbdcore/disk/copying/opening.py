@@ -17,6 +17,7 @@ from nbdcore.clients.connect.options import ClientOptions
 from nbdcore.clients.requests.arguments import StrPath
 from nbdcore.disk.copying.ends import Destination, Null, NullDestination, Source
 from nbdcore.disk.copying.files import FileDestination, FileSource, open_source_file
+from nbdcore.disk.copying.offsets import FLAGS
 from nbdcore.disk.copying.servers import Disk, ServerDestination, ServerSource
 from nbdcore.disk.copying.streams import StreamDestination, StreamSource
 from nbdcore.errors import UsageError
@@ -115,11 +116,11 @@ def _local_destination(path: str, *, keep: bool) -> Destination:
     try:
         mode = Path(path).stat().st_mode
     except FileNotFoundError:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | FLAGS, _MODE)
         return FileDestination(path, fd, created=True, keep=keep)
     if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
-        return FileDestination(path, os.open(path, os.O_RDWR | os.O_CLOEXEC), keep=keep)
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        return FileDestination(path, os.open(path, os.O_RDWR | FLAGS), keep=keep)
+    fd = os.open(path, os.O_WRONLY | FLAGS)
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, fd)
         _refuse_terminal(fd, path)
