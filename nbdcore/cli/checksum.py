@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nbdcore.cli.access import DiskCommand, Place
-from nbdcore.cli.bar import bar
 from nbdcore.cli.hashes import BlockHashType
 from nbdcore.cli.output import say
+from nbdcore.cli.progress import bar
 from nbdcore.cli.reading import Reading, ReadType, read_once, with_reading
 from nbdcore.cli.sizes import parsed
 

@@ -11,8 +11,8 @@ import click
 
 from nbdcore import Error
 from nbdcore.cli.access import DiskCommand, Place
-from nbdcore.cli.bar import bar
 from nbdcore.cli.output import Failure, described, say, warn
+from nbdcore.cli.progress import bar
 from nbdcore.cli.reading import Reading, ReadType, is_read_once, with_reading
 from nbdcore.cli.sizes import parsed
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from nbdcore.disk.copying.result import CopyProgress
 
-__all__ = ["BAR", "shown"]
+__all__ = ["BAR", "bar", "shown"]
 
 #: As the value of --progress: a bar.
 BAR = "bar"
@@ -51,6 +52,20 @@ def shown(wanted: str | None, *, quiet: bool) -> Iterator[Telling | None]:
         yield None
 
 
+@contextlib.contextmanager
+def bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+    """Give what is to be told how many bytes are done, and of how many; None where nobody would see it. It is gone at the end."""
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    begun = time.monotonic()
+    drawn = _Bar(at_once=False, what=what)
+    try:
+        yield lambda done, total: drawn.draw(done, total, time.monotonic() - begun)
+    finally:
+        drawn.close()
+
+
 def _descriptor(text: str) -> int:
     if not text.isdecimal() or len(text) > 9:
         raise click.BadParameter(f"--progress={text}: write the number of a file descriptor, as in --progress=3")
@@ -78,24 +93,29 @@ class _Lines:
 class _Bar:
     """A bar, with the rate, the time left and how much was zero. What is no terminal gets it once, at the end."""
 
-    def __init__(self, *, at_once: bool) -> None:
+    def __init__(self, *, at_once: bool, what: str = "") -> None:
         self._at_once = at_once
+        self._what = what  # named before the bar, which does not stay then
         self._drawn: Progress | None = None
         self._next = 0.0
 
     def __call__(self, now: CopyProgress) -> None:
-        if now.seconds < self._next and now.done != now.size:
+        self.draw(now.done, now.size, now.seconds, now.zeroes)
+
+    def draw(self, done: int, size: int | None, seconds: float, zeroes: int = 0) -> None:
+        """Draw it, if it is time to."""
+        if seconds < self._next and done != size:
             return
-        self._next = now.seconds + _FRAME
+        self._next = seconds + _FRAME
         if self._drawn is None:
-            if not self._at_once and now.seconds < _UNHURRIED:
+            if not self._at_once and seconds < _UNHURRIED:
                 return
-            self._drawn = _drawn()
-            self._drawn.add_task("", total=now.size, rate="", done="", zeroes="")
+            self._drawn = _drawn(self._what)
+            self._drawn.add_task(self._what, total=size, rate="", done="", zeroes="")
             self._drawn.start()
-        rate = f"{rounded(int(now.done / now.seconds))}/s" if now.seconds else ""
-        zeroes = f"{rounded(now.zeroes)} zero" if now.zeroes else ""
-        self._drawn.update(self._drawn.task_ids[0], completed=now.done, rate=rate, done=rounded(now.done), zeroes=zeroes)
+        rate = f"{rounded(int(done / seconds))}/s" if seconds else ""
+        zero = f"{rounded(zeroes)} zero" if zeroes else ""
+        self._drawn.update(self._drawn.task_ids[0], completed=done, total=size, rate=rate, done=rounded(done), zeroes=zero)
         self._drawn.refresh()
 
     def close(self) -> None:
@@ -104,11 +124,13 @@ class _Bar:
             self._drawn.stop()
 
 
-def _drawn() -> Progress:
+def _drawn(what: str) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     texts = [TextColumn(f"{{task.fields[{name}]}}") for name in ("done", "rate", "zeroes")]
     columns = [BarColumn(), TaskProgressColumn(), *texts, TimeRemainingColumn(compact=True, elapsed_when_finished=True)]
     console = Console(stderr=True, markup=False, highlight=False, emoji=False)
+    if what:
+        return Progress(TextColumn("{task.description}"), *columns, console=console, auto_refresh=False, transient=True)
     return Progress(*columns, console=console, auto_refresh=False)
