@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from nbdcore.disk import checksum
+from nbdcore.disk import checksum, copy
 from tests.cli.commands import COMMAND, DEADLINE, invoke, run
 from tests.interop.images import add_dirty_bitmap, pattern, qcow2_image, raw_image
 from tests.interop.programs import DIES_WITH_US, path_of
 from tests.interop.servers import nbdkit, qemu_nbd
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="copies read and write at offsets, as Windows does not")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Unix sockets, named pipes and holes, as Windows lacks")
 
 MEBIBYTE = 1 << 20
 
@@ -294,3 +294,17 @@ def test_what_has_become_zero_is_a_change(tmp_path):
     assert json.loads((tmp_path / "map").read_text())["ranges"] == [{"offset": 65536, "length": 65536, "zero": True}]
     assert invoke("copy", changes, other, "--apply", tmp_path / "map").stderr == ""
     assert other.read_bytes() == full.read_bytes() == pattern(size)[:65536] + bytes(65536) + pattern(size)[131072:]
+
+
+@pytest.mark.interop("qemu-nbd", "qemu-img", "qemu-io")
+def test_an_earlier_map_does_not_stand_beside_changes_that_are_not_complete(tmp_path):
+    image = qcow2_image(tmp_path / "vm", MEBIBYTE, {0: pattern(MEBIBYTE)})
+    add_dirty_bitmap(image, "monday", [(65536, 65536)])
+    (tmp_path / "map").write_text("an earlier one's")
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    with qemu_nbd(image, format="qcow2", bitmap="monday", read_only=True) as server, pytest.raises(KeyboardInterrupt):
+        copy(server.uri, tmp_path / "changes", bitmap="monday", changes=tmp_path / "map", progress=interrupt)
+    assert not (tmp_path / "map").exists()

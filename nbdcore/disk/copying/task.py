@@ -15,6 +15,7 @@ import errno
 import time
 from collections.abc import Generator, Iterator
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdcore.disk.copying import plan
@@ -101,6 +102,8 @@ class CopyTask:
         """Move everything. Returns how many bytes the source has."""
         source, destination = self._source, self._destination
         with self._doing("begin to write"):
+            if self._wishes.changes is not None:  # of an earlier file of changes: what is written now must not be taken for that
+                Path(self._wishes.changes).unlink(missing_ok=True)
             destination.begin()
             destination.blank = destination.blank or self._wishes.blank
             if self._manifest is not None:
