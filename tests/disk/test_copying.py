@@ -394,10 +394,11 @@ def test_a_second_interruption_closes_no_file_under_a_thread(serve, tmp_path):
             threading.Timer(0.1, _thread.interrupt_main).start()
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        copy(serve(Stuck()), tmp_path / "copy", extents=False, request_size=64 * KIBIBYTE, progress=interrupted)
-    with victim.open("wb"):
-        settled(lambda: [thread for thread in threading.enumerate() if thread.name == "nbdcore-copy"])
+    with nbdcore.Client().connect(serve(Stuck())) as client:
+        with pytest.raises(KeyboardInterrupt):
+            copy(client, tmp_path / "copy", extents=False, request_size=64 * KIBIBYTE, progress=interrupted)
+        with victim.open("wb"):
+            settled(lambda: [thread for thread in threading.enumerate() if thread.name == "nbdcore-copy"])
     assert victim.read_bytes() == b""
     assert not (tmp_path / "copy").exists()
 
