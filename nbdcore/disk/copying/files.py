@@ -54,7 +54,7 @@ class FileSource(Source):
 
     def __init__(self, name: str, fd: int, *, use_extents: bool = True) -> None:
         self.kind: str = _kind(fd)
-        self.number: tuple[int, int] = number_of(fd)
+        self.number: tuple[int, int] | None = number_of(fd)
         self.name = name
         self.identity: str = str(Path(name).absolute())
         self.readable: Path = Path(name)
@@ -118,9 +118,10 @@ class FileDestination(Destination):
         self.created = created
         self._fd = fd
         self._keep = keep
-        self.found: int = os.lseek(fd, 0, os.SEEK_END)
+        self._file = PositionedFile(fd)
+        self.found: int = self._file.length()
         self.kind: str = _kind(fd)
-        self.number: tuple[int, int] = number_of(fd)
+        self.number: tuple[int, int] | None = number_of(fd)
         self.grows: bool = self.kind == "file"
         self.size: int | None = None if self.grows else self.found
         # Of a file by its number too: another one of the same name is no copy that was begun.
