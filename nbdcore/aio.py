@@ -24,6 +24,7 @@ from nbdcore.streams.base import Stream
 
 if TYPE_CHECKING:
     from nbdcore.disk.awaited import checksum, compare
+    from nbdcore.disk.copying.asynchronous import copy
 
 __all__ = [
     "AsyncClient",
@@ -40,18 +41,24 @@ __all__ = [
     "connect_tcp",
     "connect_unix",
     "connect_vsock",
+    "copy",
     "create_pool",
     "list_exports",
 ]
 
 # What is done with whole disks, imported when it is first used: clients alone need nothing of it.
-_OF_WHOLE_DISKS = ("checksum", "compare")
+_OF_WHOLE_DISKS = {
+    "checksum": "nbdcore.disk.awaited",
+    "compare": "nbdcore.disk.awaited",
+    "copy": "nbdcore.disk.copying.asynchronous",
+}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _OF_WHOLE_DISKS:
+    module = _OF_WHOLE_DISKS.get(name)
+    if module is None:
         raise AttributeError(f"module 'nbdcore.aio' has no attribute {name!r}")
-    value: object = getattr(import_module("nbdcore.disk.awaited"), name)
+    value: object = getattr(import_module(module), name)
     globals()[name] = value
     return value
 

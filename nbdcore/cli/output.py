@@ -13,6 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import IO, TYPE_CHECKING, Any
 
 import click
@@ -103,16 +104,19 @@ def escaped(text: str) -> str:
 
 def say(text: str, *, newline: bool = True) -> None:
     """Print a result, and make sure that it has left. Ends the command where nobody takes it."""
-    pour([text], newline=newline)
+    # In one write: whoever reads the first line and goes away has read all of it.
+    _write([f"{text}\n" if newline else text])
 
 
-def pour(pieces: Iterable[str], *, newline: bool = True) -> None:
+def pour(pieces: Iterable[str]) -> None:
     """Print a long result piece by piece, and the end of its last line. Ends the command as `say` does."""
+    _write(chain(pieces, ["\n"]))
+
+
+def _write(pieces: Iterable[str]) -> None:
     try:
         for piece in pieces:
             click.echo(piece, nl=False)
-        if newline:
-            click.echo()
     except BrokenPipeError:
         discard_output()
         raise click.exceptions.Exit(_READER_GONE) from None

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from nbdcore.disk.blockhash import BlockHash, combined
     from nbdcore.disk.checksums import Checksum, RangeChecksum, checksum, checksum_of_stream
     from nbdcore.disk.comparing import Comparison, Difference, compare
-    from nbdcore.disk.copying.asynchronous import copy_async
     from nbdcore.disk.copying.copy import copy
     from nbdcore.disk.copying.ends import NULL
     from nbdcore.disk.copying.errors import CopyError
@@ -43,7 +42,6 @@ __all__ = [
     "combined",
     "compare",
     "copy",
-    "copy_async",
     "describe",
     "map_ranges",
     "read_map",
@@ -53,7 +51,6 @@ _HOMES = {
     "nbdcore.disk.blockhash": "BlockHash combined",
     "nbdcore.disk.checksums": "Checksum RangeChecksum checksum checksum_of_stream",
     "nbdcore.disk.comparing": "Comparison Difference compare",
-    "nbdcore.disk.copying.asynchronous": "copy_async",
     "nbdcore.disk.copying.copy": "copy",
     "nbdcore.disk.copying.ends": "NULL",
     "nbdcore.disk.copying.errors": "CopyError",

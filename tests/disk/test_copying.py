@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 import nbdcore
-from nbdcore.disk import NULL, BlockHash, CopyError, checksum, copy, copy_async
+from nbdcore import aio
+from nbdcore.disk import NULL, BlockHash, CopyError, checksum, copy
 from nbdcore.disk.copying.ends import Range
 from nbdcore.disk.copying.files import FileSource
 from nbdcore.disk.copying.manifest import Finished
@@ -673,7 +674,7 @@ def test_a_copy_in_a_task_is_equal_and_tells_the_loop(serve, tmp_path):
 
     async def main():
         loop = asyncio.get_running_loop()
-        result = await copy_async(
+        result = await aio.copy(
             origin, serve(MemoryDisk(SIZE)), progress=lambda now: told.append((now, asyncio.get_running_loop() is loop))
         )
         await asyncio.sleep(0)
@@ -698,7 +699,7 @@ def test_a_cancelled_copy_ends_soon_and_leaves_nothing(serve, tmp_path):
 
     async def main():
         begun = asyncio.Event()
-        task = asyncio.create_task(copy_async(uri, tmp_path / "copy", extents=False, started=lambda _: begun.set()))
+        task = asyncio.create_task(aio.copy(uri, tmp_path / "copy", extents=False, started=lambda _: begun.set()))
         await begun.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -722,7 +723,7 @@ def test_a_copy_that_waits_for_a_pipe_is_cancelled_soon(tmp_path):
     holding = os.open(tmp_path / "pipe", os.O_RDWR)
 
     async def main():
-        await cancelled_soon(asyncio.create_task(copy_async(tmp_path / "pipe", tmp_path / "copy")))
+        await cancelled_soon(asyncio.create_task(aio.copy(tmp_path / "pipe", tmp_path / "copy")))
         assert not (tmp_path / "copy").exists()
 
     try:
@@ -739,7 +740,7 @@ def test_a_copy_that_connects_is_cancelled_soon_and_changes_nothing(tmp_path, sh
         uri = f"nbd+unix:///?socket={short_folder / 'mute'}"
 
         async def main():
-            await cancelled_soon(asyncio.create_task(copy_async(uri, tmp_path / "copy")))
+            await cancelled_soon(asyncio.create_task(aio.copy(uri, tmp_path / "copy")))
 
         begun = time.monotonic()
         asyncio.run(main())
@@ -754,5 +755,5 @@ def test_what_a_callback_raises_in_the_loop_ends_the_copy(serve, tmp_path):
         raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough") as error:
-        asyncio.run(copy_async(serve(disk), tmp_path / "copy", extents=False, progress=refuse))
+        asyncio.run(aio.copy(serve(disk), tmp_path / "copy", extents=False, progress=refuse))
     assert any("is removed" in note for note in error.value.__notes__)

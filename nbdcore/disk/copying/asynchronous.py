@@ -10,10 +10,10 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
-from nbdcore.disk.copying.copy import copy
+from nbdcore.disk.copying import copy as blocking
 from nbdcore.disk.copying.result import CopyProgress, CopyResult, CopySettings
 
-__all__ = ["copy_async"]
+__all__ = ["copy"]
 
 Arguments = ParamSpec("Arguments")
 Outcome = TypeVar("Outcome")
@@ -24,15 +24,21 @@ class _StoppedError(Exception):
 
 
 def _taking_the_arguments_of(
-    _: Callable[Arguments, Outcome],
+    other: Callable[Arguments, Outcome],
 ) -> Callable[[Callable[..., Coroutine[Any, Any, Outcome]]], Callable[Arguments, Coroutine[Any, Any, Outcome]]]:
-    """Tell type checkers that a coroutine function takes the arguments of another function."""
-    return lambda function: function
+    """Give a coroutine function the arguments of another function, for type checkers and for whoever asks at run time."""
+
+    def give(function: Callable[..., Coroutine[Any, Any, Outcome]]) -> Callable[Arguments, Coroutine[Any, Any, Outcome]]:
+        function.__annotations__ = dict(other.__annotations__)
+        function.__wrapped__ = other  # type: ignore[attr-defined] # where inspect.signature looks
+        return function
+
+    return give
 
 
-@_taking_the_arguments_of(copy)
-async def copy_async(*arguments: Any, **settings: Any) -> CopyResult:
-    """Copy a disk as `copy` does, with the same arguments, while the event loop goes on.
+@_taking_the_arguments_of(blocking.copy)
+async def copy(*arguments: Any, **settings: Any) -> CopyResult:
+    """Copy a disk as `nbdcore.disk.copy` does, with the same arguments, while the event loop goes on.
 
     Cancelling the task stops the copy within a fraction of a second, and raises when nothing of it is left: what the
     destination is then is as after any failure. While the copy connects or opens a pipe, nothing has been changed yet: then
@@ -44,7 +50,7 @@ async def copy_async(*arguments: Any, **settings: Any) -> CopyResult:
     relay = _Relay(told.get("progress"))
     told["progress"] = functools.partial(relay.tell, loop)
     told["started"] = functools.partial(relay.begin, loop, told.get("started"))
-    work: asyncio.Future[CopyResult] = _Thread(functools.partial(copy, *arguments, **told), loop).outcome
+    work: asyncio.Future[CopyResult] = _Thread(functools.partial(blocking.copy, *arguments, **told), loop).outcome
     try:
         outcome = await asyncio.shield(work)
     except asyncio.CancelledError:

@@ -63,7 +63,7 @@ class ChangesSource(FileSource):
         super().__init__(name, fd)
         self._ranges = read_map(path, self.size)
         # What is around a range is no part of the disk: a block that it has a part of cannot be taken in whole.
-        self.edges = math.gcd(*(edge for one in self._ranges for edge in (one.offset, one.end) if edge < self.size))
+        self.edges: int = math.gcd(*(edge for one in self._ranges for edge in (one.offset, one.end) if edge < self.size))
 
     def extents(self) -> Iterator[Range]:
         """Yield the ranges of the map."""

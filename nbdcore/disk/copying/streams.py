@@ -46,7 +46,9 @@ class StreamSource(Source):
 
     def __init__(self, name: str, fd: int, *, owned: bool) -> None:
         self.name = name
-        self.number = number_of(fd)  # the shell may have made standard input of the very file that is copied to
+        self.number: tuple[int, int] | None = number_of(
+            fd
+        )  # the shell may have made standard input of the very file that is copied to
         self._fd = fd
         self._owned = owned
         self._offset = 0
@@ -96,7 +98,7 @@ class StreamDestination(Destination):
 
     def __init__(self, name: str, fd: int, *, owned: bool) -> None:
         self.name = name
-        self.number = number_of(fd)
+        self.number: tuple[int, int] | None = number_of(fd)
         self._fd = fd
         self._owned = owned
         self._offset = 0
