@@ -7,39 +7,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from tests.bench.case import Case
 from tests.bench.programs import Ceiling, Fio, Nbdcopy, Program, Script
 from tests.bench.results import Bar
+from tests.bench.tool_cases import TOOL_CASES
 
 #: Requests in flight, where there are many.
 DEPTH = 64
 
 _KIB = 1 << 10
 _MIB = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One comparison, or several that share their programs.
-
-    Attributes:
-        writes: whether it changes what is on the disk.
-        own_server: whether it says something only on a server of the benchmark's own.
-        extra: measured only when it is asked for by name.
-    """
-
-    name: str
-    title: str
-    unit: str
-    server: str
-    programs: Mapping[str, Program]
-    bars: tuple[Bar, ...]
-    writes: bool = False
-    own_server: bool = False
-    extra: bool = False
 
 
 def _many(work: str, label: str, **settings: Any) -> Script:
@@ -333,4 +313,5 @@ CASES = (
         labels=("nbdcore.server", "nbdkit, python plugin"),
     ),
     *map(_cores, _CORES),
+    *TOOL_CASES,
 )

@@ -33,6 +33,8 @@ class Tools:
     peer_python: str = "/usr/bin/python3"
     fio: str = "fio"
     nbdcopy: str = "nbdcopy"
+    nbdinfo: str = "nbdinfo"
+    qemu_img: str = "qemu-img"
     cc: str = "cc"
 
 
@@ -86,7 +88,7 @@ class Script(Program):
     def sample(self, tools: Tools, task: Task, variant: Mapping[str, Any]) -> Sample:
         python = tools.peer_python if self.for_peer else tools.python
         told = {"work": self.work, "uri": task.uri, "seconds": task.seconds, "verify": task.verify, **task.counts}
-        line = [_found(python), _SCRIPTS / f"{self.script}.py", json.dumps({**told, **self.settings, **variant})]
+        line = [found(python), _SCRIPTS / f"{self.script}.py", json.dumps({**told, **self.settings, **variant})]
         return Sample(**json.loads(run(line, limit=task.limit).output.splitlines()[-1]))
 
 
@@ -103,7 +105,7 @@ class Fio(Program):
 
     def sample(self, tools: Tools, task: Task, variant: Mapping[str, Any]) -> Sample:
         line = [
-            _found(tools.fio),
+            found(tools.fio),
             f"--numjobs={self.jobs}",
             "--group_reporting",
             "--name=bench",
@@ -121,7 +123,7 @@ class Fio(Program):
             "--scramble_buffers=0",
             "--thread",  # or its work would be in a child, whose memory nobody sees
             "--output-format=json",
-            *_options(variant),
+            *options(variant),
         ]
         return self._read(run(line, limit=task.limit))
 
@@ -142,9 +144,9 @@ class Nbdcopy(Program):
     """nbdcopy to nowhere. Without extents: it would not read holes, and ours do."""
 
     def sample(self, tools: Tools, task: Task, variant: Mapping[str, Any]) -> Sample:
-        nbdcopy = _found(tools.nbdcopy)
+        nbdcopy = found(tools.nbdcopy)
         start = run([nbdcopy, "--version"], limit=task.limit)
-        done = run([nbdcopy, "--no-extents", *_options(variant), "--", task.uri, "null:"], limit=task.limit)
+        done = run([nbdcopy, "--no-extents", *options(variant), "--", task.uri, "null:"], limit=task.limit)
         return Sample(task.counts["mebibytes"], done.seconds - start.seconds, done.cpu - start.cpu, done.memory)
 
 
@@ -156,7 +158,7 @@ class Ceiling(Program):
     depth: int
 
     def sample(self, tools: Tools, task: Task, variant: Mapping[str, Any]) -> Sample:  # noqa: ARG002 (it has no settings)
-        program = _ceiling(_found(tools.cc), task.limit)
+        program = _ceiling(found(tools.cc), task.limit)
         (path,) = parse_qs(urlsplit(task.uri).query)["socket"]
         line = [program, path, self.work, measuring.SMALL, self.depth, task.seconds]
         return Sample(**json.loads(run(list(map(str, line)), limit=task.limit).output))
@@ -171,11 +173,13 @@ def _ceiling(compiler: str, limit: float) -> Path:
     return program
 
 
-def _options(variant: Mapping[str, Any]) -> list[str]:
+def options(variant: Mapping[str, Any]) -> list[str]:
+    """Return settings as a command line has them."""
     return [f"--{name}={value}" for name, value in variant.items()]
 
 
-def _found(program: str) -> str:
+def found(program: str) -> str:
+    """Return the path of a program. Raises Failed."""
     path = shutil.which(program)
     if path is None:
         raise Failed(f"{program} is not on this machine")

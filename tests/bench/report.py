@@ -5,7 +5,7 @@ The first table is about the bars, a line each; the second says what every progr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
 from tests.bench.results import TIMES, Bar, CaseResult, Line, Measured, Result, Spread, lines, spread
@@ -34,7 +34,7 @@ def heading(result: Result) -> str:
     """Return what the figures are from."""
     rounds, seconds = result.options["rounds"], result.options["seconds"]
     facts = "; ".join(f"{name}: {value}" for name, value in result.machine.items())
-    return f"Measured {result.taken[:10]}, medians of {rounds} rounds, {seconds:g} s a program and round.\n{facts}"
+    return f"Measured {' to '.join(result.days)}, medians of {rounds} rounds, {seconds:g} s a program and round.\n{facts}"
 
 
 def unmeasured(result: Result) -> list[str]:
@@ -57,7 +57,7 @@ def bar_rows(result: Result) -> Iterator[tuple[str, ...]]:
 def _bar_row(line: Line) -> tuple[str, ...]:
     case, bar = line.case, line.bar
     theirs = "" if bar.peer is None else case.programs[bar.peer].label
-    as_text = times if bar.peer is not None else _kibibytes
+    as_text = times if bar.peer is not None else _ALONE[bar.quantity]
     value = "" if line.value is None else _spread(line.value, as_text)
     return (case.title, case.programs[bar.ours].label, theirs, bar.quantity, value, _limit(bar, as_text), line.verdict)
 
@@ -102,6 +102,18 @@ def times(ratio: float) -> str:
 
 def _kibibytes(value: float) -> str:
     return f"{value / 1024:.1f} KiB"
+
+
+def _mebibytes(value: float) -> str:
+    return f"{value / (1 << 20):.0f} MiB"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value * 1000:.0f} ms"
+
+
+# How a quantity is shown that is compared with nobody's.
+_ALONE: Mapping[str, Callable[[float], str]] = {"memory": _kibibytes, "most memory": _mebibytes, "time": _milliseconds}
 
 
 def _three_digits(value: float) -> str:

@@ -43,6 +43,8 @@ QUANTITIES = {
     "CPU time": lambda sample: sample.cpu / sample.work,
     "work per CPU second": lambda sample: sample.work / sample.cpu,
     "memory": lambda sample: sample.growth / sample.work,
+    "most memory": lambda sample: sample.memory,
+    "time": lambda sample: sample.seconds / sample.work,
 }
 
 
@@ -78,13 +80,14 @@ class Measured:
 
 @dataclass(slots=True)
 class CaseResult:
-    """What came of one case."""
+    """What came of one case; `taken` says when, where that was not with all the others."""
 
     name: str
     title: str
     unit: str
     bars: list[Bar]
     programs: dict[str, Measured]
+    taken: str = ""
 
 
 @dataclass(slots=True)
@@ -100,6 +103,18 @@ class Result:
         """Write it to a file."""
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
 
+    @property
+    def days(self) -> list[str]:
+        """The first and the last day on which something of it was measured."""
+        every = sorted(case.taken or self.taken for case in self.cases) or [self.taken]
+        return sorted({every[0][:10], every[-1][:10]})
+
+    def with_others_of(self, older: Result, order: Sequence[str]) -> Result:
+        """Return this result, and what an older one has of cases that this one lacks; the cases in this order."""
+        cases = {case.name: dataclasses.replace(case, taken=case.taken or older.taken) for case in older.cases}
+        cases |= {case.name: case for case in self.cases}
+        return dataclasses.replace(self, cases=[cases[name] for name in order if name in cases])
+
     @classmethod
     def load(cls, path: Path) -> Result:
         """Read it from a file."""
@@ -112,7 +127,9 @@ def _case(found: dict[str, Any]) -> CaseResult:
         key: Measured(one["label"], one["settings"], [Sample(**sample) for sample in one["samples"]], one["failed"])
         for key, one in found["programs"].items()
     }
-    return CaseResult(found["name"], found["title"], found["unit"], [Bar(**bar) for bar in found["bars"]], programs)
+    return CaseResult(
+        found["name"], found["title"], found["unit"], [Bar(**bar) for bar in found["bars"]], programs, found.get("taken", "")
+    )
 
 
 # ---------------------------------------------------------------------------------------------- what comes out

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tests.bench.cases import JOBS, Case
+from tests.bench.case import Case
+from tests.bench.cases import JOBS
 from tests.bench.programs import Program, Task, Tools
 from tests.bench.results import CaseResult, Measured, Sample
 from tests.bench.running import Failed

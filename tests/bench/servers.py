@@ -131,12 +131,12 @@ def _our_memory(*arguments: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _file() -> Iterator[str]:
+def _file(size: int = measuring.AREA) -> Iterator[str]:
     """A file in memory, filled: what is measured is the server, not a disk."""
     with tempfile.TemporaryDirectory(prefix="nbd-", dir="/dev/shm") as folder:
         file = Path(folder, "disk")
         with file.open("wb") as out:
-            for offset in range(0, measuring.AREA, _PIECE):
+            for offset in range(0, size, _PIECE):
                 out.write(measuring.contents(offset, _PIECE))
         yield str(file)
 
@@ -167,6 +167,38 @@ def _our_object() -> Iterator[str]:
         yield uri
 
 
+@contextlib.contextmanager
+def _place_for_a_file() -> Iterator[str]:
+    """The path of a file that is not there yet, in memory."""
+    with tempfile.TemporaryDirectory(prefix="nbd-", dir="/dev/shm") as folder:
+        yield str(Path(folder, "copy"))
+
+
+@contextlib.contextmanager
+def _empty(size: int) -> Iterator[str]:
+    with nbdkit("memory", str(size)) as server:
+        yield server.uri
+
+
+@contextlib.contextmanager
+def _islands(sizes: Sizes) -> Iterator[str]:
+    """A disk of 8 TiB with few data, far apart."""
+    count, size = 10_000, 8 << 40
+    island = sizes.disk // count >> 12 << 12
+    with nbdkit("memory", str(size)) as server:
+        with nbdcore.connect(server.uri, timeout=30) as disk:
+            for number in range(count):
+                disk.pwrite(measuring.contents(0, island), number * (size // count) >> 12 << 12)
+        yield server.uri
+
+
+@contextlib.contextmanager
+def _both(first: contextlib.AbstractContextManager[str], second: contextlib.AbstractContextManager[str]) -> Iterator[str]:
+    """Two ends of a copy."""
+    with first as one, second as other:
+        yield f"{one} {other}"
+
+
 SERVERS: Mapping[str, Callable[[Sizes], contextlib.AbstractContextManager[str]]] = {
     "memory": _memory,
     "scratch": _scratch,
@@ -180,6 +212,11 @@ SERVERS: Mapping[str, Callable[[Sizes], contextlib.AbstractContextManager[str]]]
     "nbdcore memory, one process": lambda _: _our_memory("--workers", "1"),
     "nbdcore file": lambda _: _our_file(),
     "nbdcore object": lambda _: _our_object(),
+    "memory and a file": lambda sizes: _both(_memory(sizes), _place_for_a_file()),
+    "small and a file": lambda _: _both(_empty(1 << 20), _place_for_a_file()),
+    "two disks": lambda sizes: _both(_memory(sizes), _empty(sizes.disk)),
+    "a file and memory": lambda sizes: _both(_file(sizes.disk), _empty(sizes.disk)),
+    "islands": lambda sizes: _both(_islands(sizes), _place_for_a_file()),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -115,3 +116,13 @@ def test_every_bar_is_about_programs_of_its_case():
     for case in CASES:
         assert {key for bar in case.bars for key in (bar.ours, bar.peer) if key is not None} == set(case.programs), case.name
     assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_cases_measured_later_take_the_place_of_the_older_ones_and_keep_their_day():
+    def result(day: str, *names: str) -> Result:
+        case = a_case(FASTER, ours=Measured("ours", "", samples(100)), theirs=Measured("theirs", "", samples(100)))
+        return Result(f"{day}T00:00:00+00:00", {}, {}, [dataclasses.replace(case, name=name, title=day) for name in names])
+
+    both = result("2026-02-01", "b").with_others_of(result("2026-01-01", "c", "b", "a"), ["a", "b", "c"])
+    assert [(case.name, case.title) for case in both.cases] == [("a", "2026-01-01"), ("b", "2026-02-01"), ("c", "2026-01-01")]
+    assert both.days == ["2026-01-01", "2026-02-01"]
