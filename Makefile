@@ -69,7 +69,7 @@ bench-quick: $(VENV)/ready $(SAME)/ready bench-peers ## the same in some minutes
 # Debian's own Python, which is what libnbd's module is for: so both sides run on one interpreter.
 $(SAME)/ready: pyproject.toml hatch_build.py tests/setup/venv
 	@PYTHON=/usr/bin/python3 tests/setup/venv $(SAME)
-	@$(SAME)/bin/python -m pip install --quiet --editable '.[numpy]'
+	@$(SAME)/bin/python -m pip install --quiet --editable '.[numpy,cli]'
 	@touch $@
 
 lint: $(VENV)/ready-lint ## check style, formatting and types
