@@ -13,27 +13,12 @@ from nbdcore.disk.copying.files import number_of
 
 __all__ = ["StreamDestination", "StreamSource"]
 
-
 # Milliseconds between two calls of `waiting`.
 _GLANCE = 100
 
 
-def _wait(end: End, fd: int, *, writing: bool) -> None:
-    """Wait until a descriptor can be read or written, and call `waiting` meanwhile.
-
-    Where there is no poll(), as on Windows, it returns at once: the system call waits then, and nothing is called.
-    """
-    if not hasattr(select, "poll"):
-        return
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT if writing else select.POLLIN)
-    while not poll.poll(_GLANCE):
-        if end.waiting is not None:
-            end.waiting()
-
-
-class StreamSource(Source):
-    """A descriptor that is read to its end.
+class _Stream(End):
+    """What both ends share.
 
     Args:
         name: what messages call it.
@@ -46,12 +31,34 @@ class StreamSource(Source):
 
     def __init__(self, name: str, fd: int, *, owned: bool) -> None:
         self.name = name
-        self.number: tuple[int, int] | None = number_of(
-            fd
-        )  # the shell may have made standard input of the very file that is copied to
+        # The shell may have made a standard stream of the very file that is at the other end.
+        self.number: tuple[int, int] | None = number_of(fd)
         self._fd = fd
         self._owned = owned
         self._offset = 0
+
+    def _wait(self, *, writing: bool) -> None:
+        """Wait until the descriptor can be read or written, and call `waiting` meanwhile.
+
+        Where there is no poll(), as on Windows, it returns at once: the system call waits then, and nothing is called.
+        """
+        if not hasattr(select, "poll"):
+            return
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT if writing else select.POLLIN)
+        while not poll.poll(_GLANCE):
+            if self.waiting is not None:
+                self.waiting()
+
+    def close(self) -> None:
+        """Close the descriptor, if it is the copy's."""
+        if self._owned:
+            self._owned = False
+            os.close(self._fd)
+
+
+class StreamSource(_Stream, Source):
+    """A descriptor that is read to its end."""
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill the view as far as the stream goes. Raises OSError."""
@@ -67,7 +74,7 @@ class StreamSource(Source):
 
     def _some(self, view: memoryview) -> int:
         while True:
-            _wait(self, self._fd, writing=False)
+            self._wait(writing=False)
             try:
                 if hasattr(os, "readv"):
                     return os.readv(self._fd, (view,))
@@ -77,31 +84,9 @@ class StreamSource(Source):
             view[: len(data)] = data
             return len(data)
 
-    def close(self) -> None:
-        """Close the descriptor, if it is the copy's."""
-        if self._owned:
-            self._owned = False
-            os.close(self._fd)
 
-
-class StreamDestination(Destination):
-    """A descriptor that is written to from the beginning on.
-
-    Args:
-        name: what messages call it.
-        fd: the descriptor.
-        owned: whether to close it at the end.
-    """
-
-    kind = "stream"
-    in_order = True
-
-    def __init__(self, name: str, fd: int, *, owned: bool) -> None:
-        self.name = name
-        self.number: tuple[int, int] | None = number_of(fd)
-        self._fd = fd
-        self._owned = owned
-        self._offset = 0
+class StreamDestination(_Stream, Destination):
+    """A descriptor that is written to from the beginning on."""
 
     def write(self, view: memoryview, offset: int) -> None:
         """Write all of the view. Raises OSError."""
@@ -111,7 +96,7 @@ class StreamDestination(Destination):
             try:
                 written += os.write(self._fd, view[written:])
             except BlockingIOError:  # whoever made the pipe, or shares it, does not want to wait
-                _wait(self, self._fd, writing=True)
+                self._wait(writing=True)
         self._offset += written
 
     def zero(self, count: int, offset: int, *, allocated: bool) -> bool:  # noqa: ARG002 (the base's signature)
@@ -120,9 +105,3 @@ class StreamDestination(Destination):
 
     def flush(self) -> None:
         """Do nothing: whoever reads the stream has it from here on."""
-
-    def close(self) -> None:
-        """Close the descriptor, if it is the copy's."""
-        if self._owned:
-            self._owned = False
-            os.close(self._fd)
