@@ -17,12 +17,13 @@ import click
 
 from nbdcore import TLS, Client, ClientOptions, is_uri
 from nbdcore.cli.output import Failure
+from nbdcore.clients.connect.options import CONNECTIONS, MOST_CONNECTIONS
 from nbdcore.plugins.registry import registry
 
 if TYPE_CHECKING:
     from nbdcore import Pool
 
-__all__ = ["Access", "Bracketed", "DiskCommand", "DiskType", "Place", "bracketed", "with_access"]
+__all__ = ["Access", "Bracketed", "DiskCommand", "DiskType", "Place", "bracketed", "connections_option", "with_access"]
 
 #: What a command takes as its function.
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -167,6 +168,19 @@ class Access:
         from nbdcore import create_pool
 
         return create_pool(place.uri, connections=connections, timeout=self.timeout, **self.options(**more))
+
+
+def connections_option(help_text: str) -> Callable[[_Function], _Function]:
+    """Return the option --connections of a command that may open several to a server."""
+    return click.option(
+        "-C",
+        "--connections",
+        type=click.IntRange(1, MOST_CONNECTIONS),
+        default=CONNECTIONS,
+        show_default=True,
+        metavar="N",
+        help=help_text,
+    )
 
 
 def with_access(function: _Function) -> _Function:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nbdcore.cli.access import Access, Bracketed, DiskCommand, with_access
+from nbdcore.cli.access import Access, Bracketed, connections_option, with_access
 from nbdcore.cli.hashes import BlockHashType
+from nbdcore.cli.options import GetoptCommand
 from nbdcore.cli.output import say, warn
 from nbdcore.cli.progress import BAR, shown
 from nbdcore.cli.sizes import parsed, rounded
@@ -24,27 +25,6 @@ __all__ = ["copy"]
 
 # What nbdcopy takes for a request.
 _SMALLEST_REQUEST, _LARGEST_REQUEST = 4 << 10, 32 << 20
-# Options that nbdcopy has with a value or without: what they stand for without.
-_WITHOUT_VALUE = {"--progress": BAR, "--checksum": "sha256/64k", "--blkhash": "sha256/64k"}
-
-
-class CopyCommand(DiskCommand):
-    """A command of which some options have a value or none: `--progress` and `--progress=3`, but never `--progress 3`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the command line, with the values written out that were left out."""
-        return super().parse_args(ctx, _written_out(args))
-
-
-def _written_out(words: list[str]) -> list[str]:
-    found: list[str] = []
-    of_server = False  # whether it stands between brackets
-    for number, word in enumerate(words):
-        if word == "--" and not of_server:
-            return found + words[number:]
-        of_server = word == "[" or (of_server and word != "]")
-        found.append(f"{word}={_WITHOUT_VALUE[word]}" if word in _WITHOUT_VALUE and not of_server else word)
-    return found
 
 
 if TYPE_CHECKING:
@@ -77,19 +57,11 @@ def _granule(text: str) -> int:
     return size
 
 
-@click.command(cls=CopyCommand, short_help="Copy a disk to another one, a file or a pipe.")
+@click.command(cls=GetoptCommand, short_help="Copy a disk to another one, a file or a pipe.")
 @click.argument("source", type=EndType())
 @click.argument("destination", type=EndType())
 @click.option("--allocated", is_flag=True, help="Have zeroes take up room at the destination, in place of holes.")
-@click.option(
-    "-C",
-    "--connections",
-    type=click.IntRange(1, 128),
-    default=4,
-    show_default=True,
-    metavar="N",
-    help="Connections to each server, if it can do with several.",
-)
+@connections_option("Connections to each server, if it can do with several.")
 @click.option(
     "--destination-is-zero",
     "--target-is-zero",
@@ -101,6 +73,8 @@ def _granule(text: str) -> int:
     "--checksum",
     "--blkhash",
     type=BlockHashType(),
+    is_flag=False,
+    flag_value="sha256/64k",
     metavar="[=NAME[/SIZE]]",
     help="Print the checksum of what was copied, as nbdcore checksum does. [default: sha256/64k]",
 )
@@ -124,6 +98,8 @@ def _granule(text: str) -> int:
 @click.option("-p", "bar", is_flag=True, help="Show how far it is, though standard error is no terminal.")
 @click.option(
     "--progress",
+    is_flag=False,
+    flag_value=BAR,
     metavar="[=FD]",
     help="As -p; with =FD, write lines such as 50/100 to that file descriptor.",
 )

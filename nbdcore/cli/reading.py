@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 import click
 
 from nbdcore import Client, Pool, is_uri
-from nbdcore.cli.access import Access, Bracketed, Place, with_access
+from nbdcore.cli.access import Access, Bracketed, Place, connections_option, with_access
 from nbdcore.cli.output import Failure
 
 __all__ = ["ReadType", "Reading", "is_read_once", "read_once", "with_reading"]
@@ -66,15 +66,7 @@ def with_reading(function: _Function) -> _Function:
 
 _OPTIONS = (
     click.option("--no-extents", is_flag=True, help="Read all, in place of taking a server's word for what is zero."),
-    click.option(
-        "-C",
-        "--connections",
-        type=click.IntRange(1, 128),
-        default=4,
-        show_default=True,
-        metavar="N",
-        help="How many connections to open to a server, if it allows several. As many threads work.",
-    ),
+    connections_option("How many connections to open to a server, if it allows several. As many threads work."),
 )
 
 
