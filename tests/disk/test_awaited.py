@@ -14,18 +14,13 @@ import nbdcore.aio
 from nbdcore.disk import checksum, compare
 from nbdcore.errors import CommandError
 from tests.disk.disks import ToldDisk, random_disk, served
-from tests.leaks import none_left_open
 
 PATIENCE = 20.0
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="its disks are served on unix sockets")
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_behind():
-    with none_left_open():
-        yield
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith("nbdcore-disk")]
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="its disks are served on unix sockets"),
+    pytest.mark.usefixtures("nothing_left_behind"),
+]
 
 
 def test_results_are_those_of_the_blocking_functions(socket_path, tmp_path):

@@ -18,19 +18,14 @@ from nbdcore.server import MemoryDisk
 from tests.disk.disks import SilentDisk, ToldDisk, random_disk, served
 from tests.interop.programs import run
 from tests.interop.servers import nbdkit, qemu_nbd
-from tests.leaks import none_left_open
 
 PATIENCE = 20.0
 SIZE = 3_000_000
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="its disks are served on unix sockets")
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_behind():
-    with none_left_open():
-        yield
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith("nbdcore-disk")]
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="its disks are served on unix sockets"),
+    pytest.mark.usefixtures("nothing_left_behind"),
+]
 
 
 @contextmanager
