@@ -11,7 +11,7 @@ import threading
 
 __all__ = ["FLAGS", "PositionedFile"]
 
-#: Flags of os.open() for a file of a copy, besides its mode of access, where the platform has them.
+#: Flags of os.open() for a disk's file, besides its mode of access, where the platform has them.
 FLAGS: int = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 _AT_ONCE = all(hasattr(os, name) for name in ("preadv", "pwrite"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from nbdcore.clients.blocking.client import Client
 from nbdcore.clients.blocking.functions import create_pool
 from nbdcore.clients.blocking.pool import Pool
 from nbdcore.clients.connect.options import ClientOptions
+from nbdcore.disk.offsets import FLAGS, PositionedFile
 from nbdcore.errors import CommandError, UsageError
 from nbdcore.protocol.constants import BASE_ALLOCATION
 from nbdcore.uri import is_uri
@@ -156,11 +156,11 @@ class FileSource:
     def __init__(self, path: Path) -> None:
         self._path = path
         # Not blocking: a named pipe that nobody writes to is refused too.
-        flags = ("O_BINARY", "O_CLOEXEC", "O_NONBLOCK")
-        self._fd = os.open(path, os.O_RDONLY | sum(getattr(os, flag, 0) for flag in flags))
-        self._seeking = threading.Lock()
+        self._fd = os.open(path, os.O_RDONLY | FLAGS | getattr(os, "O_NONBLOCK", 0))
+        self._file = PositionedFile(self._fd)
         try:
-            self.size: int = _size_of(self._fd, path)
+            _check_has_a_size(self._fd, path)
+            self.size: int = self._file.length()
         except BaseException:
             os.close(self._fd)
             raise
@@ -179,9 +179,9 @@ class FileSource:
         if not hasattr(os, "SEEK_DATA"):
             return at, end
         try:
-            with self._seeking:
-                first = os.lseek(self._fd, at, os.SEEK_DATA)
-                return min(first, end), min(os.lseek(self._fd, first, os.SEEK_HOLE), end)
+            # It moves the descriptor's position, which nobody needs: systems that know of holes read at an offset in one call.
+            first = os.lseek(self._fd, at, os.SEEK_DATA)
+            return min(first, end), min(os.lseek(self._fd, first, os.SEEK_HOLE), end)
         except OSError as error:
             if error.errno == errno.ENXIO:  # nothing but a hole is left
                 return end, end
@@ -190,19 +190,10 @@ class FileSource:
     def read_into(self, memory: memoryview, offset: int) -> None:
         """Read. A file that has become shorter meanwhile is an error."""
         while memory:
-            count = self._some(memory, offset)
+            count = self._file.read_some(memory, offset)
             if not count:
                 raise OSError(errno.EIO, f"became shorter while it was read: nothing is left at {offset}", str(self._path))
             memory, offset = memory[count:], offset + count
-
-    def _some(self, memory: memoryview, offset: int) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self._fd, [memory], offset)
-        with self._seeking:  # Windows
-            os.lseek(self._fd, offset, os.SEEK_SET)
-            data = os.read(self._fd, len(memory))
-        memory[: len(data)] = data
-        return len(data)
 
     def interrupt(self) -> None:
         """Do nothing: reading a file does not wait for anybody."""
@@ -214,10 +205,9 @@ class FileSource:
         os.close(self._fd)
 
 
-def _size_of(fd: int, path: Path) -> int:
+def _check_has_a_size(fd: int, path: Path) -> None:
     kind = os.fstat(fd).st_mode
     if stat.S_ISDIR(kind):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
         raise UsageError(errno.ESPIPE, f"{path} is no file or block device, and can only be read from its beginning")
-    return os.lseek(fd, 0, os.SEEK_END)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nbdcore import holes
 from nbdcore.disk.copying.ends import Destination, Range, Source
-from nbdcore.disk.copying.offsets import FLAGS, PositionedFile
+from nbdcore.disk.offsets import FLAGS, PositionedFile
 
 __all__ = ["FileDestination", "FileSource", "number_of", "open_source_file"]
 

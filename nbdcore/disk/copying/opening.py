@@ -17,9 +17,9 @@ from nbdcore.clients.connect.options import ClientOptions
 from nbdcore.clients.requests.arguments import StrPath
 from nbdcore.disk.copying.ends import Destination, Null, NullDestination, Source
 from nbdcore.disk.copying.files import FileDestination, FileSource, open_source_file
-from nbdcore.disk.copying.offsets import FLAGS
 from nbdcore.disk.copying.servers import Disk, ServerDestination, ServerSource
 from nbdcore.disk.copying.streams import StreamDestination, StreamSource
+from nbdcore.disk.offsets import FLAGS
 from nbdcore.errors import UsageError
 from nbdcore.protocol.constants import BASE_ALLOCATION
 from nbdcore.uri import is_uri
