@@ -1,33 +1,26 @@
-"""Finding transport plugins and loading one of them, whatever it does.
+"""Loading a transport plugin, whatever it does.
 
 A plugin is somebody else's code: its import, its hook and its answers may raise anything, or be nonsense. This module turns that
-into data (State, TransportStatus) and never lets it out. pluggy, importlib_metadata and the contract (`nbdcore.plugins.spec`) are
-imported in the functions that need them, so that importing this module stays cheap. Which of two plugins wins is the registry's
-business.
+into data (State, TransportStatus) and never lets it out. pluggy and the contract (`nbdcore.plugins.spec`) are imported in the
+functions that need them, so that importing this module stays cheap. Which of two plugins wins is the registry's business.
 """
 
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nbdcore.errors import TransportUnavailable, printable
 from nbdcore.uri import URI
 
 if TYPE_CHECKING:
-    import importlib_metadata
-
     from nbdcore.plugins.spec import Transport
 
-__all__ = ["Plugin", "State", "TransportStatus", "announced_plugins", "attempt"]
-
-# A line at the top of a distribution's METADATA.
-_FIELD = re.compile(r"^(Name|Version): *(\S+)\s*$", re.MULTILINE)
+__all__ = ["Plugin", "State", "TransportStatus", "attempt", "described"]
 
 
 class State(Enum):
@@ -81,12 +74,6 @@ class Plugin:
         module = plugin.__name__ if isinstance(plugin, ModuleType) else f"{type(plugin).__module__}:{type(plugin).__qualname__}"
         return cls(name=name, module=module, load=lambda: plugin)
 
-    @classmethod
-    def announced(cls, entry_point: importlib_metadata.EntryPoint) -> Plugin:
-        """Return the plugin behind an entry point."""
-        distribution, version = _name_and_version(entry_point)
-        return cls(entry_point.name, entry_point.value, entry_point.load, distribution, version)
-
     def status(self, state: State, reason: str) -> TransportStatus:
         """Return what became of this plugin."""
         return TransportStatus(self.name, state, reason, self.module, self.distribution, self.version)
@@ -94,51 +81,6 @@ class Plugin:
     def __str__(self) -> str:
         source = f"of {self.distribution} {self.version}".rstrip() if self.distribution else "registered by this program"
         return f"transport plugin {self.name} ({self.module} {source})"
-
-
-def _name_and_version(entry_point: importlib_metadata.EntryPoint) -> tuple[str, str]:
-    """Return the name and version of the distribution that announced it, "" for what its metadata lacks.
-
-    Read as lines where they can be: the library would import a parser of mail for them, 30 ms of the 200 that a command may take.
-    """
-    source = entry_point.dist
-    if source is None:
-        return "", ""
-    head = (source.read_text("METADATA") or "").partition("\n\n")[0]
-    known = dict(_FIELD.findall(head))
-    if len(known) == 2:
-        return known["Name"], known["Version"]
-    return source.name or "", source.version or ""  # damaged metadata may lack them, whatever the annotations promise
-
-
-def announced_plugins(complaints: list[str]) -> list[Plugin]:
-    """Return the plugins that installed distributions announce, in no order; adds to `complaints` what cannot even be read.
-
-    One distribution's broken metadata, of whatever kind, must not hide everybody else's transports. Most distributions announce
-    none, which shows before anything of theirs is parsed.
-    """
-    import importlib_metadata
-
-    from nbdcore.plugins.spec import GROUP
-
-    plugins: dict[tuple[str, str], Plugin] = {}  # of two copies on sys.path the first one is the one that gets imported
-    for distribution in importlib_metadata.distributions():
-        try:
-            if GROUP not in (distribution.read_text("entry_points.txt") or ""):
-                continue
-            for entry_point in distribution.entry_points.select(group=GROUP):
-                plugin = Plugin.announced(entry_point)
-                plugins.setdefault((plugin.name, plugin.distribution), plugin)
-        except Exception as error:  # noqa: BLE001 (as above, and this is the culprit)
-            complaints.append(f"the entry points of distribution {_name_of(distribution)} cannot be read: {_described(error)}")
-    return list(plugins.values())
-
-
-def _name_of(distribution: Any) -> str:  # of a type whose name releases of importlib_metadata do not agree on
-    try:
-        return str(distribution.name)
-    except Exception:  # noqa: BLE001 (metadata that is broken may raise anything)
-        return "without a readable name"
 
 
 def attempt(plugin: Plugin) -> tuple[State, str, list[Transport]]:
@@ -155,7 +97,7 @@ def attempt(plugin: Plugin) -> tuple[State, str, list[Transport]]:
     except _BrokenContractError as error:
         return State.FAILED, f"breaks the contract: {error}", []
     except (Exception, SystemExit) as error:  # noqa: BLE001 (a stranger's code may raise anything, and must harm nobody else)
-        return State.FAILED, f"failed to load: {_described(error)} (python -c 'import {plugin.module.partition(':')[0]}')", []
+        return State.FAILED, f"failed to load: {described(error)} (python -c 'import {plugin.module.partition(':')[0]}')", []
 
 
 class _BrokenContractError(Exception):
@@ -201,7 +143,8 @@ def _check_names(transport: Transport) -> None:
             raise _BrokenContractError(f"its scheme {scheme} must be named without TLS: nbd, not nbds")
 
 
-def _described(error: BaseException) -> str:
+def described(error: BaseException) -> str:
+    """Return an exception in one line, as Python prints it."""
     import traceback
 
     return printable(traceback.format_exception_only(error)[-1].strip())

@@ -1,7 +1,7 @@
 """Which transports exist here, and for each one that does not load, why.
 
 Nothing happens at import. The first question (`supports`, `get`, `for_uri`, `statuses`) scans the entry points of the group
-`nbdcore.transports`, and only then are pluggy, importlib_metadata and the plugins themselves imported. Each plugin is loaded by
+`nbdcore.transports`, and only then are pluggy and the plugins themselves imported. Each plugin is loaded by
 itself: whatever one does, the others load. What became of it is kept as data (TransportStatus) for error messages and for
 `nbdcore transports`.
 
@@ -23,7 +23,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nbdcore.errors import TransportUnavailable, printable
-from nbdcore.plugins.loading import Plugin, State, TransportStatus, announced_plugins, attempt
+from nbdcore.plugins.announced import announced_plugins
+from nbdcore.plugins.loading import Plugin, State, TransportStatus, attempt
 from nbdcore.uri import URI
 
 if TYPE_CHECKING:

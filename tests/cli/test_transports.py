@@ -40,7 +40,8 @@ def test_broken_transport_is_a_row_and_a_reason_and_no_warning():
 
 
 def test_without_any_metadata_it_says_so():
-    code = "import importlib_metadata; importlib_metadata.distributions = lambda: (); import nbdcore.__main__ as it; it.main()"
+    lost = "import nbdcore.plugins.registry as it; it.announced_plugins = lambda complaints: []"
+    code = f"{lost}; import nbdcore.__main__ as it; it.main()"
     done = run("transports", command=(STRANGERS[0], "-c", code))
     assert done.stdout.startswith("No transports: ")
     assert run("transports", "--json", command=(STRANGERS[0], "-c", code)).stdout == "[]\n"
