@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -192,6 +191,8 @@ def copy(  # noqa: PLR0913 (click hands each option over by its name)
             **access.options(),
         )
     if checksum_file is not None:
+        from pathlib import Path
+
         Path(checksum_file).write_text(f"{result.digest}\n", encoding="ascii")
     elif checksum is not None:
         say(result.digest)
