@@ -6,7 +6,7 @@ import logging
 
 __all__ = ["client_log", "in_one_line", "server_log"]
 
-#: How connections begin and end is INFO, the steps in between and which attempts failed is DEBUG.
+#: What clients tell, by way of `nbdcore.clients.log`, and what servers do, whose logger is below it.
 client_log: logging.Logger = logging.getLogger("nbdcore")
 # Without any handler, Python prints warnings to standard error.
 client_log.addHandler(logging.NullHandler())

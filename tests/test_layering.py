@@ -73,6 +73,7 @@ TABLE = {
     ),
     "nbdcore.plugins": May(("nbdcore.streams", "nbdcore.uri", "nbdcore.errors"), ("pluggy", "importlib_metadata")),
     "nbdcore.clients": May(itself=False),
+    "nbdcore.clients.log": May(),
     # Arguments made into commands, and replies into extents: no stream, but deadlines.
     "nbdcore.clients.requests": May(
         ("nbdcore.clients.extents", "nbdcore.protocol", "nbdcore.streams.waiting", "nbdcore.errors"),
@@ -80,18 +81,18 @@ TABLE = {
     "nbdcore.clients.extents": May(("nbdcore.protocol", "nbdcore.errors")),
     # Its stream comes as an argument.
     "nbdcore.clients.session": May(
-        ("nbdcore.clients.requests", "nbdcore.protocol", "nbdcore.streams.base", "nbdcore.logs", "nbdcore.errors")
+        ("nbdcore.clients.requests", "nbdcore.protocol", "nbdcore.streams.base", "nbdcore.clients.log", "nbdcore.errors")
     ),
     # The one part of the clients that knows transports.
     "nbdcore.clients.connect": May(
         (
             "nbdcore.clients.requests",
             "nbdcore.clients.session",
+            "nbdcore.clients.log",
             "nbdcore.plugins",
             "nbdcore.protocol",
             "nbdcore.streams",
             "nbdcore.uri",
-            "nbdcore.logs",
             "nbdcore.errors",
         ),
     ),

@@ -104,3 +104,19 @@ def test_nothing_is_written_where_nobody_set_logging_up(uri, program):
     program = program.replace("{uri!r}", repr(uri))
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert (found.stdout, found.stderr) == ("", "")
+
+
+def test_logging_is_not_imported_by_connecting_and_heard_of_once_the_program_has_it(uri):
+    program = f"""
+import sys, nbdcore
+disk = nbdcore.connect({uri!r}, timeout=10)
+disk.pread(512, 0)
+print("logging" in sys.modules)
+import logging
+logging.basicConfig(level=logging.INFO, format="%(name)s %(module)s %(message)s", stream=sys.stdout)
+disk.close()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    imported, ended = done.stdout.splitlines()
+    assert imported == "False"
+    assert ended.startswith("nbdcore session the connection to TCP")

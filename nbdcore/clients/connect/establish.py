@@ -15,12 +15,12 @@ import time
 from collections.abc import Collection
 from functools import partial
 
+from nbdcore.clients import log
 from nbdcore.clients.connect.steps import AnyOf, Steps, WaitingSteps
 from nbdcore.clients.connect.target import Endpoint, OpenStream, Target
 from nbdcore.clients.requests.arguments import deadline_after
 from nbdcore.clients.session.session import Session
 from nbdcore.errors import DeadlineExceeded, Disconnected, Error, TransportError, printable
-from nbdcore.logs import client_log
 from nbdcore.protocol.constants import TransmissionFlag
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.handshake.agreement import Settings
@@ -83,7 +83,7 @@ def _wait_for_server(
             last = last if last is not None and until.expired and isinstance(exc, DeadlineExceeded) else exc
         if until.expired:
             raise _never_up(target, wait, last) from last
-        client_log.debug("no server at %s yet (%s): the next attempt is in %g s", target.endpoint, last, pause)
+        log.debug("no server at %s yet (%s): the next attempt is in %g s", target.endpoint, last, pause)
         remaining = until.remaining()
         yield AnyOf((), pause if remaining is None else min(pause, remaining))
         pause = min(pause * 2, _LONGEST_PAUSE)
@@ -114,14 +114,14 @@ def open_session(engine: Engine, target: Target, deadline: Deadline) -> WaitingS
 
 
 def _open_stream(endpoint: Endpoint | OpenStream, deadline: Deadline) -> WaitingSteps[Stream]:
-    client_log.debug("connecting to %s", endpoint)
+    log.debug("connecting to %s", endpoint)
     wait = partial(_until, deadline=deadline, message=f"connecting to {endpoint} took too long")
     with transport_errors(f"connect to {endpoint}"):
         return (yield from relay(endpoint.open(deadline.remaining()), wait))
 
 
 def _shake_hands(session: Session, target: Target, deadline: Deadline) -> WaitingSteps[None]:
-    client_log.debug("%s is there: its handshake begins", target.endpoint)
+    log.debug("%s is there: its handshake begins", target.endpoint)
     exchange = session.engine.handshake()
     session.advance()
     while not exchange.done:
@@ -141,10 +141,10 @@ def _log_agreement(engine: Engine, target: Target) -> None:
     agreement, export = engine.agreement, engine.agreement.export
     encrypted = "with TLS" if agreement.tls else "without TLS"
     if export is None:
-        client_log.info("connected to %s (%s), %s: negotiating", target.endpoint, agreement.protocol, encrypted)
+        log.info("connected to %s (%s), %s: negotiating", target.endpoint, agreement.protocol, encrypted)
     else:
-        client_log.info("connected to %s, %s: export %r, %d bytes", target.endpoint, encrypted, export.name, export.size)
-    client_log.debug(
+        log.info("connected to %s, %s: export %r, %d bytes", target.endpoint, encrypted, export.name, export.size)
+    log.debug(
         "agreed with %s: %s, structured replies %s, extended headers %s, contexts %s, block sizes %s",
         target.endpoint,
         agreement.protocol,

@@ -16,8 +16,8 @@ import errno
 import os
 from collections.abc import Callable
 
+from nbdcore.clients import log
 from nbdcore.errors import Disconnected, Error, TLSError
-from nbdcore.logs import client_log
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
 from nbdcore.streams.base import WANTS, Stream, Want, from_signal_handler
@@ -294,9 +294,7 @@ class Session:
             parts.clear()
         if not self._ended:
             self._ended = True
-            client_log.info(
-                "the connection to %s ended: %s", self._stream, self.engine.error or "this program left while negotiating"
-            )
+            log.info("the connection to %s ended: %s", self._stream, self.engine.error or "this program left while negotiating")
         if self.waited_for:
             self._stream.hang_up()
         else:
@@ -333,7 +331,7 @@ class Session:
         if not shake_hands():
             return False
         self._shake_hands = None
-        client_log.debug("encrypted from here on: %s", self._stream)
+        log.debug("encrypted from here on: %s", self._stream)
         self.engine.tls_started()
         return True
 
