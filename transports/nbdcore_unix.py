@@ -15,14 +15,16 @@ import stat
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nbdcore.errors import TransportError, TransportUnavailable, UsageError, printable
 from nbdcore.plugins.spec import Connecting, Listener, Transport, hookimpl
 from nbdcore.streams.connecting import connect_socket
 from nbdcore.streams.sockets import SocketListener, SocketStream, transport_errors
 from nbdcore.uri import URI, format_uri
+
+if TYPE_CHECKING:
+    from pathlib import Path  # at run time where something is listened on only: connecting needs none, and it takes 5 ms
 
 if not hasattr(socket, "AF_UNIX"):
     raise TransportUnavailable("this Python has no unix sockets (socket.AF_UNIX)")
@@ -136,6 +138,8 @@ class _UnixListener(SocketListener):
     """Remembers which file is its own, by its absolute path, device and inode: the name alone may be somebody else's by now."""
 
     def __init__(self, sock: socket.socket, address: UnixAddress) -> None:
+        from pathlib import Path
+
         super().__init__(sock, address)
         self._path = None if address.abstract else Path(address.path).absolute()
         self._file = None if self._path is None else _identity(self._path)
@@ -159,6 +163,8 @@ def _socket(doing: str) -> socket.socket:
 
 def _listen_hints(address: UnixAddress) -> dict[int, str]:
     """Return what errors of listening mean: where a file cannot be made, that is the fault of its folder."""
+    from pathlib import Path
+
     if address.abstract:
         return {errno.EADDRINUSE: "another server does; stop that one, or choose another name"}
     folder = printable(str(Path(address.path).parent))
@@ -177,6 +183,8 @@ def _identity(path: Path) -> tuple[int, int]:
 
 def _remove_stale(address: UnixAddress) -> None:
     """Remove the socket file of a server that is gone. Raises TransportError (EADDRINUSE) if it is anything else."""
+    from pathlib import Path
+
     path = Path(address.path)
     before = path.lstat()
     if not stat.S_ISSOCK(before.st_mode):
