@@ -15,6 +15,7 @@ import click
 import nbdcore
 from nbdcore.cli import originals
 from nbdcore.cli.output import described, discard_output, prepare, printer, reported, warn
+from nbdcore.cli.spellings import shown_names_suggested
 
 __all__ = ["program", "run"]
 
@@ -46,7 +47,7 @@ class _Program(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command."""
-        with reported():
+        with reported(), shown_names_suggested():
             return super().invoke(ctx)
 
 

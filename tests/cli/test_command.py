@@ -83,6 +83,18 @@ def test_wrong_usage_has_its_exit_status(arguments, status):
     assert "Usage: nbdcore" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("info", "--colou"), "No such option '--colou'. (Did you mean one of: '--color', '--no-color'?)"),
+        (("dump", "--skip", "far", "nbd://localhost"), "Invalid value for '-o' / '--offset': 'far' is no size"),
+    ],
+    ids=str,
+)
+def test_wrong_usage_is_told_in_the_names_that_help_shows(arguments, said):
+    assert f"Error: {said}" in invoke(*arguments).stderr
+
+
 @pytest.mark.parametrize("arguments", [("transports",), ("transports", "--json"), ("--help",), ("dump", "--help"), ("demo",)])
 def test_output_that_cannot_be_written_is_one_line_and_status_1(arguments):
     with Path(os.devnull).open("rb") as not_for_writing:
