@@ -104,5 +104,7 @@ def read_once(disk: Place | Path) -> BinaryIO | None:
     if not isinstance(disk, Path) or not is_read_once(disk):
         return None
     if disk == _STANDARD_INPUT:
-        return os.fdopen(0, "rb", buffering=0, closefd=False)
+        from nbdcore.disk.copying.streams import standard_input  # no other disk needs it
+
+        return os.fdopen(standard_input(), "rb", buffering=0, closefd=False)
     return disk.open("rb", buffering=0)

@@ -114,6 +114,24 @@ def test_reader_that_went_away_is_no_news(arguments):
     assert (done.stderr, done.returncode) == ("", 141)
 
 
+@pytest.mark.parametrize(
+    ("words", "redirection", "name"),
+    [
+        (("checksum", "-"), "<&-", "standard input"),
+        (("copy", "-", "new"), "<&-", "standard input"),
+        (("copy", "disk", "-"), ">&-", "standard output"),
+    ],
+    ids=str,
+)
+def test_disk_that_would_go_through_a_stream_that_is_closed_is_an_error(words, redirection, name, tmp_path):
+    (tmp_path / "disk").write_bytes(b"x")
+    paths = [tmp_path / word if word in ("disk", "new") else word for word in words]
+    done = run(*paths, command=("sh", "-c", f'exec "$@" {redirection}', "sh", *COMMAND))
+    assert (done.stdout, done.returncode) == ("", 1)
+    assert re.fullmatch(rf"nbdcore: {name} is closed, so .*\n", done.stderr)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("arguments", ["transports", "demo"])
 def test_without_any_standard_output_it_does_its_work(arguments):
     code = "import sys; sys.stdout = None; from nbdcore.cli import main; sys.exit(main())"

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import stat
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -18,7 +17,7 @@ from nbdcore.clients.requests.arguments import StrPath
 from nbdcore.disk.copying.ends import Destination, Null, NullDestination, Source
 from nbdcore.disk.copying.files import FileDestination, FileSource, open_source_file
 from nbdcore.disk.copying.servers import Disk, ServerDestination, ServerSource
-from nbdcore.disk.copying.streams import StreamDestination, StreamSource
+from nbdcore.disk.copying.streams import StreamDestination, StreamSource, standard_input, standard_output
 from nbdcore.disk.offsets import FLAGS
 from nbdcore.errors import UsageError
 from nbdcore.protocol.constants import BASE_ALLOCATION
@@ -68,7 +67,7 @@ def open_source(
     if bitmap:
         raise UsageError(errno.EINVAL, f"{place} is no server: a dirty bitmap is what a server has")
     if place == _STANDARD:
-        return StreamSource("standard input", sys.__stdin__.fileno() if sys.__stdin__ else 0, owned=False)
+        return StreamSource("standard input", standard_input(), owned=False)
     path = os.fspath(place)  # type: ignore[arg-type] # all else was dealt with
     fd, mode = open_source_file(path)
     with contextlib.ExitStack() as undo:
@@ -106,7 +105,7 @@ def open_destination(
         with _closed_on_failure(disk, place):
             return ServerDestination(disk, _named(place), owned=disk is not place)
     if place == _STANDARD:
-        fd = sys.__stdout__.fileno() if sys.__stdout__ else 1
+        fd = standard_output()
         _refuse_terminal(fd, "standard output")
         return StreamDestination("standard output", fd, owned=False)
     return _local_destination(os.fspath(place), keep=keep)  # type: ignore[arg-type] # as above

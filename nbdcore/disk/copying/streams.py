@@ -5,16 +5,33 @@ They are used from their beginning to their end, by the thread that copies.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
+import sys
 
 from nbdcore.disk.copying.ends import Destination, End, Source
 from nbdcore.disk.copying.files import number_of
+from nbdcore.errors import UsageError
 
-__all__ = ["StreamDestination", "StreamSource"]
+__all__ = ["StreamDestination", "StreamSource", "standard_input", "standard_output"]
 
 # Milliseconds between two calls of `waiting`.
 _GLANCE = 100
+
+
+def standard_input() -> int:
+    """Return the descriptor of standard input. Raises UsageError where this process was started without one."""
+    if sys.__stdin__ is None:  # what has its number now, if anything, is something else
+        raise UsageError(errno.EBADF, "standard input is closed, so there is no disk in it: send one there, or name a file")
+    return sys.__stdin__.fileno()
+
+
+def standard_output() -> int:
+    """Return the descriptor of standard output. Raises UsageError where this process was started without one."""
+    if sys.__stdout__ is None:
+        raise UsageError(errno.EBADF, "standard output is closed, so a disk would be lost there: send it on, or name a file")
+    return sys.__stdout__.fileno()
 
 
 class _Stream(End):
