@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nbdcore.clients.extents.columns import Column, CombinedExtentColumns, ExtentColumns
+from nbdcore.disk.losses import loss_told, name_of
 from nbdcore.protocol.constants import BASE_ALLOCATION
 
 if TYPE_CHECKING:
@@ -253,7 +254,9 @@ def read_map(
     cannot tell, after which the connection is as usable as before.
     """
     contexts = contexts or (BASE_ALLOCATION,)
-    return DiskMap(disk.extent_columns(*contexts, offset=offset, count=count, timeout=timeout), *contexts)
+    rest = disk.size - offset if count is None else count
+    with loss_told("asking about", rest, offset, name_of(disk)):
+        return DiskMap(disk.extent_columns(*contexts, offset=offset, count=count, timeout=timeout), *contexts)
 
 
 def read_map_pieces(

@@ -18,6 +18,7 @@ from nbdcore.clients.blocking.client import Client
 from nbdcore.clients.blocking.functions import create_pool
 from nbdcore.clients.blocking.pool import Pool
 from nbdcore.clients.connect.options import ClientOptions
+from nbdcore.disk.losses import loss_told, name_of
 from nbdcore.disk.offsets import FLAGS, PositionedFile
 from nbdcore.errors import CommandError, UsageError
 from nbdcore.protocol.constants import BASE_ALLOCATION
@@ -103,6 +104,7 @@ class NBDSource:
         self._client = client
         self._owned = owned
         self._timeout = timeout
+        self._name = name_of(client)
         self.size: int = client.size
         self._multiple = client.block_size.minimum
 
@@ -113,7 +115,7 @@ class NBDSource:
             first = begin - begin % self._multiple
             last = min(self.size, end + -end % self._multiple)
             # A server that fails to tell is still read. What ends the connection ends the reading too.
-            with suppress(CommandError):
+            with suppress(CommandError), loss_told("asking about", last - first, first, self._name):
                 for extent in self._client.extents(offset=first, count=last - first, timeout=self._timeout):
                     low, at = at, max(at, min(extent.end, end))
                     if not extent.zero and low < at:
@@ -126,7 +128,8 @@ class NBDSource:
         end = offset + count
         first = offset - offset % self._multiple
         last = min(self.size, end + -end % self._multiple)
-        data = self._client.pread(last - first, first, timeout=self._timeout)
+        with loss_told("reading", last - first, first, self._name):
+            data = self._client.pread(last - first, first, timeout=self._timeout)
         return data if last - first == count else data[offset - first : end - first]
 
     def read_into(self, memory: memoryview, offset: int) -> None:
@@ -135,7 +138,8 @@ class NBDSource:
         if offset % self._multiple or (end % self._multiple and end != self.size):
             memory[:] = self.read(len(memory), offset)
         else:
-            self._client.pread_into(memory, offset, timeout=self._timeout)
+            with loss_told("reading", len(memory), offset, self._name):
+                self._client.pread_into(memory, offset, timeout=self._timeout)
 
     def interrupt(self) -> None:
         """Close the client, if it is owned. One of the caller's goes on: a call ends when it is answered, or in its own time."""

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from nbdcore.clients.blocking.functions import connect, create_pool
+from nbdcore.disk.losses import loss_told
 from nbdcore.disk.shared import mapped
 from nbdcore.errors import UsageError
 
@@ -81,11 +82,12 @@ def _serve(pipe: Connection, task: Task, shared: str | None, room: int) -> None:
         pipe.send(Connected(disk.size))
         while (work := _next(pipe)) is not None:
             number, offset, count, place = work
-            if memory is None:
-                value = task.function(disk, offset, count)
-            else:
-                with memory[place * room : (place + 1) * room] as view:
-                    value = task.function(disk, offset, count, memory=view)
+            with loss_told("working on", count, offset, task.uri):
+                if memory is None:
+                    value = task.function(disk, offset, count)
+                else:
+                    with memory[place * room : (place + 1) * room] as view:
+                        value = task.function(disk, offset, count, memory=view)
             try:
                 pipe.send((number, value))
             except (pickle.PicklingError, AttributeError, TypeError) as exc:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
 import zlib
+
+from nbdcore.errors import Disconnected
 
 
 def checksum(disk, offset, count):
@@ -40,6 +43,10 @@ def fails_in_the_middle(_disk, offset, _count):
     if offset == 4096:
         raise ValueError("not this one")
     return offset
+
+
+def loses_the_connection(_disk, _offset, _count):
+    raise Disconnected(errno.ENOTCONN, "the server closed the connection")
 
 
 def is_killed_in_the_middle(_disk, offset, _count):

@@ -140,6 +140,13 @@ def test_result_that_cannot_be_sent_is_a_usage_error_that_names_its_range(uri):
         list(map_ranges(uri, functions.returns_what_cannot_be_sent, blocks()[:2], workers=1, timeout=PATIENCE))
 
 
+def test_server_that_ends_in_the_middle_is_told_with_the_range(uri):
+    with pytest.raises(
+        nbdcore.Disconnected, match="closed the connection, in the middle of working on 4096 bytes at offset 4096 of"
+    ):
+        list(map_ranges(uri, functions.loses_the_connection, blocks()[1:2], workers=1, timeout=PATIENCE))
+
+
 def test_worker_that_is_killed_is_an_error_that_names_its_range(uri):
     with pytest.raises(WorkerLost, match="4096 bytes at offset 4096 was killed by signal 9") as caught:
         list(map_ranges(uri, functions.is_killed_in_the_middle, blocks()[:20], workers=2, timeout=PATIENCE))

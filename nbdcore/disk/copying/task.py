@@ -24,7 +24,7 @@ from nbdcore.disk.copying.errors import CopyError, described
 from nbdcore.disk.copying.moving import Crew, Mover
 from nbdcore.disk.copying.result import CopyProgress, CopyResult
 from nbdcore.disk.copying.settling import Wishes, checked, settled
-from nbdcore.errors import Error
+from nbdcore.errors import Disconnected, Error
 
 if TYPE_CHECKING:
     from nbdcore.disk.blockhash import BlockHash
@@ -166,9 +166,9 @@ class CopyTask:
             yield from plan.cut(ranges, self._rules.size)
         except (OSError, Error) as problem:
             said = f"{self._source.name} does not tell which parts of it hold data: {described(problem)}"
-            raise CopyError(
-                problem.errno or 0, f"{said}; to copy without asking, say extents=False, or --no-extents"
-            ) from problem
+            if not isinstance(problem, Disconnected):
+                said += "; to copy without asking, say extents=False, or --no-extents"
+            raise CopyError(problem.errno or 0, said) from problem
 
     def _move_stream(self) -> int:
         """Move what has no size before it ends. Returns how many bytes it had."""
