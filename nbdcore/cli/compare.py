@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import click
 
 from nbdcore import Error
 from nbdcore.cli.access import DiskCommand, Place
-from nbdcore.cli.output import Failure, described, say, warn
+from nbdcore.cli.output import Failure, described, pour, say, warn
 from nbdcore.cli.progress import bar
 from nbdcore.cli.reading import Reading, ReadType, is_read_once, with_reading
 from nbdcore.cli.sizes import parsed
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["compare"]
 
 _DIFFERENT, _TROUBLE = 1, 2
+# A range as json.dumps() would have it there, and how many are printed at once.
+_OBJECT = '\n    {\n      "offset": %d,\n      "length": %d\n    }'
+_TOGETHER = 4096
 
 
 class CompareCommand(DiskCommand):
@@ -114,9 +118,9 @@ def _compare(disks: tuple[Place | Path, Place | Path], reading: Reading, *, quie
 
 def _show(result: Comparison, *, as_json: bool, ranges: bool, whole: bool) -> None:
     if as_json:
-        say(_document(result, ranges=ranges))
+        pour(_document(result, ranges=ranges))
     elif result.differences:
-        say("\n".join(f"{one.offset:>12} {one.length:>12}" for one in result.differences))
+        pour(_joined((f"{one.offset:>12} {one.length:>12}" for one in result.differences), "\n"))
     elif not ranges:
         say(_sentence(result, whole=whole))
     elif not result.same:
@@ -133,10 +137,24 @@ def _sentence(result: Comparison, *, whole: bool) -> str:
     return f"The disks have the same contents{'' if whole else ' there'}{rest}."
 
 
-def _document(result: Comparison, *, ranges: bool) -> str:
+def _document(result: Comparison, *, ranges: bool) -> Iterator[str]:
     import json
 
     facts: dict[str, Any] = {"same": result.same, "first-difference": result.first_difference, "sizes": list(result.sizes)}
     if ranges:
-        facts["differences"] = [{"offset": one.offset, "length": one.length} for one in result.differences]
-    return json.dumps(facts, indent=2)
+        facts["differences"] = []
+    text = json.dumps(facts, indent=2)
+    if not ranges or not result.differences:
+        yield text
+        return
+    yield text.removesuffix("]\n}")
+    yield from _joined((_OBJECT % (one.offset, one.length) for one in result.differences), ",")
+    yield "\n  ]\n}"
+
+
+def _joined(words: Iterator[str], between: str) -> Iterator[str]:
+    """Join words, some thousand at a time: there may be a great many."""
+    before = ""
+    while some := [*islice(words, _TOGETHER)]:
+        yield before + between.join(some)
+        before = between

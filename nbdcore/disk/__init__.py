@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nbdcore.disk.blockhash import BlockHash, combined
     from nbdcore.disk.checksums import Checksum, RangeChecksum, checksum, checksum_of_stream
-    from nbdcore.disk.comparing import Comparison, Difference, compare
+    from nbdcore.disk.comparing import Comparison, compare
     from nbdcore.disk.copying.copy import copy
     from nbdcore.disk.copying.ends import NULL
     from nbdcore.disk.copying.errors import CopyError
     from nbdcore.disk.copying.result import CopyEnd, CopyProgress, CopyResult, CopySettings
     from nbdcore.disk.crew import WorkerLost
+    from nbdcore.disk.differences import Difference
     from nbdcore.disk.maps import DiskMap, Part, Total, describe, read_map
     from nbdcore.disk.workers import Outcome, map_ranges
 
@@ -50,12 +51,13 @@ __all__ = [
 _HOMES = {
     "nbdcore.disk.blockhash": "BlockHash combined",
     "nbdcore.disk.checksums": "Checksum RangeChecksum checksum checksum_of_stream",
-    "nbdcore.disk.comparing": "Comparison Difference compare",
+    "nbdcore.disk.comparing": "Comparison compare",
     "nbdcore.disk.copying.copy": "copy",
     "nbdcore.disk.copying.ends": "NULL",
     "nbdcore.disk.copying.errors": "CopyError",
     "nbdcore.disk.copying.result": "CopyEnd CopyProgress CopyResult CopySettings",
     "nbdcore.disk.crew": "WorkerLost",
+    "nbdcore.disk.differences": "Difference",
     "nbdcore.disk.maps": "DiskMap Part Total describe read_map",
     "nbdcore.disk.workers": "Outcome map_ranges",
 }

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Generator, Iterator
+from array import array
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Unpack
 
 from nbdcore.clients.connect.options import CONNECTIONS, ClientOptions
 from nbdcore.disk.checksums import Progress
+from nbdcore.disk.differences import Difference, Differences, differing
 from nbdcore.disk.runs import Piece, in_order, pieces
 from nbdcore.disk.sources import AnySource, Source, checked_range, open_source
 from nbdcore.errors import UsageError
 
-__all__ = ["GRANULARITY", "Comparison", "Difference", "compare"]
+__all__ = ["GRANULARITY", "Comparison", "compare"]
 
 # Bytes of each disk that a thread reads at once: as for a checksum.
 _PIECE = 2 << 20
@@ -32,32 +34,19 @@ GRANULARITY = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """A range in which two disks differ: in each of its blocks at least one byte does.
-
-    Attributes:
-        offset: where it begins, in bytes.
-        length: bytes; beyond the end of the shorter disk as well.
-    """
-
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
 class Comparison:
     """What came of comparing two disks.
 
     Attributes:
         same: whether they have the same contents: bytes beyond the shorter one's end are zero, or with `strict` there are none.
         first_difference: offset of the first byte that differs; None where none does.
-        differences: the ranges that differ, in order, where `all_differences` was asked for.
+        differences: the ranges that differ, in order, where `all_differences` was asked for. They are kept in 16 bytes each.
         sizes: of the two disks, in bytes.
     """
 
     same: bool
     first_difference: int | None
-    differences: tuple[Difference, ...]
+    differences: Sequence[Difference]
     sizes: tuple[int, int]
 
 
@@ -103,19 +92,21 @@ def compare(  # noqa: PLR0913 (each says something of its own, by name)
         sizes = (one.size, other.size)
         begin, end = checked_range(max(sizes), offset, length)
         if strict and min(one.size, end) != min(other.size, end):
-            return Comparison(same=False, first_difference=None, differences=(), sizes=sizes)
-        found = _Found()
+            return Comparison(same=False, first_difference=None, differences=Differences(), sizes=sizes)
+        first_difference: int | None = None
+        differences = Differences()
         pair = _Pair(one, other, granularity)
         with closing(pair.outcomes(begin, end, threads=max(2, connections))) as outcomes:
             for piece, different in outcomes:
                 if different is not None:
-                    found.add(different)
+                    if first_difference is None:
+                        first_difference = piece.begin + different.first
                     if not all_differences:
                         break
+                    differences.add(different.borders, piece.begin)
                 if progress is not None:
                     progress(piece.end - begin, end - begin)
-        differences = tuple(found.ranges) if all_differences else ()
-        return Comparison(found.first is None, found.first, differences, sizes)
+        return Comparison(first_difference is None, first_difference, differences, sizes)
 
 
 # ---------------------------------------------------------------------------------------------- reading and comparing
@@ -131,10 +122,10 @@ class _PairPiece(Piece):
 
 @dataclass(frozen=True, slots=True)
 class _Different:
-    """Where two disks differ in a piece: its first byte that does, and the blocks."""
+    """Where two disks differ in a piece, counted from its beginning: the first byte that does, and ranges; see `differing`."""
 
     first: int
-    blocks: list[tuple[int, int]]
+    borders: array[int]
 
 
 class _Pair:
@@ -161,14 +152,15 @@ class _Pair:
     def _work(self, piece: _PairPiece) -> _Different | None:
         if not hasattr(self._own, "memory"):
             self._own.memory = (bytearray(_PIECE), bytearray(_PIECE))
-        left, right = self._own.memory
-        first = self._contents(self._first, piece, left) if piece.of_first else self._zeroes
-        second = self._contents(self._second, piece, right) if piece.of_second else self._zeroes
+        mine, others = self._own.memory
+        first = self._contents(self._first, piece, mine) if piece.of_first else self._zeroes
+        second = self._contents(self._second, piece, others) if piece.of_second else self._zeroes
         # One call of the C library's. Comparing two memoryviews takes a hundred times as long, and bytes would be copied.
         with memoryview(second)[: piece.length] as view:
             if first.startswith(view):
                 return None
-        return _different(first, second, piece, self._granularity)
+        with memoryview(first)[: piece.length] as left, memoryview(second)[: piece.length] as right:
+            return _Different(*differing(left, right, self._granularity))
 
     def _contents(self, source: Source, piece: _PairPiece, memory: bytearray) -> bytearray:
         """Read a piece; beyond the end of the disk are zeroes."""
@@ -190,42 +182,3 @@ def _overlaid(first: Iterator[Piece], second: Iterator[Piece]) -> Iterator[_Pair
             one = next(first, None)
         if other.end == end:
             other = next(second, None)
-
-
-# ---------------------------------------------------------------------------------------------- what is different
-
-
-def _different(first: bytes | bytearray, second: bytes | bytearray, piece: Piece, granularity: int) -> _Different:
-    """Find where two disks differ in a piece in which they do."""
-    blocks = []
-    for begin in range(0, piece.length, granularity):
-        end = min(begin + granularity, piece.length)
-        if first[begin:end] != second[begin:end]:
-            blocks.append((piece.begin + begin, piece.begin + end))
-    low, high = (offset - piece.begin for offset in blocks[0])
-    while high - low > 1:
-        middle = (low + high) // 2
-        if first[low:middle] == second[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return _Different(piece.begin + low, blocks)
-
-
-class _Found:
-    """All differences, so far: neighbours are one."""
-
-    def __init__(self) -> None:
-        self.first: int | None = None
-        self.ranges: list[Difference] = []
-
-    def add(self, different: _Different) -> None:
-        """Add what is different in the next piece."""
-        if self.first is None:
-            self.first = different.first
-        for begin, end in different.blocks:
-            last = self.ranges[-1] if self.ranges else None
-            if last is not None and last.offset + last.length == begin:
-                self.ranges[-1] = Difference(last.offset, end - last.offset)
-            else:
-                self.ranges.append(Difference(begin, end - begin))

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import threading
+import tracemalloc
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 
@@ -13,6 +14,7 @@ import pytest
 
 import nbdcore
 from nbdcore.disk import Difference, compare
+from nbdcore.disk.differences import Differences, differing
 from nbdcore.errors import CommandError, Disconnected, UsageError
 from nbdcore.server import MemoryDisk
 from tests.disk.disks import SilentDisk, ToldDisk, random_disk, served
@@ -90,6 +92,31 @@ def test_it_finds_what_differs_in_a_range(seed, short_folder):
         found = compare(*uris, offset=offset, length=length, all_differences=True, timeout=PATIENCE)
     assert (found.differences, found.same) == (wanted, not wanted)
     assert not any(end <= low for low, _ in disk.read)
+
+
+def test_a_great_many_differences_take_little_memory():
+    size = 64 << 10
+    found = Differences()
+    tracemalloc.start()
+    try:
+        first, borders = differing(memoryview(bytes(size)), memoryview(b"\0\1" * (size // 2)), 1)
+        found.add(borders, 1 << 40)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (first, len(found), found[-1]) == (1, size // 2, Difference((1 << 40) + size - 1, 1))
+    assert found[1:3] == (Difference((1 << 40) + 3, 1), Difference((1 << 40) + 5, 1))
+    assert most < 24 * size // 2 + 8 * size  # of a range: a share of the two lists; and of a byte, what it is found with
+
+
+def test_differences_are_equal_where_all_ranges_are(tmp_path):
+    for name, contents in (("a", b"\0\0\0"), ("b", b"\1\0\1"), ("c", b"\2\0\2")):
+        (tmp_path / name).write_bytes(contents)
+    one, other, none = (compare(tmp_path / "a", tmp_path / name, all_differences=True, granularity=1) for name in "bca")
+    assert one == other != none
+    assert len({one, other, none}) == 2
+    assert len({one.differences, (Difference(0, 1), Difference(2, 1))}) == 1
+    assert repr(one.differences) == "<2 differences>"
 
 
 def test_range_beyond_both_disks_is_refused(tmp_path):
