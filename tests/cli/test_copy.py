@@ -47,8 +47,7 @@ def copying(*arguments, **options):
         [*DIES_WITH_US, *COMMAND, "copy", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
-        **options,
+        **{"text": True, **options},
     ) as process:
         try:
             yield process
@@ -213,6 +212,14 @@ def test_ctrl_c_stops_the_copy_and_says_what_is_left(tmp_path):
     assert process.returncode == 130
     assert said == f"nbdcore: interrupted: {tmp_path / 'copy'} is no complete copy\n"
     assert (tmp_path / "copy").stat().st_size < 8 * MEBIBYTE
+
+
+def test_ctrl_c_stops_a_copy_to_a_pipe_that_nobody_empties(origin):
+    with copying(origin, "-", text=False) as process:
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE) == 130
+        assert process.stderr.read() == b"nbdcore: interrupted: standard output is no complete copy\n"
 
 
 # ---------------------------------------------------------------------------------------------- resuming

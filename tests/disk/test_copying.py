@@ -221,6 +221,35 @@ def test_pipes_are_copied_in_order(serve, tmp_path):
     assert (tmp_path / "read").read_bytes() == origin.read_bytes() == target.pread(300_001, 0)
 
 
+def socket_ends():
+    one, other = socket.socketpair()
+    return one.detach(), other.detach()
+
+
+@pytest.mark.parametrize(("ends", "anew"), [(os.pipe, True), (os.pipe, False), (socket_ends, False)])
+def test_no_write_to_a_stream_waits_for_its_reader_and_the_stream_stays_as_it_was(ends, anew, monkeypatch):
+    if not anew:
+        monkeypatch.setattr("nbdcore.disk.copying.streams._opened_anew", lambda pipe: pipe)
+    reader, writer = ends()
+    destination = StreamDestination("pipe", writer, owned=False)
+    contents, got = random.Random(3).randbytes(300_000), bytearray()
+
+    def read_some():
+        got.extend(os.read(reader, MEBIBYTE))
+
+    destination.waiting = read_some  # nobody else does, so that a write that waited would wait forever
+    try:
+        destination.write(memoryview(contents), 0)
+        assert os.get_blocking(writer)
+        destination.close()
+        os.close(writer)
+        while more := os.read(reader, MEBIBYTE):
+            got.extend(more)
+    finally:
+        os.close(reader)
+    assert got == contents
+
+
 def test_open_clients_are_used_and_stay_open(serve, tmp_path):
     origin = image(tmp_path / "origin")
     with nbdcore.connect(serve(MemoryDisk(SIZE))) as disk:
@@ -725,6 +754,23 @@ def test_a_copy_that_waits_for_a_pipe_is_cancelled_soon(tmp_path):
     async def main():
         await cancelled_soon(asyncio.create_task(aio.copy(tmp_path / "pipe", tmp_path / "copy")))
         assert not (tmp_path / "copy").exists()
+
+    try:
+        asyncio.run(main())
+    finally:
+        os.close(holding)
+
+
+def test_a_copy_to_a_pipe_that_nobody_empties_is_cancelled_soon(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    holding = os.open(tmp_path / "pipe", os.O_RDWR)
+
+    async def main():
+        begun = asyncio.Event()
+        copying = aio.copy(image(tmp_path / "origin"), tmp_path / "pipe", started=lambda _: begun.set())
+        task = asyncio.create_task(copying)
+        await begun.wait()
+        await cancelled_soon(task)
 
     try:
         asyncio.run(main())

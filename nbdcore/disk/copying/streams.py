@@ -8,10 +8,12 @@ from __future__ import annotations
 import errno
 import os
 import select
+import stat
 import sys
 
-from nbdcore.disk.copying.ends import Destination, End, Source
+from nbdcore.disk.copying.ends import UNLIMITED, Destination, End, Source
 from nbdcore.disk.copying.files import number_of
+from nbdcore.disk.offsets import FLAGS
 from nbdcore.errors import UsageError
 
 __all__ = ["StreamDestination", "StreamSource", "standard_input", "standard_output"]
@@ -32,6 +34,17 @@ def standard_output() -> int:
     if sys.__stdout__ is None:
         raise UsageError(errno.EBADF, "standard output is closed, so a disk would be lost there: send it on, or name a file")
     return sys.__stdout__.fileno()
+
+
+def _opened_anew(pipe: int) -> int:
+    """Return a descriptor for the same pipe that does not block; where the system gives none, the same one.
+
+    The one there is may be shared with other processes, for which nothing may change, and which may outlive this one.
+    """
+    try:
+        return os.open(f"/proc/self/fd/{pipe}", os.O_WRONLY | os.O_NONBLOCK | FLAGS)
+    except OSError:  # it is no Linux, or nobody reads from it any more
+        return pipe
 
 
 class _Stream(End):
@@ -103,18 +116,44 @@ class StreamSource(_Stream, Source):
 
 
 class StreamDestination(_Stream, Destination):
-    """A descriptor that is written to from the beginning on."""
+    """A descriptor that is written to from the beginning on.
+
+    No write waits for a reader, since nothing could break that off but a signal; `_wait` does.
+    """
+
+    def __init__(self, name: str, fd: int, *, owned: bool) -> None:
+        super().__init__(name, fd, owned=owned)
+        self._writer = fd
+        self._most = UNLIMITED
+        kind = os.fstat(fd).st_mode
+        if stat.S_ISREG(kind) or not hasattr(select, "poll"):
+            return
+        if owned:
+            os.set_blocking(fd, False)
+        elif stat.S_ISFIFO(kind):
+            self._writer = _opened_anew(fd)
+        if os.get_blocking(self._writer):
+            self._most = select.PIPE_BUF  # a write of more may wait, though there is room for some
 
     def write(self, view: memoryview, offset: int) -> None:
         """Write all of the view. Raises OSError."""
         assert offset == self._offset, "a stream is written in order"
         written = 0
         while written < len(view):
+            if self._most != UNLIMITED:
+                self._wait(writing=True)
             try:
-                written += os.write(self._fd, view[written:])
-            except BlockingIOError:  # whoever made the pipe, or shares it, does not want to wait
+                written += os.write(self._writer, view[written : written + self._most])
+            except BlockingIOError:
                 self._wait(writing=True)
         self._offset += written
+
+    def close(self) -> None:
+        """Close what was opened here, and the descriptor, if it is the copy's."""
+        if self._writer != self._fd:
+            os.close(self._writer)
+            self._writer = self._fd
+        super().close()
 
     def zero(self, count: int, offset: int, *, allocated: bool) -> bool:  # noqa: ARG002 (the base's signature)
         """Say that zeroes must be written."""
