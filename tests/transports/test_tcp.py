@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import socket
 import sys
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 
+import nbdcore
 import nbdcore_tcp
 from nbdcore.errors import DeadlineExceeded, TransportError, UsageError
+from nbdcore.server import MemoryDisk, Server
 from nbdcore.streams.base import Want
 from nbdcore.streams.waiting import Deadline, drive, wait
 from nbdcore.testing import ContractBroken
@@ -256,6 +260,53 @@ def test_connecting_that_is_given_up_while_several_addresses_are_tried_leaves_no
         pytest.raises(DeadlineExceeded),
     ):
         drive(TCP.connect(TCP.address(host="several.test", port=port)), Deadline.after(0.6), "too long")
+    listener.close()
+
+
+def connected_in_a_loop(uri, **options):
+    async def main():
+        async with await nbdcore.aio.connect(uri, **options) as disk:
+            return disk.size
+
+    return asyncio.run(main())
+
+
+def connected(connect, uri, **options):
+    with connect(uri, **options) as disk:
+        return disk.size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a full backlog is silent on Linux")
+@pytest.mark.parametrize(
+    "size_of",
+    [partial(connected, nbdcore.connect), partial(connected, nbdcore.create_pool), connected_in_a_loop],
+    ids=["client", "pool", "aio"],
+)
+def test_a_server_behind_a_silent_address_is_waited_for(size_of, resolver):
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+    resolver.addresses = ["127.0.0.2", "127.0.0.1"]
+    with Server(MemoryDisk(512)) as server, silent_at("127.0.0.2", port):
+        coming = threading.Timer(0.6, server.listen, ("tcp",), {"host": "127.0.0.1", "port": port})
+        coming.start()
+        try:
+            assert size_of(f"nbd://several.test:{port}", wait=SOON) == 512
+        finally:
+            coming.join()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a full backlog is silent on Linux")
+def test_waiting_for_a_silent_address_ends_in_time_and_nothing_is_left_open(resolver):
+    listener = TCP.listen(TCP.address(host="127.0.0.9", port=0))
+    port = listener.address.port
+    resolver.addresses = ["127.0.0.2", "127.0.0.4"]
+    with (
+        leaks.none_left_open(),
+        silent_at("127.0.0.2", port),
+        pytest.raises(DeadlineExceeded, match=r"no server at .* within 1.5 s"),
+    ):
+        nbdcore.connect(f"nbd://several.test:{port}", wait=1.5)
     listener.close()
 
 

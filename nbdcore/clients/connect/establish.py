@@ -28,11 +28,15 @@ from nbdcore.protocol.transmission.commands import disconnect
 from nbdcore.streams.base import Stream
 from nbdcore.streams.connecting import Branch, any_of, relay
 from nbdcore.streams.sockets import transport_errors
-from nbdcore.streams.waiting import Deadline, sooner
+from nbdcore.streams.waiting import NEVER, Deadline, sooner
 
 #: Seconds between attempts while a server is waited for: short first, since it may be about to listen; the longest costs a
 #: machine nothing, and a person does not notice it.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5
+#: Seconds that the first attempt to open a stream may take while a server is waited for, twice as many for each that took longer.
+#: One of several addresses may be silent for minutes, as behind a firewall; a server that comes up at another one is found by the
+#: next attempt only. A handshake may take any time, once there is somebody.
+_FIRST_OPENING = 1.0
 #: Seconds that the further connections of a pool may take beyond what the first one took. They are opened at the same time, so
 #: more than that is a server that accepted a connection and will not greet, as qemu-nbd does with those beyond `--shared`.
 GRACE = 2.0
@@ -71,12 +75,15 @@ def _wait_for_server(
     """Make attempts until one succeeds. Returns its session, the deadline that it had, and when it began."""
     until = deadline_after(wait)
     last: Error | None = None
-    pause = _FIRST_PAUSE
+    pause, longest = _FIRST_PAUSE, _FIRST_OPENING
     while True:
         begin, deadline, engine = time.monotonic(), sooner(deadline_after(timeout), until), Engine(settings)
+        opening = Deadline.after(longest) if target.endpoint.may_be_silent else NEVER
         try:
-            return (yield from open_session(engine, target, deadline)), deadline, begin
+            return (yield from open_session(engine, target, deadline, sooner(opening, deadline))), deadline, begin
         except Error as exc:
+            if opening.at is not None and opening.expired:
+                longest *= 2
             if not target.endpoint.is_retryable(exc, heard=engine.traffic.bytes_received > 0):
                 raise
             # An attempt that was cut off because the time is up says less than the one before it.
@@ -97,10 +104,10 @@ def _never_up(target: Target, wait: float, last: Error) -> DeadlineExceeded:
 # ---------------------------------------------------------------------------------------------- one connection
 
 
-def open_session(engine: Engine, target: Target, deadline: Deadline) -> WaitingSteps[Session]:
-    """Open a stream and shake hands. Whatever goes wrong ends the engine too."""
+def open_session(engine: Engine, target: Target, deadline: Deadline, opening: Deadline | None = None) -> WaitingSteps[Session]:
+    """Open a stream, until the deadline `opening` if there is one, and shake hands. Whatever goes wrong ends the engine too."""
     try:
-        stream = yield from _open_stream(target.endpoint, deadline)
+        stream = yield from _open_stream(target.endpoint, opening or deadline)
         session = Session(engine, stream, start_tls=target.start_tls)
     except BaseException as exc:
         engine.fail(given_up(str(target.endpoint), exc))

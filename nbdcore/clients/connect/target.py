@@ -79,6 +79,11 @@ class Endpoint:
         """Why a second connection would lead to another server; "" where it leads to the same."""
         return "each connection would start a server of its own" if self.transport.starts_servers else ""
 
+    @property
+    def may_be_silent(self) -> bool:
+        """Whether opening a stream may take long since nobody is there. A program that is run may ask for a password first."""
+        return not self.transport.runs_programs
+
     def open(self, timeout: float | None) -> Connecting:
         """Open a stream, as a transport's `connect` does. `timeout` is for kernels that have a limit of their own."""
         return self.transport.connect(self.address, timeout=timeout)
@@ -108,6 +113,7 @@ class OpenStream:
     """
 
     stream: Stream
+    may_be_silent = False
 
     def __str__(self) -> str:
         return str(self.stream)
