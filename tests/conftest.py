@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import leaks, sampling
+from tests import compiling, leaks, sampling
 from tests.interop import programs
 
 #: Left by tests/vm/fetch when it has brought all that the virtual machine needs.
@@ -28,6 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="of a test with many sets of parameters run one: for another Python or platform, after all were run on this one",
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    compiling.import_from_ones_own_part_on(session)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
