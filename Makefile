@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 
 # Two workers for each of the two cores that CI has: tests wait for half of their time. Those marked with one xdist_group share a
 # worker, and so what that worker started.
-PYTEST := $(BIN)/pytest -o cache_dir=$(VENV)/tests -n 4 --dist loadgroup
+WORKERS := 4
+PYTEST := $(BIN)/pytest -o cache_dir=$(VENV)/tests -n $(WORKERS) --dist loadgroup
 
 # 3 is a set-up script's word for "not on this machine", after it said what it would have run: then the tests that need it are
 # left out, and say so. In CI that is a failure like any other.
@@ -31,15 +32,26 @@ test: lint servers vm-parts ## check everything, against real servers and in a v
 test-quick: $(VENV)/ready ## run the tests that need nothing but Python
 	$(PYTEST) -m "not interop and not vm and not packaging and not typing"
 
-# Each in a virtual environment of its own, made as the first one is. A bare Debian has one CPython.
-test-pythons: $(VENV)/ready servers ## run what depends on the Python under every further CPython from 3.11 on that is here
-	@set -e; found=$$(tests/setup/pythons $(BIN)/python); failed=; \
-	[ -n "$$found" ] || echo "No further CPython from 3.11 on is here: nothing to run again."; \
-	for python in $$found; do \
-		echo "With $$python:"; \
-		$(MAKE) --no-print-directory test-here PYTHON=$$python VENV=.cache/$${python##*/} || failed="$$failed $$python"; \
-	done; \
-	[ -z "$$failed" ] || { echo "Failed with:$$failed"; exit 1; }
+# Each in a virtual environment of its own. A bare Debian has one CPython. Two run at once, each with half of the workers, and print
+# what they have to say when they end.
+test-pythons: environments servers ## run what depends on the Python under every further CPython from 3.11 on that is here
+	@found=$$($(FURTHER)); \
+	[ -n "$$found" ] || { echo "No further CPython from 3.11 on is here: nothing to run again."; exit 0; }; \
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going WORKERS=2 $$(printf ' with%s' $$found)
+
+FURTHER = tests/setup/pythons $(BIN)/python
+# The path of the Python, in the name of a target.
+with/%:
+	@$(MAKE) --no-print-directory test-here PYTHON=/$* VENV=.cache/$(notdir $*)
+
+# They need nothing but the tests' group, and have no pip of their own: the first one's serves them.
+.PHONY: environments
+environments: $(VENV)/made
+	@for python in $$($(FURTHER)); do \
+		folder=.cache/$${python##*/}; \
+		$(MAKE) --no-print-directory $$folder/ready PYTHON=$$python VENV=$$folder GROUPS=test \
+			OWN_PIP=without-pip PIP="$(BIN)/python -m pip --python $$folder/bin/python" || exit 1; \
+	done
 
 # What depends on the Python: all that reaches the system through its modules, which are sockets, ssl, threads, processes, event
 # loops and what is installed. What only counts bytes is the same everywhere, and has a sample here. Of a test with many sets of
@@ -99,16 +111,18 @@ clean: ## remove all that make made, the virtual environment and downloads too
 	rm -rf $(VENV) .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# What is installed changes with pyproject.toml only: the package itself is installed editable.
-$(VENV)/ready: pyproject.toml hatch_build.py tests/setup/venv
-	@tests/setup/venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --editable '.[cli]' --group test
+# What is installed changes with pyproject.toml only: the package itself is installed editable. GROUPS has more where more will be
+# needed: one pip brings them sooner than three do.
+GROUPS := test
+PIP = $(BIN)/python -m pip
+$(VENV)/made: tests/setup/venv
+	@tests/setup/venv $(VENV) $(OWN_PIP)
 	@touch $@
 
-$(VENV)/ready-lint: $(VENV)/ready
-	@$(BIN)/python -m pip install --quiet --group lint
-	@touch $@
+$(VENV)/ready: pyproject.toml hatch_build.py $(VENV)/made
+	@$(PIP) install --quiet --editable '.[cli]' $(GROUPS:%=--group %)
+	@touch $@ $(patsubst %,$(VENV)/ready-%,$(filter-out test,$(GROUPS)))
 
-$(VENV)/ready-docs: $(VENV)/ready
-	@$(BIN)/python -m pip install --quiet --group docs
+$(VENV)/ready-lint $(VENV)/ready-docs: $(VENV)/ready
+	@{ [ -e $@ ] && [ ! $@ -ot $< ]; } || $(PIP) install --quiet --group $(@:$(VENV)/ready-%=%)
 	@touch $@
