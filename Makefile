@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Two workers for each of the two cores that CI has: tests wait for half of their time. Those marked with one xdist_group share a
 # worker, and so what that worker started.
 WORKERS := 4
-PYTEST := $(BIN)/pytest -o cache_dir=$(VENV)/tests -n $(WORKERS) --dist loadgroup
+PYTEST := $(BIN)/pytest -o cache_dir=$(VENV)/tests -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 # 3 is a set-up script's word for "not on this machine", after it said what it would have run: then the tests that need it are
 # left out, and say so. In CI that is a failure like any other.

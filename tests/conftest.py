@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import compiling, leaks, sampling
+from tests import compiling, leaks, sampling, scheduling
 from tests.interop import programs
 
 #: Left by tests/vm/fetch when it has brought all that the virtual machine needs.
@@ -35,11 +35,15 @@ def pytest_collection(session: pytest.Session) -> None:
     compiling.import_from_ones_own_part_on(session)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    return scheduling.scheduling(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("one_of_each"):
         _keep(config, items, sampling.one_of_each(items))
-    # One worker has all that share the virtual machine. Begun last, the others would have nothing to do for as long as they take.
-    items.sort(key=lambda item: item.get_closest_marker("vm") is None)
+    scheduling.longest_first(items)
     if os.environ.get("CI") == "true":
         return
     _keep(config, items, [item for item in items if not _lacking(item)])

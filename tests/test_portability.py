@@ -19,6 +19,7 @@ PARTS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_suite_passes_without_unix_sockets_vsock_poll_and_fcntl(tmp_path):
     arguments = [
