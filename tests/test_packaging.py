@@ -140,23 +140,28 @@ def test_demo_runs_from_the_installed_wheel(complete):
 
 
 @pytest.fixture(scope="session")
-def with_proxy(wheel, tmp_path_factory):
+def proxy(tmp_path_factory):
+    return build(HERE / "nbdcore-proxy", tmp_path_factory.mktemp("nbdcore-proxy"))
+
+
+@pytest.fixture(scope="session")
+def with_proxy(wheel, proxy, tmp_path_factory):
     """An environment with nbdcore, and a third party's transport installed after it."""
     environment = Environment(tmp_path_factory.mktemp("with-proxy"))
     environment.install(f"{wheel}[cli]")
     before = installed_files(environment)
-    environment.install("--no-deps", build(HERE / "nbdcore-proxy", tmp_path_factory.mktemp("nbdcore-proxy")))
+    environment.install("--no-deps", proxy)
     assert installed_files(environment).items() >= before.items()
     return environment
 
 
 @pytest.fixture(scope="session")
-def with_broken(wheel, tmp_path_factory):
+def with_broken(wheel, proxy, tmp_path_factory):
     """An environment with nbdcore and two third parties' transports, one of which raises on import."""
     environment = Environment(tmp_path_factory.mktemp("with-broken"))
-    strangers = [build(HERE / name, tmp_path_factory.mktemp(name)) for name in ("nbdcore-proxy", "nbdcore-broken")]
+    broken = build(HERE / "nbdcore-broken", tmp_path_factory.mktemp("nbdcore-broken"))
     environment.install(f"{wheel}[cli]")
-    environment.install("--no-deps", *strangers)
+    environment.install("--no-deps", proxy, broken)
     return environment
 
 

@@ -65,7 +65,8 @@ class Environment:
     def install(self, *requirements: str | Path) -> None:
         """Install wheels, extras as in `wheel[cli]`, and what they depend on."""
         pip = (sys.executable, "-m", "pip", "--python", self.programs / "python", "--disable-pip-version-check")
-        run(*pip, "install", "--quiet", *requirements)
+        # Most of what is installed is never imported: compiling all of it would take longer than the tests.
+        run(*pip, "install", "--quiet", "--no-compile", *requirements)
 
     def python(self, *arguments: str | Path, **environment: str) -> str:
         """Run Python and return what it printed. Its warnings are errors, unless a `-W` says otherwise."""
