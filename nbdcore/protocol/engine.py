@@ -47,6 +47,7 @@ INLINE_PAYLOAD = 1 << 14
 # Looked up once: to find a member costs about as much as a call, and these are asked for with every command.
 _CONNECTED = Phase.CONNECTED
 _READ, _DISC, _BLOCK_STATUS = int(CommandType.READ), int(CommandType.DISC), int(CommandType.BLOCK_STATUS)
+_READ_OR_WRITE = (_READ, int(CommandType.WRITE))
 _SHUTTING_DOWN = "the server is shutting down"
 # Most commands packed at once: sendmsg takes 1024 parts, and a command has two at most.
 _BURST = 256
@@ -224,6 +225,37 @@ class Engine:
         command.done = True
         self._complete([command])
         return command.cookie
+
+    def submit_alone(self, command: Command) -> list[memoryview]:
+        """Submit a small read or write, packed already, if nothing else is under way. Returns `outgoing()`; empty: use `submit`.
+
+        Calls are most of what a lone request costs; this is one in place of three, and `received_alone` is one less.
+        """
+        count, payload, parts = command.count, command.payload, self._parts
+        if (
+            self.phase is not _CONNECTED
+            or self.ending
+            or self.queue
+            or parts
+            or self.in_flight
+            or command.type not in _READ_OR_WRITE
+            or count >= LARGE
+            or (payload is not None and count > INLINE_PAYLOAD)
+        ):
+            return []
+        cookie, flags, kind, offset = self._last_cookie + 1, command.flags, command.type, command.offset
+        if self.limits.extended:
+            request = wire.EXTENDED_REQUEST.pack(EXTENDED_REQUEST_MAGIC, flags, kind, cookie, offset, count)
+        else:
+            request = wire.REQUEST.pack(REQUEST_MAGIC, flags, kind, cookie, offset, count)
+        if payload is not None:
+            request += payload
+        parts.append(memoryview(request))
+        self.traffic.chunks_sent += 1
+        self._last_cookie = command.cookie = cookie
+        command.mark = self._mark
+        self.in_flight[cookie] = command
+        return parts
 
     def submit_all(self, commands: Sequence[Command]) -> None:
         """Queue several commands, none of them a disconnect, or none: raises as `submit` does."""
@@ -450,6 +482,18 @@ class Engine:
             raised, decoder.raised = decoder.raised, None
             raise raised
         return len(completed)
+
+    def received_alone(self, command: Command, count: int) -> bool:
+        """Take in the answer to a command that is alone here, if the `count` bytes in `room()` are a plain one and no more.
+
+        Returns whether they were, and the command is done then; else nothing has happened, and the bytes are for `received`.
+        """
+        decoder = self._decoder
+        if decoder is None or self.queue or self._parts or self.ending or not decoder.received_alone(command, count):
+            return False
+        self.traffic.bytes_received += count
+        command.payload = None
+        return True
 
     def _take_no_more(self) -> list[Command]:
         """The server shuts down: it is asked nothing any more. Returns the commands that will not be sent, which have failed."""

@@ -10,7 +10,7 @@ from tests.clients.talking import PATIENCE
 from tests.frames import fewest_frames
 
 #: The most for a small read. A write has a view of the caller's data to make as well.
-MOST = {"pread": 20, "pwrite": 24}
+MOST = {"pread": 14, "pwrite": 16}
 
 
 @pytest.fixture

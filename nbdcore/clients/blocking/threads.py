@@ -285,15 +285,17 @@ class SharedSession:
                 if session.waited_for or waiters.parked or waiters.woken:
                     return (command,)
                 try:
-                    engine.submit(command)
-                except UsageError:  # not connected any more
-                    mover.refuse_if_over()
-                    raise
-                try:
-                    session.send()
+                    sent = session.send_alone(command)
                 except BaseException as exc:
                     mover.give_up(exc)
                     raise
+                if not sent:
+                    mover.submit((command,))
+                    try:
+                        session.send()
+                    except BaseException as exc:
+                        mover.give_up(exc)
+                        raise
                 if session.fills and engine.phase is _CONNECTED:
                     room = engine.room_when_sent()
                 if room is None and (session.wanted() != _READ or session.buffered):
@@ -309,7 +311,8 @@ class SharedSession:
                     mover.move(session.receive)  # which also sends what others have queued meanwhile
                 else:
                     try:
-                        session.take_in(room, taken)
+                        if not taken or not engine.received_alone(command, taken[0]):
+                            session.take_in(room, taken)
                     except BaseException as exc:
                         mover.give_up(exc)
                         raise

@@ -80,8 +80,9 @@ def read_into(limits: Limits, buffer: Any, offset: Any, *, df: bool, call: str =
 
 def write(limits: Limits, data: Any, offset: Any, *, fua: bool, call: str = "pwrite") -> Request:
     """Build a write."""
-    offset = whole_number(call, "offset", offset)
-    view = bytes_view(call, data, writable=False)
+    if offset.__class__ is not int:  # as a rule it is, and the data are bytes, which saves two calls
+        offset = whole_number(call, "offset", offset)
+    view = memoryview(data) if data.__class__ is bytes else bytes_view(call, data, writable=False)
     flags = CommandFlag.FUA if fua else 0
     if 0 < len(view) <= limits.data:  # as a rule they are one command
         return commands.write(limits, view, offset, flags=flags)

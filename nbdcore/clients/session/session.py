@@ -20,6 +20,7 @@ from nbdcore.clients import log
 from nbdcore.errors import Disconnected, Error, TLSError
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
+from nbdcore.protocol.transmission.commands import Command
 from nbdcore.streams.base import WANTS, Stream, Want, from_signal_handler
 
 #: Swaps a plain stream for an encrypted one over it: a TLSStream, or any that shakes hands by itself before it moves bytes.
@@ -145,6 +146,23 @@ class Session:
                 stream.send([])
         except (Error, OSError) as exc:
             self._sending_failed(exc)
+
+    def send_alone(self, command: Command) -> bool:
+        """Submit a command and send it, where nothing else is under way: as `engine.submit` and `send` do, in fewer calls.
+
+        Returns False where it did not, and nothing has happened. If not all of it could be sent, the rest is for `send`.
+        """
+        engine = self.engine
+        if self._owes or self.sending or self._hung_up is not None or not (parts := engine.submit_alone(command)):
+            return False
+        try:
+            count = self._stream.send(parts)
+        except (Error, OSError) as exc:
+            self._sending_failed(exc)
+            return True
+        if count is not None and engine.sent(count):
+            self.send()
+        return True
 
     def count_sent(self, sent: list[int]) -> None:
         """Let the engine know how much `send_all` has sent."""

@@ -71,6 +71,7 @@ _READ = int(CommandType.READ)
 _HEADER = Struct(">IIQ")  # magic; error, or flags and type of a chunk; cookie: alike in all three headers
 _DATA_HEADER = Struct(">IIQIQ")  # a structured chunk's header and the offset its data begin with
 _EXTENDED_DATA = Struct(">IIQQQQ")  # an extended chunk's header and the offset its data begin with
+_EXTENDED_HEADER = Struct(">IIQQQ")  # an extended chunk's whole header
 _EXTENDED_TAIL = Struct(">QQ")  # offset of the request, length of the payload
 _OFFSET = wire.UINT64
 _SHUTDOWN = wire.UINT32.pack(ErrorNumber.ESHUTDOWN)
@@ -122,6 +123,45 @@ class Decoder:
             self._decode()
         completed, self._completed = self._completed, []
         return completed
+
+    def received_alone(self, command: Command, count: int) -> bool:
+        """Take `count` bytes in the room of `incoming`, if they are the plain answer to the one command in flight, and no more.
+
+        If they are not, nothing has happened. What such an answer begins with is known before it comes.
+        """
+        incoming, in_flight, reading = self.incoming, self._in_flight, command.type == _READ
+        cookie, offset, length = command.cookie, command.offset, command.count + 8
+        if not (self._extended or (reading and self._structured)):
+            header = _HEADER.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
+        elif not self._extended:
+            header = _DATA_HEADER.pack(STRUCTURED_REPLY_MAGIC, DATA_DONE, cookie, length, offset)
+        elif reading:
+            header = _EXTENDED_DATA.pack(EXTENDED_REPLY_MAGIC, DATA_DONE, cookie, offset, length, offset)
+        else:
+            header = _EXTENDED_HEADER.pack(EXTENDED_REPLY_MAGIC, DONE, cookie, offset, 0)
+        begin = len(header)
+        if (
+            count != begin + (command.count if reading else 0)
+            or incoming.end
+            or incoming.finish is not None
+            or not incoming.scratch.startswith(header)
+            or len(in_flight) != 1
+            or in_flight.get(cookie) is not command
+            or command.received
+            or command.error is not None
+            or command.completion is not None
+            or command.on_chunk is not None
+        ):
+            return False
+        if reading:
+            if command.target is None:
+                command.data = bytes(incoming.view[begin:count])
+            else:
+                command.target[:] = incoming.view[begin:count]
+        self._traffic.chunks_received += 1
+        del in_flight[cookie]
+        command.done = True
+        return True
 
     def take_completed(self) -> list[Command]:
         """Return the commands that became final since the last time: after a ProtocolViolation, those before the broken reply."""

@@ -1,0 +1,185 @@
+"""A command that is alone takes a shorter way through the engine, and nobody can tell but by the clock."""
+
+from __future__ import annotations
+
+import pytest
+
+from nbdcore.protocol.constants import Chunk
+from nbdcore.protocol.engine import INLINE_PAYLOAD
+from nbdcore.protocol.transmission import commands
+from nbdcore.protocol.transmission.decoder import LARGE
+from tests.protocol.harness import (
+    MODES,
+    broken_off,
+    chunk,
+    connected,
+    data_chunk,
+    described,
+    hole_chunk,
+    none,
+    result,
+    said,
+    simple,
+    success,
+)
+
+COUNT, OFFSET = 512, 1024
+DATA = bytes(range(256)) * 2
+KINDS = ("read", "into", "write")
+
+
+def build(limits, kind, *, count=COUNT):
+    """Return a command, and the memory that it reads into."""
+    memory = bytearray(count)
+    if kind == "write":
+        return commands.write(limits, memoryview(DATA), OFFSET), memory
+    target = memoryview(memory) if kind == "into" else None
+    return commands.read(limits, count, OFFSET, target=target), memory
+
+
+def put(engine, data):
+    engine.room()[: len(data)] = data
+    return len(data)
+
+
+def good(mode, kind, command):
+    if kind != "write":
+        return success(mode, command, DATA)
+    return simple(command) if mode != "extended" else none(mode, command)
+
+
+def state(engine, command, memory):
+    return (
+        engine.phase,
+        described(engine.error),
+        command.done,
+        described(command.error),
+        result(command),
+        bytes(memory),
+        command.payload,
+        [*engine.in_flight],
+        engine.traffic,
+        engine.pending,
+        engine.between_replies,
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_lone_command_ends_as_any_other_does(mode, kind):
+    ends = []
+    for alone in (True, False):
+        engine = connected(mode).engine
+        for _ in range(2):  # the second begins where the first has left things
+            command, memory = build(engine.limits, kind)
+            parts = engine.submit_alone(command) if alone else engine.submit(command) and engine.outgoing()
+            assert [*map(bytes, parts)] == [*map(bytes, engine.outgoing())]
+            sent = said(engine)
+            count = put(engine, good(mode, kind, command))
+            if alone:
+                assert engine.received_alone(command, count)
+            else:
+                assert engine.received(count) == 1
+        assert command.done
+        ends.append((sent, state(engine, command, memory)))
+    assert ends[0] == ends[1]
+
+
+ODD = {
+    "nothing": lambda _mode, _command: b"",
+    "an error": lambda mode, command: broken_off(mode, command, 5),
+    "half of it": lambda mode, command: success(mode, command, DATA)[:-100],
+    "half of its header": lambda mode, command: success(mode, command, DATA)[:10],
+    "more behind it": lambda mode, command: success(mode, command, DATA) + b"\0",
+    "another command": lambda _mode, command: simple(command.cookie + 1, data=DATA),
+    "no reply": lambda _mode, _command: b"x" * 600,
+}
+ODD_CHUNKS = {
+    "another offset": lambda mode, command: data_chunk(mode, command, OFFSET + COUNT, DATA, done=True),
+    "less data": lambda mode, command: data_chunk(mode, command, OFFSET, DATA[1:], done=True),
+    "not the last": lambda mode, command: data_chunk(mode, command, OFFSET, DATA, done=False),
+    "the data of another command": lambda mode, command: data_chunk(mode, command.cookie + 1, OFFSET, DATA, done=True),
+    "a hole": lambda mode, command: hole_chunk(mode, command, OFFSET, COUNT, done=True),
+    "no data": none,
+    "an unknown chunk": lambda mode, command: chunk(mode, command, Chunk.OFFSET_HOLE + 7, bytes(COUNT + 8), done=True),
+    "a simple reply": lambda _mode, command: simple(command, data=DATA),
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "answer"),
+    [*((mode, answer) for mode in MODES for answer in ODD)]
+    + [(mode, answer) for mode in MODES if mode != "simple" for answer in ODD_CHUNKS],
+)
+def test_answer_that_is_not_plain_is_left_as_it_is(mode, answer):
+    make = {**ODD, **ODD_CHUNKS}[answer]
+    ends = []
+    for tried in (True, False):
+        engine = connected(mode).engine
+        command, memory = build(engine.limits, "into")
+        assert engine.submit_alone(command)
+        said(engine)
+        count = put(engine, make(mode, command))
+        if tried:
+            assert not engine.received_alone(command, count)
+            assert not command.done
+        engine.received(count)
+        ends.append(state(engine, command, memory))
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_acknowledgement_of_the_wrong_kind_is_left_as_it_is(mode):
+    engine = connected(mode).engine
+    command, _ = build(engine.limits, "write")
+    assert engine.submit_alone(command)
+    said(engine)
+    assert not engine.received_alone(command, put(engine, simple(command) if mode == "extended" else simple(command, 5)))
+    assert not command.done
+
+
+def test_answer_of_which_a_part_came_before_is_left_as_it_is():
+    engine = connected().engine
+    command, _ = build(engine.limits, "read")
+    assert engine.submit_alone(command)
+    said(engine)
+    answer = success("structured", command, DATA)
+    engine.received(put(engine, answer[:12]))
+    assert not engine.received_alone(command, put(engine, answer[12:]))
+    assert engine.received(len(answer) - 12) == 1
+    assert command.result() == DATA
+
+
+def test_command_with_others_beside_it_is_not_alone():
+    engine = connected().engine
+    first, _ = build(engine.limits, "read")
+    assert engine.submit_alone(first)
+    second, _ = build(engine.limits, "read")
+    assert not engine.submit_alone(second)  # the first is not sent
+    said(engine)
+    assert not engine.submit_alone(second)  # nor answered
+    engine.submit(second)
+    assert not engine.received_alone(first, put(engine, success("structured", first, DATA)))
+    said(engine)
+    assert not engine.received_alone(first, put(engine, success("structured", first, DATA)))
+    assert not first.done
+
+
+@pytest.mark.parametrize("what", ["a large read", "a large write", "a trim", "the connection is being closed", "no connection"])
+def test_what_takes_the_long_way_is_not_submitted(what):
+    engine = connected().engine
+    limits = engine.limits
+    command = {
+        "a large read": lambda: commands.read(limits, LARGE, 0),
+        "a large write": lambda: commands.write(limits, bytes(INLINE_PAYLOAD + 1), 0),
+        "a trim": lambda: commands.trim(limits, COUNT, 0),
+    }.get(what, lambda: commands.read(limits, COUNT, 0))()
+    if what == "no connection":
+        engine.end()
+    elif what == "the connection is being closed":
+        engine.submit(commands.disconnect())
+        said(engine)
+    assert not engine.submit_alone(command)
+    assert command.mark is None
+    assert not engine.in_flight
+    assert not engine.has_outgoing
