@@ -12,7 +12,7 @@ import pytest
 import nbdcore
 from nbdcore import aio
 from nbdcore.server import MemoryDisk, Server
-from nbdcore.testing.scripted import ScriptedServer, hang_up
+from nbdcore.testing.scripted import ScriptedServer, hang_up, receive
 from tests.clients.talking import PATIENCE, script
 
 
@@ -48,7 +48,7 @@ def test_connection_begins_and_ends_at_info(uri, front_end, caplog):
 
 def test_lost_connection_is_told_once_with_its_reason(caplog):
     caplog.set_level(logging.INFO, "nbdcore")
-    with ScriptedServer(script(hang_up), patience=PATIENCE) as server:
+    with ScriptedServer(script(receive(28), hang_up), patience=PATIENCE) as server:
         client = nbdcore.Client(server.stream(), timeout=PATIENCE)
         with pytest.raises(nbdcore.Disconnected):
             client.pread(512, 0, timeout=PATIENCE)
