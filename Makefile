@@ -54,12 +54,12 @@ environments: $(VENV)/made
 	done
 
 # What depends on the Python: all that reaches the system through its modules, which are sockets, ssl, threads, processes, event
-# loops and what is installed. What only counts bytes is the same everywhere, and has a sample here. Of a test with many sets of
-# parameters one is run: they all were on the first Python. `make test-pythons CHOICE=` runs them all.
+# loops and what is installed. What only counts bytes is the same everywhere, and has a quick sample here. Of a test with many sets
+# of parameters one is run: they all were on the first Python. `make test-pythons CHOICE=` runs them all.
 DEPENDS := tests/aio tests/clients tests/plugins tests/streams tests/transports tests/server/test_listening.py \
 	tests/server/test_tls.py tests/server/test_tls_clients.py tests/libnbd/test_aio.py tests/libnbd/test_connecting.py \
 	tests/libnbd/test_exit.py tests/libnbd/test_tls.py tests/security/test_trust.py tests/test_public_names.py
-SAMPLE := tests/protocol/test_automatic.py tests/protocol/test_properties.py
+SAMPLE := $(patsubst %,tests/protocol/test_%.py,automatic callbacks commands framing greeting requests)
 CHOICE := --one-of-each
 
 test-here: $(VENV)/ready
