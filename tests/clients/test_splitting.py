@@ -231,6 +231,17 @@ def test_a_read_that_must_not_be_fragmented_is_not_split():
         assert pieces(connection.requests) == [(0, DISK, int(CommandFlag.DF)), (0, 2 * LIMIT, int(CommandFlag.DF))]
 
 
+@pytest.mark.parametrize("number", [75, 22], ids=["NBD_EOVERFLOW", "NBD_EINVAL"])
+def test_a_read_that_is_too_large_for_one_piece_says_what_to_do(number):
+    with talk(answer(error(number)), answer(error(number)), serve(disk_reply(bytes(DISK))), **SMALL) as (client, _):
+        with pytest.raises(CommandError, match=r"; the server may be unable to answer .* read less at once, or without df"):
+            client.pread(DISK, 0, df=True, timeout=PATIENCE)
+        with pytest.raises(CommandError) as told:
+            client.pread(512, 0, timeout=PATIENCE)
+        assert "df" not in str(told.value)
+        assert client.pread(DISK, 0, timeout=PATIENCE) == bytes(DISK)
+
+
 def test_a_read_only_export_is_read_in_pieces_and_not_written():
     flags = (EVERYTHING & ~0) | 2
     with talk(serve(disk_reply(bytes(DISK))), flags=flags, **SMALL) as (client, _):

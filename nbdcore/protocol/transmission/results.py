@@ -13,7 +13,7 @@ from array import array
 
 from nbdcore.errors import CommandError, ProtocolViolation
 from nbdcore.protocol import wire
-from nbdcore.protocol.constants import MAX_STRING, ErrorNumber
+from nbdcore.protocol.constants import MAX_STRING, CommandFlag, ErrorNumber
 from nbdcore.protocol.transmission.commands import Command, Numbers
 
 # A read's reply may come in pieces. So many separate ranges are remembered to find overlaps; a server that splits one request
@@ -28,6 +28,11 @@ Status = tuple[int, Numbers, Numbers]
 # ---------------------------------------------------------------------------------------------- errors
 
 
+# A read that must be answered in one piece may be larger than any piece that the server sends (section "Block size constraints").
+_TOO_LARGE = frozenset({errno.EOVERFLOW, errno.EINVAL})
+_TOO_LARGE_UNFRAGMENTED = "; the server may be unable to answer so much in one piece: read less at once, or without df"
+
+
 def local_errno(number: int) -> int:
     """Return this platform's number for an error number on the wire; unknown ones count as EINVAL (section "Error values")."""
     return _ERRNO.get(number, errno.EINVAL)
@@ -36,7 +41,8 @@ def local_errno(number: int) -> int:
 def fail(command: Command, number: int, text: str = "") -> None:
     """Note the first error of a command."""
     if command.error is None:
-        command.error = CommandError(number, f"{command} failed: {os.strerror(number)}", server_text=text)
+        hint = _TOO_LARGE_UNFRAGMENTED if command.flags & CommandFlag.DF and number in _TOO_LARGE else ""
+        command.error = CommandError(number, f"{command} failed: {os.strerror(number)}{hint}", server_text=text)
 
 
 def spoil(command: Command, why: str) -> None:
