@@ -176,7 +176,7 @@ class _Worker:
     def take(self, stream: SocketStream) -> bool:
         """Hand a client over, which takes no descriptor more. Returns False where that fails; the client is still the caller's.
 
-        Then this process is handed no more.
+        Then this process is handed no more, and is told to stop when those that it has have left: another one can take its place.
         """
         try:
             self._orders.send(Handed(str(stream)))
@@ -203,6 +203,8 @@ class _Worker:
                 with self._counting:
                     self.clients -= 1
                     self.lacking = said.lacking and self.clients > 0
+                if not self.usable and not self.clients:
+                    self._tell_to_stop(_LAST_MOMENT)
         self.alive = False
         self._process.join()
         if not self._stopping and (self._process.exitcode or self.clients):  # else it has stopped in order, after SIGTERM
@@ -216,8 +218,11 @@ class _Worker:
     def stop(self, deadline: Deadline) -> None:
         """Ask it to stop."""
         self._stopping = True
+        self._tell_to_stop(deadline.remaining())
+
+    def _tell_to_stop(self, seconds: float | None) -> None:
         with suppress(OSError, TypeError, ValueError):  # it has died, or is about to
-            self._orders.send(Stop(deadline.remaining()))
+            self._orders.send(Stop(seconds))
 
     def join(self, latest: Deadline) -> bool:
         """Wait until it has ended, and return whether it has."""

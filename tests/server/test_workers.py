@@ -307,6 +307,22 @@ def test_process_to_which_a_client_cannot_be_handed_keeps_those_that_it_has_unti
                     client.pread(1, 0)
 
 
+def test_process_to_which_a_client_could_not_be_handed_is_replaced_when_those_that_it_has_have_left(socket_path, caplog):
+    with serving(SharedMemoryDisk(MEBIBYTE), socket_path, workers=2) as (server, uri), connected(uri, 1):
+        with connected(uri, 2):
+            (process,) = children()
+            (worker,) = server._workers._workers
+            worker._clients.close()  # as above
+            with connected(uri, 1):
+                assert children() == {process}
+        until(lambda: not worker.alive)
+        with connected(uri, 1) as (client,):
+            (another,) = children()
+            assert another != process
+            assert client.pread(4, 0) == bytes(4)
+        assert not caplog.records
+
+
 def test_process_without_descriptors_loses_the_client_for_which_it_has_none_and_no_other(socket_path, caplog):
     resource = pytest.importorskip("resource")
     with (
