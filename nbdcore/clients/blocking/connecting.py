@@ -1,7 +1,9 @@
 """Connecting, for blocking callers: `connect` calls that return the client once it is connected.
 
 A fork copies a client. Where another thread was connecting it just then the copy has ended (`forks`); closing the copy frees what
-had been opened, and the parent connects on.
+had been opened, and the parent connects on. One thing stays open: what was opened in a step that the thread was in the middle of,
+and not waiting. In the child that step never ends, and only its frame knows the descriptor. It is closed when the child ends, or
+runs another program; until then the server does not see the parent hang up.
 """
 
 from __future__ import annotations
@@ -86,7 +88,8 @@ class BlockingConnectMethods(ConnectMethods[Connected]):
     def close(self) -> None:
         """Close the connection now: waiting calls end. Never raises; may be called twice, from any thread and signal handler.
 
-        In a process that was forked it frees the copy's descriptor only: the connection goes on in the parent.
+        In a process that was forked it frees the copy's descriptor only: the connection goes on in the parent. Where
+        another thread was opening it in the very moment of the fork, the descriptor stays open in the child.
         """
         shared = self._shared
         if shared is None:
@@ -100,6 +103,6 @@ class BlockingConnectMethods(ConnectMethods[Connected]):
 
     def _free_what_was_left_behind(self) -> None:
         for steps in self._left_behind:
-            # The thread may have been in the middle of a step, which ends with the parent only.
+            # The thread may have been in the middle of a step, which never ends here.
             with contextlib.suppress(ValueError):
                 steps.close()
