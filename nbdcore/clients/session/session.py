@@ -228,7 +228,7 @@ class Session:
                 return
             if engine.queue:
                 self.send()
-            if (eager and completed) or count < len(room) or engine.direct is not None:
+            if (eager and completed) or count < len(room) or engine.direct is not None or not engine.in_flight:
                 if engine.phase in _OVER:
                     self.close()
                 return
