@@ -113,12 +113,36 @@ class SharedSession:
             self.refuse_if_interrupted(command)
         try:
             large = command.count >= LARGE and command.type in _WITH_DATA
-            submit = self._run_alone_large(command, deadline) if large else self._run_alone(command, deadline)
+            submit = self._run_alone_large(command, deadline, (command,)) if large else self._run_alone(command, deadline)
             if not command.done:
                 self.wait(command, deadline, command, submit=submit)
         except BaseException as exc:
             if not (retry_elsewhere and command.mark is None and isinstance(exc, Error)):
                 self.abandon((command,), exc)
+            raise
+        if command.error is not None:
+            raise self.own(command.error)
+
+    def begin(self, command: Command) -> SharedSession:
+        """Send a command whose caller waits for it later, with `finish`, or gives it up with `abandon`. Returns where it is."""
+        self.refuse_if_interrupted(command)
+        with self._lock:
+            self._mover.refuse_if_over()
+            self._mover.submit((command,))
+            self._mover.move(self._session.send)
+        self._close_if_asked()
+        return self
+
+    def finish(self, command: Command, deadline: Deadline) -> None:
+        """Wait for a command that has begun here, and raise its error, as `run_command` does."""
+        try:
+            if not command.done:
+                self.refuse_if_interrupted(command)
+                self._run_alone_large(command, deadline, ())
+            if not command.done:
+                self.wait(command, deadline, command)
+        except BaseException as exc:
+            self.abandon((command,), exc)
             raise
         if command.error is not None:
             raise self.own(command.error)
@@ -339,8 +363,10 @@ class SharedSession:
                 self._mover.move(partial(self._session.take_in, room, taken))
             self._mover.hand_over()
 
-    def _run_alone_large(self, command: Command, deadline: Deadline) -> Sequence[Command]:
+    def _run_alone_large(self, command: Command, deadline: Deadline, submit: Sequence[Command]) -> Sequence[Command]:
         """The same with large data: what `wait` does, with fewer calls. All of them are sent and received with the lock released.
+
+        `submit` is the command, or nothing where it was submitted before.
 
         Large data push what the interpreter works with out of the processor's cache, so each call costs ten times what it does
         otherwise. A read of 1 MiB took 0.2 ms of them by way of `wait`.
@@ -351,8 +377,8 @@ class SharedSession:
         try:
             with self._lock:
                 if session.waited_for or waiters.parked or waiters.woken:
-                    return (command,)
-                mover.submit((command,))
+                    return submit
+                mover.submit(submit)
                 if mover.begin_to_send(wait):
                     session.waited_for = _WRITE
                 else:

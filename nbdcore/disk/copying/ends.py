@@ -9,12 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from nbdcore.disk.sources import AnySource
+    from nbdcore.errors import Error
 
-__all__ = ["NULL", "UNLIMITED", "Destination", "End", "Null", "NullDestination", "Range", "Source"]
+__all__ = ["NULL", "UNLIMITED", "Destination", "End", "Null", "NullDestination", "Range", "Reading", "Source"]
 
 #: The maximum block size of an end that has none.
 UNLIMITED = 1 << 62
@@ -81,14 +82,30 @@ class End(ABC):
         """Free what the copy opened for it. Idempotent; raises nothing."""
 
 
+class Reading(Protocol):
+    """A read that has begun. It ends with one of its calls; until then its memory belongs to it."""
+
+    def finish(self) -> int:
+        """Wait until it is done, and return its number of bytes. Raises Error."""
+
+    def give_up(self, why: Error) -> None:
+        """Do without it. Raises nothing."""
+
+
 class Source(End):
     """What is copied from.
 
     Attributes:
+        reads_ahead: whether `begin_read` begins reads.
         edges: where it has parts of a disk only, they begin and end at multiples of so many bytes, or at the disk's end; else 0.
     """
 
     edges: int = 0
+    reads_ahead: bool = False
+
+    def begin_read(self, view: memoryview, offset: int) -> Reading | None:  # noqa: ARG002 (most sources do not)
+        """Begin to fill the view, and return. None: nothing has begun, and `read_into` is to be called. Raises nothing."""
+        return None
 
     @abstractmethod
     def read_into(self, view: memoryview, offset: int) -> int:
