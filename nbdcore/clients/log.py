@@ -8,21 +8,35 @@ which a short command starts and connects.
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import logging
 
 __all__ = ["debug", "info"]
+
+# Asked for once: `logging.getLogger` takes a lock that all threads share, and an exception that a signal handler raises in there
+# would leave it taken.
+_logger: logging.Logger | None = None
 
 
 def info(message: str, *values: object) -> None:
     """Tell how a connection began or ended."""
-    if "logging" in sys.modules:
-        import logging
-
-        logging.getLogger("nbdcore").info(message, *values, stacklevel=2)
+    if (logger := _logger or _found()) is not None:
+        logger.info(message, *values, stacklevel=2)
 
 
 def debug(message: str, *values: object) -> None:
     """Tell of a step in between."""
+    if (logger := _logger or _found()) is not None:
+        logger.debug(message, *values, stacklevel=2)
+
+
+def _found() -> logging.Logger | None:
+    """Return the logger, where the program has imported logging."""
+    global _logger  # noqa: PLW0603 (the one that there is)
     if "logging" in sys.modules:
         import logging
 
-        logging.getLogger("nbdcore").debug(message, *values, stacklevel=2)
+        _logger = logging.getLogger("nbdcore")
+    return _logger

@@ -120,3 +120,12 @@ disk.close()
     imported, ended = done.stdout.splitlines()
     assert imported == "False"
     assert ended.startswith("nbdcore session the connection to TCP")
+
+
+def test_logger_is_asked_for_once(uri, monkeypatch):
+    # It takes a lock of all threads, which would stay taken after an exception that a signal handler raises in there.
+    with nbdcore.connect(uri, timeout=PATIENCE):
+        pass
+    monkeypatch.setattr(logging, "getLogger", None)
+    with nbdcore.connect(uri, timeout=PATIENCE):
+        pass
