@@ -126,6 +126,7 @@ def test_logger_is_asked_for_once(uri, monkeypatch):
     # It takes a lock of all threads, which would stay taken after an exception that a signal handler raises in there.
     with nbdcore.connect(uri, timeout=PATIENCE):
         pass
-    monkeypatch.setattr(logging, "getLogger", None)
-    with nbdcore.connect(uri, timeout=PATIENCE):
-        pass
+    with monkeypatch.context() as patched:
+        patched.setattr(logging, "getLogger", None)
+        with nbdcore.connect(uri, timeout=PATIENCE):
+            pass
