@@ -368,8 +368,7 @@ class SharedSession:
 
         `submit` is the command, or nothing where it was submitted before.
 
-        Large data push what the interpreter works with out of the processor's cache, so each call costs ten times what it does
-        otherwise. A read of 1 MiB took 0.2 ms of them by way of `wait`.
+        Over a unix socket 1 MiB takes two system calls to write so, and three to read; by way of `wait` five or six, and four.
         """
         mover, session, engine = self._mover, self._session, self.engine
         waiters = mover.waiters

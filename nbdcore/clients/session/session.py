@@ -214,7 +214,10 @@ class Session:
             self.close()
 
     def take_in(self, room: memoryview, taken: list[int], *, eager: bool = False) -> None:
-        """Let the engine take in what `fill` received into `room`, then receive what else is there, as `receive` does."""
+        """Let the engine take in what `fill` received into `room`, then receive what else is there, as `receive` does.
+
+        Where no command waits for an answer any more, nothing else is looked for.
+        """
         engine = self.engine
         count = taken.pop() if taken else 0
         if engine.phase in _OVER:
