@@ -36,7 +36,7 @@ class Begun:
     Args:
         connection: where it was sent.
         command: what was sent.
-        timeout: seconds that `finish` waits; None: for ever.
+        timeout: seconds that `finish` waits, where it is not told; None: for ever.
     """
 
     __slots__ = ("_command", "_connection", "_timeout")
@@ -46,9 +46,9 @@ class Begun:
         self._command = command
         self._timeout = timeout
 
-    def finish(self) -> int:
-        """Wait until it is done. Returns its number of bytes; raises as the call that waits at once does."""
-        self._connection.finish(self._command, deadline_after(self._timeout))
+    def finish(self, *, timeout: float | None = None) -> int:
+        """Wait until it is done. Returns its number of bytes; raises as the call that waits at once does, and has ended then."""
+        self._connection.finish(self._command, deadline_after(self._timeout if timeout is None else timeout))
         return self._command.count
 
     def give_up(self, why: Error) -> None:
