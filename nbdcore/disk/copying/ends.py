@@ -126,6 +126,7 @@ class Destination(End):
         created: whether it did not exist before.
         blank: whether all of it reads as zeroes before the copy.
         can_flush: whether it can be told to put what it has on permanent storage.
+        takes_time: whether a write takes long enough for the source to do something meanwhile.
     """
 
     read_only: bool = False
@@ -133,6 +134,7 @@ class Destination(End):
     created: bool = False
     blank: bool = False
     can_flush: bool = True
+    takes_time: bool = True
 
     def length(self) -> int:
         """Return how many bytes it has now. Raises OSError."""
@@ -177,6 +179,7 @@ class NullDestination(Destination):
     kind = "null"
     name = "null:"
     blank = True
+    takes_time = False
 
     def write(self, view: memoryview, offset: int) -> None:
         """Do nothing."""
