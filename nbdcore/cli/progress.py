@@ -55,7 +55,7 @@ def shown(wanted: str | None, *, quiet: bool) -> Iterator[Telling | None]:
 @contextlib.contextmanager
 def bar(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
     """Give what is to be told how many bytes are done, and of how many; None where nobody would see it. It is gone at the end."""
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
+    if quiet or sys.stderr is None or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":  # which wipes nothing away
         yield None
         return
     begun = time.monotonic()

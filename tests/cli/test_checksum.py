@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from nbdcore.cli.bar import bar
+from nbdcore.cli.progress import bar
 from nbdcore.server import MemoryDisk
 from tests.cli.commands import COMMAND, DEADLINE, invoke, run
 from tests.disk.disks import SilentDisk, ToldDisk, block_hash, served
