@@ -87,7 +87,9 @@ def _in_folders() -> Iterator[_Folder]:
             raise NotADirectoryError(place)
         try:
             names = os.listdir(place or os.curdir)
-        except (FileNotFoundError, PermissionError):
+        except NotADirectoryError:
+            raise
+        except OSError:  # what cannot be looked into has nothing that could be imported
             continue
         for name in names:
             if name.endswith((".dist-info", ".egg-info")):

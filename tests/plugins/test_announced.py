@@ -100,5 +100,5 @@ def test_what_is_in_an_archive_is_found_beside_what_is_in_folders(site, tmp_path
 @pytest.mark.usefixtures("searched")
 def test_missing_and_unreadable_places_and_those_that_are_no_names_are_passed_over(site, monkeypatch):
     site.install_transport("nbdcore-pigeon", "pigeon")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(site.directory / "missing"), site.directory, ""])
+    monkeypatch.setattr(sys, "path", [*sys.path, str(site.directory / "missing"), "x" * 5000, site.directory, ""])
     assert [name for name, *_ in found()] == ["pigeon"]
