@@ -51,8 +51,8 @@ _READ_OR_WRITE = (_READ, int(CommandType.WRITE))
 _SHUTTING_DOWN = "the server is shutting down"
 # Most commands packed at once: sendmsg takes 1024 parts, and a command has two at most.
 _BURST = 256
-# Most bytes for one call that waits until they are sent, since others have to wait with what they send: 1 MiB and its header.
-_SENT_AT_ONCE = (1 << 20) + wire.EXTENDED_REQUEST.size
+# Most bytes for one call that waits until they are sent: others have to wait with what they send.
+_SENT_AT_ONCE = 1 << 20
 
 
 class Engine:

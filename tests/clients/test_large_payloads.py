@@ -12,7 +12,6 @@ import pytest
 
 import nbdcore
 from nbdcore import DeadlineExceeded, Disconnected, Phase
-from nbdcore.clients.blocking.begun import begin_read
 from nbdcore.protocol.constants import CommandType
 from nbdcore.server import MemoryDisk, Server
 from nbdcore.testing.scripted import ScriptedServer, hang_up, reset, serve, unless_gone, wait_for
@@ -42,11 +41,7 @@ def read_in_a_loop(client, buffer, **options):
     return [*client.pread_into_many([(7, buffer)], **options)]
 
 
-def read_that_has_begun(client, buffer, **options):
-    return begin_read(client, memoryview(buffer), 7).finish(**options)
-
-
-ways = pytest.mark.parametrize("way", [read, read_in_a_loop, read_that_has_begun])
+ways = pytest.mark.parametrize("way", [read, read_in_a_loop])
 
 
 @needs_alarms

@@ -53,44 +53,6 @@ def test_caller_whose_outcome_comes_at_its_deadline_is_not_taken_for_woken_ever_
     assert not waiters.parked
 
 
-def test_callers_that_have_their_outcomes_are_called_one_after_the_other():
-    waiters = Waiters()
-    waits = [parked(waiters) for _ in range(3)]
-    parkers = [*waiters.parked]
-    for wait in waits:
-        finish(wait)
-    assert [parker.called for parker in parkers] == [True, False, False]
-    assert waiters.may_leave(waits[0])
-    assert [parker.called for parker in parkers] == [True, True, False]
-    waiters.unpark(waits[1])
-    assert [parker.called for parker in parkers] == [True, True, True]
-
-
-def test_caller_that_gives_up_before_it_is_called_holds_nobody_up():
-    waiters = Waiters()
-    waits = [parked(waiters) for _ in range(3)]
-    parkers = [*waiters.parked]
-    for wait in waits:
-        finish(wait)
-    waiters.unpark(waits[1])
-    waiters.unpark(waits[0])
-    assert parkers[2].called
-    parkers[2].park(NEVER)  # returns at once
-
-
-def test_caller_with_its_outcome_goes_on_though_the_one_before_it_is_held_up():
-    """As by a signal handler, which may wait for this very caller."""
-    waiters = Waiters()
-    held_up, wait = parked(waiters), parked(waiters)
-    finish(held_up)
-    finish(wait)
-    parker = wait.parker
-    assert parker is not None
-    parker.park(NEVER)
-    assert not parker.called
-    assert waiters.may_leave(wait)
-
-
 class InterruptedAfterwards:
     """A lock, where a signal handler raises when it has been released."""
 

@@ -372,24 +372,6 @@ def test_a_write_error_names_the_range(serve, tmp_path):
         copy(tmp_path / "origin", serve(Failing(SIZE, 0)))
 
 
-def test_a_piece_that_cannot_be_read_ahead_does_not_keep_the_one_before_it_from_being_written(serve):
-    destination = MemoryDisk(SIZE)
-    with pytest.raises(CopyError, match=f"cannot read {MEBIBYTE} bytes at offset {2 * MEBIBYTE} of "):
-        copy(failing_source(serve), serve(destination), threads=1)
-    assert any(destination.pread(MEBIBYTE, 0)[:-8])
-    assert any(destination.pread(MEBIBYTE, MEBIBYTE))
-
-
-def test_a_client_whose_read_was_given_up_since_a_write_failed_goes_on(serve):
-    contents = random.Random(8).randbytes(SIZE)
-    disk = MemoryDisk(SIZE)
-    disk.pwrite(contents, 0)
-    with nbdcore.connect(serve(disk), command_timeout=10) as client:
-        with pytest.raises(CopyError, match="cannot write"):
-            copy(client, serve(Failing(SIZE, 5)), threads=1)
-        assert client.pread(SIZE, 0) == contents
-
-
 def test_a_server_that_dies_ends_the_copy(serve, tmp_path):
     origin = tmp_path / "origin"
     origin.write_bytes(random.Random(7).randbytes(SIZE))

@@ -120,41 +120,6 @@ class Mover:
             return engine.room()
         return None
 
-    def begin_to_send(self, wait: Wait) -> bool:
-        """A caller that is alone is to send its large payload with the lock released: returns whether it can, in `wait.parts`."""
-        if not self.engine.outgoing():
-            return False
-        wait.parts = self._parts(wait)
-        if not wait.parts:
-            return False
-        wait.watched = _WRITE
-        self.session.sending = True
-        return True
-
-    def begin_to_fill(self, wait: Wait) -> None:
-        """A caller that is alone is to receive with the lock released: into `wait.room`, which is None where it cannot."""
-        session, waiters = self.session, self.waiters
-        self.move(session.send)
-        wait.room = None
-        if session.waited_for or waiters.parked or waiters.woken or session.wanted() != _READ or session.buffered:
-            return
-        wait.room = self._room(wait.pending)
-        if wait.room is not None:
-            session.waited_for = wait.watched = _READ
-
-    def count_sent(self, wait: Wait) -> None:
-        """A caller has sent some of `wait.parts`."""
-        self.session.stop_watching(wait.watched)
-        wait.watched = 0
-        self._count_sent(wait)
-
-    def take_in(self, wait: Wait) -> None:
-        """A caller has received into `wait.room`, or may have."""
-        self.session.stop_watching(wait.watched)
-        wait.watched = 0
-        if wait.room is not None:
-            self.move(partial(self.session.take_in, wait.room, wait.taken))
-
     def _count_sent(self, wait: Wait) -> None:
         if wait.parts:
             # An exception in here ends the connection, since nobody knows then whether they were counted.

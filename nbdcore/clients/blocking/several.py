@@ -89,10 +89,6 @@ class SharedSessions:
             finally:
                 connection.assigned.pop(command, None)
 
-    def begin(self, command: Command) -> SharedSession:
-        """Send a command whose caller waits for it later. Returns the connection that has it."""
-        return self._choose(command).begin(command)
-
     def _choose(self, command: Command) -> SharedSession:
         """Return the connection for one more command: an idle one, or the one with the fewest under way."""
         self._refuse_if_interrupted(command)

@@ -37,16 +37,13 @@ from nbdcore.clients.session.forks import in_use_when_forked, is_taken, when_for
 from nbdcore.clients.session.pipeline import Pipeline
 from nbdcore.clients.session.session import Session, closed_by_program
 from nbdcore.errors import DeadlineExceeded, Error, UsageError, copied
-from nbdcore.protocol.constants import CommandType
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission.commands import Command, disconnect
-from nbdcore.protocol.transmission.decoder import LARGE
 from nbdcore.streams.base import WANTS, Want
 from nbdcore.streams.waiting import LOOK_AGAIN, Deadline, Watch, sooner, wait_any
 
-_READ, _WRITE = int(Want.READ), int(Want.WRITE)
-_WITH_DATA = frozenset({int(CommandType.READ), int(CommandType.WRITE)})
+_READ = int(Want.READ)
 _CONNECTED = Phase.CONNECTED
 
 Waited = TypeVar("Waited", bound=Pending)
@@ -112,37 +109,12 @@ class SharedSession:
         if self._interrupted():
             self.refuse_if_interrupted(command)
         try:
-            large = command.count >= LARGE and command.type in _WITH_DATA
-            submit = self._run_alone_large(command, deadline, (command,)) if large else self._run_alone(command, deadline)
+            submit = self._run_alone(command, deadline)
             if not command.done:
                 self.wait(command, deadline, command, submit=submit)
         except BaseException as exc:
             if not (retry_elsewhere and command.mark is None and isinstance(exc, Error)):
                 self.abandon((command,), exc)
-            raise
-        if command.error is not None:
-            raise self.own(command.error)
-
-    def begin(self, command: Command) -> SharedSession:
-        """Send a command whose caller waits for it later, with `finish`, or gives it up with `abandon`. Returns where it is."""
-        self.refuse_if_interrupted(command)
-        with self._lock:
-            self._mover.refuse_if_over()
-            self._mover.submit((command,))
-            self._mover.move(self._session.send)
-        self._close_if_asked()
-        return self
-
-    def finish(self, command: Command, deadline: Deadline) -> None:
-        """Wait for a command that has begun here, and raise its error, as `run_command` does."""
-        try:
-            if not command.done:
-                self.refuse_if_interrupted(command)
-                self._run_alone_large(command, deadline, ())
-            if not command.done:
-                self.wait(command, deadline, command)
-        except BaseException as exc:
-            self.abandon((command,), exc)
             raise
         if command.error is not None:
             raise self.own(command.error)
@@ -363,48 +335,6 @@ class SharedSession:
                 self._mover.move(partial(self._session.take_in, room, taken))
             self._mover.hand_over()
 
-    def _run_alone_large(self, command: Command, deadline: Deadline, submit: Sequence[Command]) -> Sequence[Command]:
-        """The same with large data: what `wait` does, with fewer calls. All of them are sent and received with the lock released.
-
-        `submit` is the command, or nothing where it was submitted before.
-
-        Over a unix socket 1 MiB takes two system calls to write so, and three to read; by way of `wait` five or six, and four.
-        """
-        mover, session, engine = self._mover, self._session, self.engine
-        waiters = mover.waiters
-        wait = Wait(command, (), any_of_several=False)
-        try:
-            with self._lock:
-                if session.waited_for or waiters.parked or waiters.woken:
-                    return submit
-                mover.submit(submit)
-                if mover.begin_to_send(wait):
-                    session.waited_for = _WRITE
-                else:
-                    mover.begin_to_fill(wait)
-            if wait.parts:
-                session.send_all(wait.parts, wait.sent, deadline.remaining())
-                with self._lock:
-                    mover.count_sent(wait)
-                    mover.begin_to_fill(wait)
-            while wait.room is not None:
-                if not session.fill(wait.room, wait.taken, deadline.remaining(), whole=engine.direct is not None):
-                    self._look(_READ, deadline, alone=True)
-                with self._lock:
-                    mover.take_in(wait)
-                    if command.done or (deadline.at is not None and deadline.expired):
-                        mover.hand_over()
-                        break
-                    mover.begin_to_fill(wait)
-        except BaseException:
-            with self._lock:
-                mover.stop(wait)
-            raise
-        finally:
-            if self._closing is not None:
-                self._close_if_asked()
-        return ()
-
     def wait(
         self,
         pending: Pending,
@@ -477,11 +407,7 @@ class SharedSession:
 
 
 #: The code in which callers wait: for `refuse_if_beneath`.
-WAITING: set[CodeType] = {
-    SharedSession.wait.__code__,
-    SharedSession._run_alone.__code__,  # noqa: SLF001 (of this module)
-    SharedSession._run_alone_large.__code__,  # noqa: SLF001 (likewise)
-}
+WAITING: set[CodeType] = {SharedSession.wait.__code__, SharedSession._run_alone.__code__}  # noqa: SLF001 (of this module)
 
 
 def _interrupted_another(what: object) -> UsageError:

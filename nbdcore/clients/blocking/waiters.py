@@ -4,25 +4,21 @@ One receive may bring the outcomes of many callers, and waking a thread costs mo
 counts as woken until it has come by. As long as anybody is woken, the others need neither the lock nor a system call: they leave
 their commands in the inbox and park.
 
-Those that are woken are called one after the other: the first by whoever wakes it, each other one by a caller that comes by. All
-at once they would wake up only to queue for the interpreter's lock, which costs a thread a second sleep: with 16 threads on one
-connection a read took an eighth to a fifth more processor time so.
-
-Three orders make that safe without the lock, since the interpreter makes each single step on these containers in one go. A
-command is in the inbox before its caller looks whether somebody is woken; and a caller is no longer woken before it looks into
-the inbox. A caller counts as woken before it is looked whether others do, who would call it; and no longer does before it looks
-for one to call. Whoever goes through a container takes a copy first: others may park meanwhile.
+Two orders make that safe without the lock, since the interpreter makes each single step on these containers in one go. A command
+is in the inbox before its caller looks whether somebody is woken; and a caller is no longer woken before it looks into the inbox.
+Whoever goes through a container takes a copy first: others may park meanwhile.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from nbdcore.protocol.transmission.commands import Command
-from nbdcore.streams.waiting import LOOK_AGAIN, Deadline
+from nbdcore.streams.waiting import Deadline
 
 
 class Pending(Protocol):
@@ -40,7 +36,7 @@ class Gate(Protocol):
     """What a parked caller waits for, however it does that."""
 
     def release(self) -> None:
-        """Call the caller. Called once for each time that it is parked, and twice now and then."""
+        """Wake the caller. Called once for each time that it is parked."""
 
 
 class Waiters:
@@ -49,7 +45,7 @@ class Waiters:
     Attributes:
         parked: in the order in which they parked.
         waiting_for_any: those of them that wait for any of several commands.
-        woken: those that were woken and have not come by, in the order in which they are called.
+        woken: those that were woken and have not come by.
         inbox: commands that they left for another to submit.
     """
 
@@ -78,7 +74,7 @@ class Waiters:
         if parker is not None:
             self.parked.pop(parker, None)
             self.waiting_for_any.pop(parker, None)
-            self._come_by(parker)
+            self.woken.pop(parker, None)
             wait.parker = None
 
     def leave_to_others(self, wait: Wait) -> Parker:
@@ -95,16 +91,8 @@ class Waiters:
         # woken later, for ever.
         if parker is None or not wait.pending.done or parker not in self.woken:
             return False
-        self._come_by(parker)
-        return bool(self.woken)
-
-    def _come_by(self, parker: Parker) -> None:
-        """A caller does not count as woken any more: it calls the next of those that do."""
         self.woken.pop(parker, None)
-        for following in [*self.woken]:
-            if not following.called:
-                following.call()
-                break
+        return bool(self.woken)
 
 
 class Wait:
@@ -168,12 +156,9 @@ class Parker:
         waiters: to which it belongs.
         pending: what it waits for.
         gate: what wakes the caller, which waits for that by itself; None: a lock, in which `park` waits.
-
-    Attributes:
-        called: it is on its way, or about to be.
     """
 
-    __slots__ = ("_gate", "_lock", "_waiters", "called", "pending")
+    __slots__ = ("_gate", "_lock", "_waiters", "pending")
 
     def __init__(self, waiters: Waiters, pending: Pending, gate: Gate | None = None) -> None:
         self._lock = threading.Lock()
@@ -181,40 +166,23 @@ class Parker:
         self._gate: Gate = self._lock if gate is None else gate
         self._waiters = waiters
         self.pending: Pending = pending
-        self.called: bool = False
 
     def park(self, deadline: Deadline) -> None:
-        """Wait until woken and called, or until the deadline. It returns uncalled where those before it are held up.
-
-        A signal handler may do that to the main thread, and may itself wait for what the caller is about to do.
-        """
-        while True:
-            remaining = deadline.remaining()
-            if self._lock.acquire(timeout=LOOK_AGAIN if remaining is None else min(remaining, LOOK_AGAIN)):
-                return
-            if deadline.expired or self not in self._waiters.parked:
-                return
+        """Wait until woken, or until the deadline."""
+        remaining = deadline.remaining()
+        self._lock.acquire(timeout=-1 if remaining is None else min(remaining, threading.TIMEOUT_MAX))
 
     def wake(self, _: object = None) -> None:
-        """Wake it, unless it goes on already; others that are woken call it later. Called with the lock held."""
+        """Wake it, unless it goes on already. Called with the lock held."""
         waiters = self._waiters
         if self in waiters.parked:
             waiters.woken[self] = None
             del waiters.parked[self]
             try:
-                if len(waiters.woken) == 1:
-                    self.call()
-            except BaseException:  # a signal handler's; it may have been called, and may not
-                self.call()
+                self._gate.release()
+            except BaseException:  # a signal handler's; the gate may be open, and may not
+                with contextlib.suppress(RuntimeError):  # a lock that is open already
+                    self._gate.release()
                 raise
             finally:
                 waiters.waiting_for_any.pop(self, None)
-
-    def call(self) -> None:
-        """Have it come by. The lock is not needed."""
-        try:
-            self._gate.release()
-        except RuntimeError:
-            return  # a lock that is open already: it was called before
-        finally:
-            self.called = True

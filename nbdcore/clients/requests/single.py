@@ -68,10 +68,8 @@ def read_into(limits: Limits, buffer: Any, offset: Any, *, df: bool, call: str =
     """Build a read into a caller's buffer. Returns how many bytes that holds, too."""
     offset = whole_number(call, "offset", offset)
     view = bytes_view(call, buffer, writable=True)
-    flags = CommandFlag.DF if df else 0
-    if 0 < len(view) <= limits.data:  # as a rule it is one command
-        return len(view), commands.read(limits, len(view), offset, target=view, flags=flags)
     limits = _for_nothing(limits, len(view))
+    flags = CommandFlag.DF if df else 0
 
     def build(count: int, at: int) -> Command:
         begin = at - offset

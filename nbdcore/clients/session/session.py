@@ -214,10 +214,7 @@ class Session:
             self.close()
 
     def take_in(self, room: memoryview, taken: list[int], *, eager: bool = False) -> None:
-        """Let the engine take in what `fill` received into `room`, then receive what else is there, as `receive` does.
-
-        Where no command waits for an answer any more, nothing else is looked for.
-        """
+        """Let the engine take in what `fill` received into `room`, then receive what else is there, as `receive` does."""
         engine = self.engine
         count = taken.pop() if taken else 0
         if engine.phase in _OVER:
@@ -231,7 +228,7 @@ class Session:
                 return
             if engine.queue:
                 self.send()
-            if (eager and completed) or count < len(room) or engine.direct is not None or not engine.in_flight:
+            if (eager and completed) or count < len(room) or engine.direct is not None:
                 if engine.phase in _OVER:
                     self.close()
                 return

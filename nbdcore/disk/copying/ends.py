@@ -9,13 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nbdcore.disk.sources import AnySource
-    from nbdcore.errors import Error
 
-__all__ = ["NULL", "UNLIMITED", "Destination", "End", "Null", "NullDestination", "Range", "Reading", "Source"]
+__all__ = ["NULL", "UNLIMITED", "Destination", "End", "Null", "NullDestination", "Range", "Source"]
 
 #: The maximum block size of an end that has none.
 UNLIMITED = 1 << 62
@@ -82,30 +81,14 @@ class End(ABC):
         """Free what the copy opened for it. Idempotent; raises nothing."""
 
 
-class Reading(Protocol):
-    """A read that has begun. It ends with one of its calls; until then its memory belongs to it."""
-
-    def finish(self) -> int:
-        """Wait until it is done, and return its number of bytes. Raises Error."""
-
-    def give_up(self, why: Error) -> None:
-        """Do without it. Raises nothing."""
-
-
 class Source(End):
     """What is copied from.
 
     Attributes:
-        reads_ahead: whether `begin_read` begins reads.
         edges: where it has parts of a disk only, they begin and end at multiples of so many bytes, or at the disk's end; else 0.
     """
 
     edges: int = 0
-    reads_ahead: bool = False
-
-    def begin_read(self, view: memoryview, offset: int) -> Reading | None:  # noqa: ARG002 (most sources do not)
-        """Begin to fill the view, and return. None: nothing has begun, and `read_into` is to be called. Raises nothing."""
-        return None
 
     @abstractmethod
     def read_into(self, view: memoryview, offset: int) -> int:
@@ -126,7 +109,6 @@ class Destination(End):
         created: whether it did not exist before.
         blank: whether all of it reads as zeroes before the copy.
         can_flush: whether it can be told to put what it has on permanent storage.
-        takes_time: whether a write takes long enough for the source to do something meanwhile.
     """
 
     read_only: bool = False
@@ -134,7 +116,6 @@ class Destination(End):
     created: bool = False
     blank: bool = False
     can_flush: bool = True
-    takes_time: bool = True
 
     def length(self) -> int:
         """Return how many bytes it has now. Raises OSError."""
@@ -179,7 +160,6 @@ class NullDestination(Destination):
     kind = "null"
     name = "null:"
     blank = True
-    takes_time = False
 
     def write(self, view: memoryview, offset: int) -> None:
         """Do nothing."""

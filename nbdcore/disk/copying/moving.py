@@ -1,20 +1,15 @@
 """The moving of a copy: threads that take pieces of the plan, and read, look for zeroes, and write each.
 
-A thread has one buffer and one request under way at each end. It reads into the buffer and writes from it, so data are in the
-processor's cache in between, and the interpreter's lock is free while the kernel moves them. Where the source is a server, which
-can be asked for the next piece before this one is written, there is a second buffer for that: so both ends work at a time. 1 GiB
-from server to server, or to a file, took a tenth less so; to nowhere it took more.
-
-At first there is a thread for each processor, and none without a connection. Where pieces take long twice as many are tried, up
-to the caller's limits, and kept where that is faster: so over a slow network many requests are under way, and on a fast machine
-no more threads than do something.
+A thread has one buffer and one request under way. It reads into the buffer and writes from it, so data are in the processor's
+cache in between, and the interpreter's lock is free while the kernel moves them. At first there is a thread for each processor,
+and none without a connection. Where pieces take long twice as many are tried, up to the caller's limits, and kept where that is
+faster: so over a slow network many requests are under way, and on a fast machine no more threads than do something.
 
 The caller's thread waits, and tells of progress. After the first error nothing more is begun.
 """
 
 from __future__ import annotations
 
-import errno
 import threading
 import time
 from collections import deque
@@ -22,14 +17,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from nbdcore.disk.copying import zeroes
-from nbdcore.disk.copying.ends import Destination, Range, Reading, Source
+from nbdcore.disk.copying.ends import Destination, Range, Source
 from nbdcore.disk.copying.errors import failed
-from nbdcore.errors import Error, UsageError
+from nbdcore.errors import Error
 
 __all__ = ["Counts", "Crew", "Mover", "Rules"]
 
-# Seconds for a piece, from which on it is worth a try to have more under way: 1 MiB from one server to another takes 2 to 4 ms.
-# Between servers that take 5 ms for each request 2.5, 4 and 8 ms come to the same.
+# Seconds for a piece, from which on it is worth a try to have more under way: 1 MiB from one server to another takes 4 ms.
 _LONG = 0.008
 # Pieces for each thread by which a number of threads is judged, and how much faster twice as many must be.
 _TRIAL, _WORTH_IT = 4, 1.2
@@ -71,90 +65,62 @@ class Counts:
 
 
 class Mover:
-    """Moves one piece after the other, in buffers of its own: one, and one more where the source reads ahead.
-
-    Attributes:
-        reads_ahead: whether `begin` begins anything.
-        counts: what was done.
-    """
+    """Moves one piece after the other, in a buffer of its own."""
 
     def __init__(self, source: Source, destination: Destination, rules: Rules) -> None:
         self._source = source
         self._destination = destination
         self._rules = rules
         self._nothing = b""
-        room = rules.size + -rules.size % max(rules.granule, 8)
-        self.reads_ahead: bool = source.reads_ahead and destination.takes_time
-        self._memories = [bytearray(room) for _ in range(2 if self.reads_ahead else 1)]
-        self._views = [memoryview(memory) for memory in self._memories]
-        self._turn = 0  # which buffer the piece is in, or goes to
-        self._ahead: Reading | None = None
+        self._memory = bytearray(rules.size + -rules.size % max(rules.granule, 8))
+        self._view = memoryview(self._memory)
         self.counts: Counts = Counts()
 
     def move(self, piece: Range) -> int:
         """Move a piece. Returns its length; less where a source that is read in order has ended. Raises CopyError."""
-        got = self.fetch(piece)
-        self.put(piece, got)
-        return got
-
-    def begin(self, piece: Range) -> None:
-        """Begin to read the piece that comes after the one that was fetched, and is to be put first."""
-        if not piece.zero and self.reads_ahead:
-            self._ahead = self._source.begin_read(self._views[1 - self._turn][: piece.count], piece.offset)
-
-    def fetch(self, piece: Range) -> int:
-        """Have the data of a piece in the buffer. Returns its length, as `move` does. Raises CopyError."""
-        if piece.zero:
-            return piece.count
-        self._turn = (self._turn + 1) % len(self._views)
-        ahead, self._ahead = self._ahead, None
-        try:
-            if ahead is not None:
-                return ahead.finish()
-            return self._source.read_into(self._views[self._turn][: piece.count], piece.offset)
-        except (OSError, Error) as problem:
-            raise failed("read", piece.count, piece.offset, self._source.name, problem) from problem
-
-    def put(self, piece: Range, got: int) -> None:
-        """Write the piece that was fetched. Raises CopyError."""
         if piece.zero:
             if self._rules.look is not None:
                 self._rules.look(piece.offset, piece.count, None)
             self._zero(piece.offset, piece.count)
+            got = piece.count
         else:
-            self._put_data(piece.offset, got)
+            got = self._copy(piece.offset, piece.count)
         if self._rules.remember:
             self.counts.finished.append((piece.offset, got))
+        return got
 
     def release(self) -> None:
-        """Free the buffers: nothing more is moved."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            ahead.give_up(UsageError(errno.ECANCELED, "the copy has ended"))
-        for view in self._views:
-            view.release()
-        self._memories.clear()
+        """Free the buffer: nothing more is moved."""
+        self._view.release()
+        self._memory = bytearray()
 
     def has_more(self, offset: int) -> bool:
         """Return whether a source that is read in order goes on at `offset`. Raises CopyError."""
         try:
-            return bool(self._source.read_into(self._views[0][:1], offset))
+            return bool(self._source.read_into(self._view[:1], offset))
         except (OSError, Error) as problem:
             raise failed("read", 1, offset, self._source.name, problem) from problem
 
-    def _put_data(self, offset: int, got: int) -> None:
-        view = self._views[self._turn][:got]
+    def _copy(self, offset: int, count: int) -> int:
+        view = self._view if count == len(self._view) else self._view[:count]
+        try:
+            got = self._source.read_into(view, offset)
+        except (OSError, Error) as problem:
+            raise failed("read", count, offset, self._source.name, problem) from problem
+        if got < count:
+            view = view[:got]
         if self._rules.look is not None:
             self._rules.look(offset, got, view)
         granule = self._rules.granule
         if not granule:
             self._write(view, offset)
-            return
-        for at, length, zero in zeroes.runs(self._memories[self._turn], got, granule):
+            return got
+        for at, length, zero in zeroes.runs(self._memory, got, granule):
             if zero:
                 self._zero(offset + at, length)
             else:
                 self._write(view[at : at + length], offset + at)
+        return got
 
     def _write(self, view: memoryview, offset: int) -> None:
         try:
@@ -239,18 +205,16 @@ class Crew:
 
     def _work(self, mover: Mover) -> None:
         try:
-            piece = self._next()
-            while piece is not None:
-                got = mover.fetch(piece)
+            while not self._stopped:
+                with self._plan:
+                    piece = next(self._pieces, None)
+                if piece is None:
+                    break
+                mover.move(piece)
                 more = 0 if piece.zero else self._pace.more(piece.count)
-                following = self._next() if mover.reads_ahead and more >= 0 else None
-                if following is not None:
-                    mover.begin(following)
-                mover.put(piece, got)
                 if more < 0:
                     break
                 self._start(more)
-                piece = following or self._next()
         except BaseException as problem:  # noqa: BLE001 (raised again by the thread that waits)
             self._stopped = True
             with self._idle:  # not `_plan`, which another thread has while it waits for the source to tell its extents
@@ -260,13 +224,6 @@ class Crew:
             with self._idle:
                 self._working -= 1
                 self._idle.notify_all()
-
-    def _next(self) -> Range | None:
-        """Take the next piece from the plan: None where there is none, or where the copy is to stop."""
-        if self._stopped:
-            return None
-        with self._plan:
-            return next(self._pieces, None)
 
 
 class _Pace:

@@ -7,10 +7,9 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 
-from nbdcore.clients.blocking.begun import begin_read
 from nbdcore.clients.blocking.client import Client
 from nbdcore.clients.blocking.pool import Pool
-from nbdcore.disk.copying.ends import Destination, End, Range, Reading, Source
+from nbdcore.disk.copying.ends import Destination, End, Range, Source
 from nbdcore.errors import Error, UsageError
 from nbdcore.protocol.constants import BASE_ALLOCATION, AllocationFlag
 
@@ -74,8 +73,6 @@ class ServerSource(_Server, Source):
             server does not have it.
     """
 
-    reads_ahead = True
-
     def __init__(self, disk: Disk, name: str, *, owned: bool, use_extents: bool, bitmap: str = "") -> None:
         super().__init__(disk, name, owned=owned)
         self._use_extents = use_extents and BASE_ALLOCATION in disk.contexts
@@ -87,13 +84,6 @@ class ServerSource(_Server, Source):
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill the view. Raises Error."""
         return self._disk.pread_into(view, offset)
-
-    def begin_read(self, view: memoryview, offset: int) -> Reading | None:
-        """Ask for a read. Where that cannot be, `read_into` finds out what is wrong, in its turn."""
-        try:
-            return begin_read(self._disk, view, offset)
-        except Error:
-            return None
 
     def extents(self) -> Iterator[Range]:
         """Yield what base:allocation says, of all or of what the bitmap names. Raises Error where the server cannot answer.
