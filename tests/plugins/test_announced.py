@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import zipfile
 
@@ -84,17 +85,23 @@ def test_line_that_is_no_entry_point_is_a_complaint_that_names_the_distribution(
     assert "cannot be read: ValueError: no entry point: neither name nor value" in complaint
 
 
-def test_what_is_in_an_archive_is_found_beside_what_is_in_folders(site, tmp_path, monkeypatch):
+def test_what_is_in_an_archive_is_found_beside_what_is_in_folders(site, tmp_path):
     site.install_transport("nbdcore-pigeon", "pigeon")
     archive = tmp_path / "archive.zip"
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("nbdcore_owl-1.0.dist-info/METADATA", "Name: nbdcore-owl\nVersion: 1.0\n")
         file.writestr("nbdcore_owl-1.0.dist-info/entry_points.txt", "[nbdcore.transports]\nowl = nbdcore_owl\n")
-    monkeypatch.syspath_prepend(archive)
-    assert [(name, distribution) for name, _, distribution, _ in found()] == [
-        ("owl", "nbdcore-owl"),
-        ("pigeon", "nbdcore-pigeon"),
-    ]
+    # In a process of its own: importlib_metadata keeps an archive open that it has looked into.
+    program = """
+import sys
+sys.path[:0] = sys.argv[1:]
+from nbdcore.plugins.announced import announced_plugins
+for plugin in announced_plugins([]):
+    print(plugin.name, plugin.distribution)
+"""
+    command = [sys.executable, "-c", program, str(archive), str(site.directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert {"owl nbdcore-owl", "pigeon nbdcore-pigeon"} < set(done.stdout.splitlines())
 
 
 @pytest.mark.usefixtures("searched")
