@@ -35,7 +35,7 @@ test-quick: $(VENV)/ready ## run the tests that need nothing but Python
 # Each in a virtual environment of its own. A bare Debian has one CPython. Two run at once, each with half of the workers, and print
 # what they have to say when they end.
 test-pythons: environments servers ## run what depends on the Python under every further CPython from 3.11 on that is here
-	@found=$$($(FURTHER)); \
+	@found=$$($(FURTHER)) || exit 1; \
 	[ -n "$$found" ] || { echo "No further CPython from 3.11 on is here: nothing to run again."; exit 0; }; \
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going WORKERS=2 $$(printf ' with%s' $$found)
 
@@ -47,7 +47,8 @@ with/%:
 # They need nothing but the tests' group, and have no pip of their own: the first one's serves them.
 .PHONY: environments
 environments: $(VENV)/made
-	@for python in $$($(FURTHER)); do \
+	@found=$$($(FURTHER)) || exit 1; \
+	for python in $$found; do \
 		folder=.cache/$${python##*/}; \
 		$(MAKE) --no-print-directory $$folder/ready PYTHON=$$python VENV=$$folder GROUPS=test \
 			OWN_PIP=without-pip PIP="$(BIN)/python -m pip --python $$folder/bin/python" || exit 1; \

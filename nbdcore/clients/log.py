@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["debug", "info"]
 
 # Asked for once: `logging.getLogger` takes a lock that all threads share, and an exception that a signal handler raises in there
-# would leave it taken.
+# would leave it taken. Here already, where the program has imported logging before: then no handler can come in between.
 _logger: logging.Logger | None = None
 
 
@@ -40,3 +40,6 @@ def _found() -> logging.Logger | None:
 
         _logger = logging.getLogger("nbdcore")
     return _logger
+
+
+_found()

@@ -11,6 +11,8 @@ from nbdcore.errors import Disconnected, ProtocolViolation, copied
 
 __all__ = ["loss_told", "name_of"]
 
+_MIDDLE = ", in the middle of "
+
 
 def name_of(disk: Client | Pool) -> str:
     """Return what messages call the disk of a client."""
@@ -30,8 +32,10 @@ def loss_told(doing: str, count: int, offset: int, name: str) -> Iterator[None]:
     try:
         yield
     except (Disconnected, ProtocolViolation) as error:
+        if _MIDDLE in error.message:  # what is nearer to the connection has told
+            raise
         told = copied(error)
-        told.message = f"{error.message}, in the middle of {doing} {count} bytes at offset {offset} of {name}"
+        told.message = f"{error.message}{_MIDDLE}{doing} {count} bytes at offset {offset} of {name}"
         if isinstance(error, Disconnected):
             told.message += "; see why the server ended, and begin again when it runs"
         raise told from error

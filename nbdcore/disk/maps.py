@@ -254,7 +254,7 @@ def read_map(
     cannot tell, after which the connection is as usable as before.
     """
     contexts = contexts or (BASE_ALLOCATION,)
-    rest = disk.size - offset if count is None else count
+    rest = disk.size - offset if count is None and isinstance(offset, int) else count or 0  # they are checked further down
     with loss_told("asking about", rest, offset, name_of(disk)):
         return DiskMap(disk.extent_columns(*contexts, offset=offset, count=count, timeout=timeout), *contexts)
 

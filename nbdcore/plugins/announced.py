@@ -89,7 +89,7 @@ def _in_folders() -> Iterator[_Folder]:
             names = os.listdir(place or os.curdir)
         except NotADirectoryError:
             raise
-        except OSError:  # what cannot be looked into has nothing that could be imported
+        except (OSError, ValueError):  # what cannot be looked into has nothing that could be imported
             continue
         for name in names:
             if name.endswith((".dist-info", ".egg-info")):
@@ -142,7 +142,7 @@ def _name_and_version(distribution: _Distribution) -> tuple[str, str]:
 
     Read as lines where they can be: importlib_metadata would import a parser of mail for them, which takes 30 ms.
     """
-    head = (distribution.read_text("METADATA") or "").partition("\n\n")[0]
+    head = (distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or "").partition("\n\n")[0]
     known = dict(_FIELD.findall(head))
     if len(known) == 2:
         return known["Name"], known["Version"]

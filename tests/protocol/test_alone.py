@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nbdcore.protocol.constants import Chunk
+from nbdcore.protocol.constants import Chunk, CommandType
 from nbdcore.protocol.engine import INLINE_PAYLOAD
 from nbdcore.protocol.transmission import commands
 from nbdcore.protocol.transmission.decoder import LARGE
@@ -135,6 +135,16 @@ def test_acknowledgement_of_the_wrong_kind_is_left_as_it_is(mode):
     assert engine.submit_alone(command)
     said(engine)
     assert not engine.received_alone(command, put(engine, simple(command) if mode == "extended" else simple(command, 5)))
+    assert not command.done
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_block_status_without_extents_is_no_success(mode):
+    engine = connected(mode).engine
+    command = commands.Command(CommandType.BLOCK_STATUS, 0, OFFSET, COUNT)
+    command.cookie = 1
+    engine.in_flight[1] = command
+    assert not engine.received_alone(command, put(engine, simple(command) if mode != "extended" else none(mode, command)))
     assert not command.done
 
 

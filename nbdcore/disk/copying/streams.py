@@ -126,8 +126,8 @@ class StreamDestination(_Stream, Destination):
         self._writer = fd
         self._most = UNLIMITED
         kind = os.fstat(fd).st_mode
-        if stat.S_ISREG(kind) or not hasattr(select, "poll"):
-            return
+        if not hasattr(select, "poll") or not (stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind) or stat.S_ISCHR(kind)):
+            return  # a disk takes what it is given
         if owned:
             os.set_blocking(fd, False)
         elif stat.S_ISFIFO(kind):

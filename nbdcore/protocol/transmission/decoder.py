@@ -67,7 +67,7 @@ _LARGEST_ERROR = wire.CHUNK_ERROR_HEAD.size + MAX_STRING + 8
 # Most extents taken from one chunk, and per context from one reply: the specification says that a server SHOULD NOT send more.
 _MAX_EXTENTS = 1 << 20
 
-_READ = int(CommandType.READ)
+_READ, _BLOCK_STATUS = int(CommandType.READ), int(CommandType.BLOCK_STATUS)
 _HEADER = Struct(">IIQ")  # magic; error, or flags and type of a chunk; cookie: alike in all three headers
 _DATA_HEADER = Struct(">IIQIQ")  # a structured chunk's header and the offset its data begin with
 _EXTENDED_DATA = Struct(">IIQQQQ")  # an extended chunk's header and the offset its data begin with
@@ -130,6 +130,9 @@ class Decoder:
         If they are not, nothing has happened. What such an answer begins with is known before it comes.
         """
         incoming, in_flight, reading = self.incoming, self._in_flight, command.type == _READ
+        # Block status is never a header and no more; and a length that fits into no header was not received either.
+        if command.type == _BLOCK_STATUS or (reading and count < command.count):
+            return False
         cookie, offset, length = command.cookie, command.offset, command.count + 8
         if not (self._extended or (reading and self._structured)):
             header = _HEADER.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
