@@ -1,9 +1,8 @@
 """Which transports exist here, and for each one that does not load, why.
 
 Nothing happens at import. The first question (`supports`, `get`, `for_uri`, `statuses`) scans the entry points of the group
-`nbdcore.transports`, and only then are pluggy and the plugins themselves imported. Each plugin is loaded by
-itself: whatever one does, the others load. What became of it is kept as data (TransportStatus) for error messages and for
-`nbdcore transports`.
+`nbdcore.transports`, and only then are pluggy and the plugins themselves imported. Each plugin is loaded by itself: whatever one
+does, the others load. What became of it is kept as data (TransportStatus) for error messages and for `nbdcore transports`.
 
 The order is always the same, whatever the file system says: plugins that the program registered itself, then nbdcore's own, then
 everybody else's by entry-point name and distribution. The first to claim a name or a URI scheme keeps it, so that installing a

@@ -248,19 +248,23 @@ def test_address_after_a_silent_one_is_taken_and_nothing_is_left_open(resolver):
     listener.close()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a full backlog is silent on Linux")
-def test_connecting_that_is_given_up_while_several_addresses_are_tried_leaves_nothing_open(resolver):
-    listener = TCP.listen(TCP.address(host="127.0.0.9", port=0))
+@contextlib.contextmanager
+def nobody_answers(resolver, *silent):
+    """Give a port at which no address of several.test answers, and these are silent; nothing may be left open at the end."""
+    listener = TCP.listen(TCP.address(host="127.0.0.9", port=0))  # so that nobody else gets the port
     port = listener.address.port
     resolver.addresses = ["127.0.0.2", "127.0.0.4"]
-    with (
-        leaks.none_left_open(),
-        silent_at("127.0.0.2", port),
-        silent_at("127.0.0.4", port),
-        pytest.raises(DeadlineExceeded),
-    ):
-        drive(TCP.connect(TCP.address(host="several.test", port=port)), Deadline.after(0.6), "too long")
+    with leaks.none_left_open(), contextlib.ExitStack() as stack:
+        for host in silent:
+            stack.enter_context(silent_at(host, port))
+        yield port
     listener.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a full backlog is silent on Linux")
+def test_connecting_that_is_given_up_while_several_addresses_are_tried_leaves_nothing_open(resolver):
+    with nobody_answers(resolver, "127.0.0.2", "127.0.0.4") as port, pytest.raises(DeadlineExceeded):
+        drive(TCP.connect(TCP.address(host="several.test", port=port)), Deadline.after(0.6), "too long")
 
 
 def connected_in_a_loop(uri, **options):
@@ -298,16 +302,9 @@ def test_a_server_behind_a_silent_address_is_waited_for(size_of, resolver):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a full backlog is silent on Linux")
 def test_waiting_for_a_silent_address_ends_in_time_and_nothing_is_left_open(resolver):
-    listener = TCP.listen(TCP.address(host="127.0.0.9", port=0))
-    port = listener.address.port
-    resolver.addresses = ["127.0.0.2", "127.0.0.4"]
-    with (
-        leaks.none_left_open(),
-        silent_at("127.0.0.2", port),
-        pytest.raises(DeadlineExceeded, match=r"no server at .* within 1.5 s"),
-    ):
+    too_late = pytest.raises(DeadlineExceeded, match=r"no server at .* within 1.5 s")
+    with nobody_answers(resolver, "127.0.0.2") as port, too_late:
         nbdcore.connect(f"nbd://several.test:{port}", wait=1.5)
-    listener.close()
 
 
 @pytest.mark.parametrize(
