@@ -60,7 +60,7 @@ environments: $(VENV)/made
 DEPENDS := tests/aio tests/clients tests/plugins tests/streams tests/transports tests/server/test_listening.py \
 	tests/server/test_tls.py tests/server/test_tls_clients.py tests/libnbd/test_aio.py tests/libnbd/test_connecting.py \
 	tests/libnbd/test_exit.py tests/libnbd/test_tls.py tests/security/test_trust.py tests/test_public_names.py
-SAMPLE := $(patsubst %,tests/protocol/test_%.py,automatic callbacks commands framing greeting requests)
+SAMPLE := $(patsubst %,tests/protocol/test_%.py,automatic callbacks commands framing greeting memory requests)
 CHOICE := --one-of-each
 
 test-here: $(VENV)/ready

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import sys
 import tracemalloc
 
 import pytest
 
-from nbdcore.protocol.transmission.memory import Memory
+from nbdcore.protocol.transmission.memory import IS_COPIED
 from nbdcore.server import BlockSizes, ExportSettings, Server
 from tests.clients.talking import PATIENCE
 from tests.clients.test_parity import connected, every_front_end
@@ -59,18 +57,4 @@ def test_read_in_pieces_takes_no_more_memory_than_its_data(uri, front_end, name)
         tracemalloc.stop()
     assert len(data) == SIZE
     assert all(data[at] == data[at + (1 << 20) - 1] == at >> 20 for at in range(0, SIZE, 1 << 20))
-    assert peak < 1.5 * SIZE  # a few pieces of the server's are in it
-
-
-@pytest.mark.skipif(
-    sys.version_info < (3, 13), reason="before, nothing was said; and CPython 3.12.1 crashes on such a circle by itself"
-)
-def test_memory_that_is_collected_with_a_view_of_it_goes_without_a_word(monkeypatch):
-    said = []
-    monkeypatch.setattr(sys, "unraisablehook", said.append)
-    memory = Memory(4096)
-    circle = [memory, memory.view()]
-    circle.append(circle)
-    del memory, circle
-    gc.collect()
-    assert not said
+    assert peak < (2.5 if IS_COPIED else 1.5) * SIZE  # a few pieces of the server's are in it
