@@ -227,7 +227,7 @@ class Engine:
         return command.cookie
 
     def submit_alone(self, command: Command) -> list[memoryview]:
-        """Submit a small read or write, packed already, if nothing else is under way. Returns `outgoing()`; empty: use `submit`.
+        """Submit a read or small write, packed already, if nothing else is under way. Returns `outgoing()`; empty: use `submit`.
 
         Calls are most of what a lone request costs; this is one in place of three, and `received_alone` is one less.
         """
@@ -239,8 +239,8 @@ class Engine:
             or parts
             or self.in_flight
             or command.type not in _READ_OR_WRITE
-            or count >= LARGE
             or (payload is not None and count > INLINE_PAYLOAD)
+            or self._incoming is None
         ):
             return []
         cookie, flags, kind, offset = self._last_cookie + 1, command.flags, command.type, command.offset
@@ -250,6 +250,8 @@ class Engine:
             request = wire.REQUEST.pack(REQUEST_MAGIC, flags, kind, cookie, offset, count)
         if payload is not None:
             request += payload
+        elif count >= LARGE:
+            self._incoming.large += 1
         parts.append(memoryview(request))
         self.traffic.chunks_sent += 1
         self._last_cookie = command.cookie = cookie
@@ -494,6 +496,33 @@ class Engine:
         self.traffic.bytes_received += count
         command.payload = None
         return True
+
+    def begins_alone(self, command: Command, count: int) -> Sequence[memoryview]:
+        """Take in the beginning of the answer to a large read that is alone here, if the `count` bytes in `room()` are one.
+
+        Returns where the rest goes, all of which is to be received next; how much was is for `ends_alone`. Empty: they are not,
+        nothing has happened, and they are for `received`.
+        """
+        decoder = self._decoder
+        if decoder is None or command.count < LARGE or not (rest := decoder.begins_alone(command, count)):
+            return ()
+        self.traffic.bytes_received += count
+        return rest
+
+    def ends_alone(self, command: Command, count: int) -> bool:
+        """Take in the `count` bytes in the places that `begins_alone` returned, if they are all of the rest.
+
+        Returns whether they were, and the command is done then; else what came into each place is for `received`. Others may have
+        submitted commands meanwhile.
+        """
+        decoder = self._decoder
+        if decoder is None:
+            return False
+        if decoder.ends_alone(command, count):
+            self.traffic.bytes_received += count
+            return True
+        self.received(0)  # from here on as ever: the beginning is decoded
+        return False
 
     def _take_no_more(self) -> list[Command]:
         """The server shuts down: it is asked nothing any more. Returns the commands that will not be sent, which have failed."""

@@ -18,6 +18,7 @@ from nbdcore import Client, Disconnected, Phase
 from nbdcore.clients.blocking.moving import Mover
 from nbdcore.clients.blocking.threads import SharedSession
 from nbdcore.clients.session.session import Session
+from nbdcore.protocol.constants import CommandType
 from nbdcore.server import MemoryDisk, Server
 from nbdcore.streams.sockets import SocketStream
 from nbdcore.testing.scripted import (
@@ -33,9 +34,10 @@ from nbdcore.testing.scripted import (
     wait_for,
 )
 from tests.clients.talking import CALLS, DONE, OPTION_CALLS, OPTION_MODE, PATIENCE, in_background, ready_for_options, script, talk
-from tests.interruptions import interrupted_at
+from tests.interruptions import interrupted_at, interrupted_at_each_step
 
 MAIN = threading.main_thread().ident
+MUCH = 256 << 10
 
 
 @contextlib.contextmanager
@@ -255,7 +257,28 @@ def read_for_ever(client: Client, armed: list[bool]) -> None:
         assert client.pread(8, number % 100, timeout=PATIENCE) == b"%08d" % (number % 100)
 
 
-def test_ctrl_c_at_any_moment_leaves_a_working_or_an_ended_connection():
+def read_much_for_ever(client: Client, armed: list[bool]) -> None:
+    armed.append(True)
+    buffer = bytearray(MUCH)
+    for number in itertools.count():
+        client.pread_into(buffer, number % 100, timeout=PATIENCE if number % 2 else None)
+        assert buffer[:8] == buffer[-8:] == b"%08d" % (number % 100)
+
+
+def large_disk(connection: Connection) -> None:
+    """Serve the same disk to large reads. A header comes by itself, with the offset of the data or without."""
+    connection.send(greeting())
+    Negotiation()(connection)
+    while True:
+        request = connection.receive_request()
+        reply = (data(b"%08d" % request.offset * (request.count // 8)) if request.kind == CommandType.READ else DONE)(request)
+        cut = 20 if request.offset % 3 else 28
+        connection.send(reply[:cut])
+        connection.send(reply[cut:])
+
+
+@pytest.mark.parametrize(("read", "disk"), [(read_for_ever, whole_disk), (read_much_for_ever, large_disk)])
+def test_ctrl_c_at_any_moment_leaves_a_working_or_an_ended_connection(read, disk):
     """A storm of interrupts over a busy client: every read is right, and nothing hangs. What ended is made anew."""
     armed: list[bool] = []  # no lock that a signal handler could run into
     done = threading.Event()
@@ -270,13 +293,13 @@ def test_ctrl_c_at_any_moment_leaves_a_working_or_an_ended_connection():
             signal.pthread_kill(MAIN, signal.SIGINT)
 
     signal.signal(signal.SIGINT, handler)
-    with ScriptedServer(*([unless_gone(whole_disk)] for _ in range(100))) as server, contextlib.ExitStack() as stack:
+    with ScriptedServer(*([unless_gone(disk)] for _ in range(100))) as server, contextlib.ExitStack() as stack:
         client = stack.enter_context(contextlib.closing(Client(server.stream(), timeout=PATIENCE)))
         thread = threading.Thread(target=storm, daemon=True)
         thread.start()
         for _ in range(99):
             with pytest.raises(KeyboardInterrupt):
-                read_for_ever(client, armed)
+                read(client, armed)
             assert client.phase in (Phase.CONNECTED, Phase.DEAD)
             if client.phase is Phase.DEAD:
                 client = stack.enter_context(contextlib.closing(Client(server.stream(), timeout=PATIENCE)))
@@ -287,6 +310,46 @@ def test_ctrl_c_at_any_moment_leaves_a_working_or_an_ended_connection():
 
 
 # ---------------------------------------------------------------------------------------------- at chosen places
+
+
+def read_little(client: Client) -> None:
+    assert client.pread(8, 5, timeout=PATIENCE) == b"%08d" % 5
+
+
+def read_much(client: Client) -> None:
+    buffer = bytearray(MUCH)
+    client.pread_into(buffer, 6, timeout=PATIENCE)
+    assert buffer == b"%08d" % 6 * (MUCH // 8)
+
+
+def write_little(client: Client) -> None:
+    client.pwrite(b"x", 7, timeout=PATIENCE)
+
+
+def write_much(client: Client) -> None:
+    client.pwrite(bytes(MUCH), 8, timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("work", [read_little, read_much, write_little, write_much])
+def test_ctrl_c_at_each_step_of_a_call_leaves_a_working_or_an_ended_connection(work):
+    with ScriptedServer(*([unless_gone(large_disk)] for _ in range(500))) as server, contextlib.ExitStack() as stack:
+        clients: list[Client] = []
+
+        def connect() -> None:
+            clients.append(stack.enter_context(contextlib.closing(Client(server.stream(), timeout=PATIENCE))))
+
+        connect()
+        for outcome in interrupted_at_each_step(lambda: work(clients[-1])):
+            assert outcome is None or isinstance(outcome, KeyboardInterrupt)
+            client = clients[-1]
+            assert not client._shared._session.waited_for
+            if client.phase is not Phase.CONNECTED:
+                assert client.phase is Phase.DEAD
+                connect()
+            for other in (read_little, read_much, write_little):
+                other(clients[-1])
+        while server._played < 500:
+            server.socket().close()
 
 
 def test_ctrl_c_while_a_caller_leaves_hands_over_all_the_same():

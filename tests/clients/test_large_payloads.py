@@ -62,6 +62,50 @@ def test_ctrl_c_in_the_middle_of_a_payload_leaves_the_connection_usable(way, go_
         signal.signal(signal.SIGINT, before)
 
 
+#: Bytes of a reply that come before the server stands still: in the header, behind it, and about the offset of the data.
+CUTS = [1, 20, 24, 28, 29]
+
+
+@needs_alarms
+@pytest.mark.parametrize("cut", CUTS)
+def test_ctrl_c_at_the_beginning_of_a_payload_leaves_the_connection_usable(cut, go_on):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with talk(in_two_parts(good, cut, go_on), serve(good)) as (client, _):
+            buffer, heard = bytearray(LARGE), client._engine.traffic.bytes_received
+            with (
+                ctrl_c_when(lambda: client._engine.traffic.bytes_received >= heard + min(cut, 20)),
+                pytest.raises(KeyboardInterrupt),
+            ):
+                read(client, buffer)
+            assert client.phase is Phase.CONNECTED
+            given_up = bytes(buffer)
+            go_on.set()
+            assert client.pread(LARGE, 9, timeout=PATIENCE) == expected(9, LARGE)
+            assert buffer == given_up
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_deadline_at_the_beginning_of_a_payload_leaves_the_connection_usable(cut, go_on):
+    with talk(in_two_parts(good, cut, go_on), serve(good)) as (client, _):
+        with pytest.raises(DeadlineExceeded):
+            read(client, bytearray(LARGE), timeout=SHORT)
+        go_on.set()
+        assert client.pread(LARGE, 9, timeout=PATIENCE) == expected(9, LARGE)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_payload_that_stands_still_at_its_beginning_comes_whole(cut, go_on):
+    with talk(in_two_parts(good, cut, go_on), serve(good)) as (client, _):
+        buffer = bytearray(LARGE)
+        with in_background(lambda: read(client, buffer)):
+            time.sleep(SHORT)
+            go_on.set()
+        assert buffer == expected(7, LARGE)
+
+
 @ways
 def test_deadline_in_the_middle_of_a_payload_leaves_the_connection_usable_and_the_buffer_alone(way, go_on):
     with talk(in_two_parts(good, HALF, go_on), serve(good)) as (client, _):

@@ -270,8 +270,8 @@ class SharedSession:
 
     # ------------------------------------------------------------------------------------------ steps of a caller
 
-    def _run_alone(self, command: Command, deadline: Deadline) -> Sequence[Command]:  # noqa: C901, PLR0912 (flat on purpose)
-        """The short way of a caller that is alone: send, wait once, take in. It is written out flat, since each call costs.
+    def _run_alone(self, command: Command, deadline: Deadline) -> Sequence[Command]:  # noqa: C901, PLR0912, PLR0915 (flat on purpose)
+        """The short way of a caller that is alone: send, wait, take in. It is written out flat, since each call costs.
 
         Returns the commands that are still to be submitted: this one if other callers are here, else none. If the command is not
         done afterwards, the caller goes on with `wait`.
@@ -279,6 +279,7 @@ class SharedSession:
         mover, session, engine = self._mover, self._session, self.engine
         waiters = mover.waiters
         watched, room = False, None
+        payload: Sequence[memoryview] = ()
         taken: list[int] = []
         try:
             with self._lock:
@@ -312,27 +313,50 @@ class SharedSession:
                 else:
                     try:
                         if not taken or not engine.received_alone(command, taken[0]):
-                            session.take_in(room, taken)
+                            payload = session.take_in_alone(command, room, taken)
                     except BaseException as exc:
                         mover.give_up(exc)
                         raise
+                if payload:
+                    session.waited_for |= _READ
+                    session.filling = watched = True
+                elif waiters.parked or engine.phase is not _CONNECTED:
+                    mover.hand_over()
+            if not payload:
+                return ()
+            for rest in payload:
+                if not session.fill(rest, taken, None if deadline.at is None else deadline.remaining(), whole=True):
+                    break
+                if taken[-1] != len(rest):
+                    break
+            with self._lock:
+                session.waited_for &= ~_READ
+                session.filling = watched = False
+                try:
+                    session.take_in_payload(command, payload, taken)
+                except BaseException as exc:
+                    mover.give_up(exc)
+                    raise
                 if waiters.parked or engine.phase is not _CONNECTED:
                     mover.hand_over()
         except BaseException:
-            self._stop_alone(room, taken, watched=watched)
+            if payload:
+                self._stop_alone(partial(session.take_in_payload, command, payload), taken, watched=watched)
+            else:
+                self._stop_alone(None if room is None else partial(session.take_in, room), taken, watched=watched)
             raise
         finally:
             if self._closing is not None:
                 self._close_if_asked()
         return ()
 
-    def _stop_alone(self, room: memoryview | None, taken: list[int], *, watched: bool) -> None:
+    def _stop_alone(self, take_in: Callable[[list[int]], None] | None, taken: list[int], *, watched: bool) -> None:
         """An exception ends the wait of a caller that was alone. What it has received counts, and others may have parked."""
         with self._lock:
             if watched:
                 self._session.stop_watching(_READ)
-            if watched and room is not None and taken:
-                self._mover.move(partial(self._session.take_in, room, taken))
+                if take_in is not None and taken:
+                    self._mover.move(partial(take_in, taken))
             self._mover.hand_over()
 
     def wait(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from nbdcore.clients import log
 from nbdcore.errors import Disconnected, Error, TLSError
@@ -233,6 +233,25 @@ class Session:
                     self.close()
                 return
         self.receive(eager=eager, pausing=True)
+
+    def take_in_alone(self, command: Command, room: memoryview, taken: list[int]) -> Sequence[memoryview]:
+        """Do as `take_in` does, for a command that is alone here.
+
+        Returns where the rest of its large payload goes: for as many calls of `fill`, and then `take_in_payload`.
+        """
+        if taken and self._hung_up is None and (rest := self.engine.begins_alone(command, taken[0])):
+            taken.clear()
+            return rest
+        self.take_in(room, taken)
+        return ()
+
+    def take_in_payload(self, command: Command, rooms: Sequence[memoryview], taken: list[int]) -> None:
+        """Let the engine take in what `fill` received into the rooms that `take_in_alone` returned."""
+        counts = taken.copy()
+        taken.clear()
+        if not self.engine.ends_alone(command, sum(counts)):
+            for room, count in zip(rooms, counts, strict=False):  # fewer, where the wait was broken off
+                self.take_in(room, [count])
 
     def receive(self, times: int = _RECEIVES, *, eager: bool = False, pausing: bool = False) -> None:
         """Receive what is there, let the engine take it in, and close the stream if that was the end.

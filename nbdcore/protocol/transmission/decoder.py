@@ -166,6 +166,55 @@ class Decoder:
         command.done = True
         return True
 
+    def begins_alone(self, command: Command, count: int) -> list[memoryview]:
+        """Take `count` bytes in the room of `incoming` if they begin the plain answer to a large read, the one command in flight.
+
+        That is a header, with the offset of the data or without. Returns where the rest goes; then ask `ends_alone`. Empty: they
+        do not, and nothing has happened.
+        """
+        incoming, in_flight, head = self.incoming, self._in_flight, self._head
+        cookie, offset, length = command.cookie, command.offset, command.count + 8
+        if not self._structured:
+            header = _HEADER.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
+        elif not self._extended:
+            header = _DATA_HEADER.pack(STRUCTURED_REPLY_MAGIC, DATA_DONE, cookie, length, offset)
+        else:
+            header = _EXTENDED_DATA.pack(EXTENDED_REPLY_MAGIC, DATA_DONE, cookie, offset, length, offset)
+        if (
+            not (count == head or (count == head - 8 and self._structured))
+            or command.type != _READ
+            or incoming.end
+            or incoming.finish is not None
+            or not incoming.scratch.startswith(header[:count])
+            or len(in_flight) != 1
+            or in_flight.get(cookie) is not command
+            or command.received
+            or command.error is not None
+            or command.completion is not None
+            or command.on_chunk is not None
+        ):
+            return []
+        incoming.end = count
+        memory = command.allocate()
+        return [memory] if count == head else [incoming.view[count:head], memory]
+
+    def ends_alone(self, command: Command, count: int) -> bool:
+        """Take `count` bytes in the places that `begins_alone` returned if they are all of the answer; the command is done then.
+
+        Others may have been submitted meanwhile. If they are not, nothing has happened.
+        """
+        incoming, head = self.incoming, self._head
+        if count != head - incoming.end + command.count:
+            return False
+        if self._structured and _OFFSET.unpack_from(incoming.scratch, head - 8)[0] != command.offset:
+            return False
+        incoming.end = 0
+        incoming.large -= 1
+        self._traffic.chunks_received += 1
+        del self._in_flight[command.cookie]
+        command.done = True
+        return True
+
     def take_completed(self) -> list[Command]:
         """Return the commands that became final since the last time: after a ProtocolViolation, those before the broken reply."""
         completed, self._completed = self._completed, []
