@@ -179,12 +179,11 @@ def test_command_with_others_beside_it_is_not_alone():
     assert not first.done
 
 
-@pytest.mark.parametrize("what", ["a large write", "a trim", "the connection is being closed", "no connection"])
+@pytest.mark.parametrize("what", ["a trim", "the connection is being closed", "no connection"])
 def test_what_takes_the_long_way_is_not_submitted(what):
     engine = connected().engine
     limits = engine.limits
     command = {
-        "a large write": lambda: commands.write(limits, bytes(INLINE_PAYLOAD + 1), 0),
         "a trim": lambda: commands.trim(limits, COUNT, 0),
     }.get(what, lambda: commands.read(limits, COUNT, 0))()
     if what == "no connection":
@@ -271,6 +270,24 @@ def test_large_read_that_is_broken_off_anywhere_goes_on_as_any_other_does(mode, 
         assert command.result() == LONG
         assert engine.between_replies
         assert memory == (LONG if kind == "into" else bytes(LARGE))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("count", [INLINE_PAYLOAD, INLINE_PAYLOAD + 1, LARGE])
+def test_lone_write_of_any_size_is_sent_as_any_other_is(mode, count):
+    ends = []
+    for alone in (True, False):
+        engine = connected(mode).engine
+        for _ in range(2):
+            command = commands.write(engine.limits, LONG[:count], OFFSET)
+            parts = engine.submit_alone(command) if alone else engine.submit(command) and engine.outgoing()
+            sizes = [*map(len, parts)]
+            sent = said(engine)
+            assert sent.endswith(LONG[:count])
+            count_in = put(engine, good(mode, "write", command))
+            assert engine.received_alone(command, count_in) if alone else engine.received(count_in) == 1
+        ends.append((sizes, sent, state(engine, command, b"")))
+    assert ends[0] == ends[1]
 
 
 ODD_BEGINNINGS = {

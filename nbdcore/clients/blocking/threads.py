@@ -40,10 +40,11 @@ from nbdcore.errors import DeadlineExceeded, Error, UsageError, copied
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission.commands import Command, disconnect
+from nbdcore.protocol.transmission.decoder import LARGE
 from nbdcore.streams.base import WANTS, Want
 from nbdcore.streams.waiting import LOOK_AGAIN, Deadline, Watch, sooner, wait_any
 
-_READ = int(Want.READ)
+_READ, _WRITE = int(Want.READ), int(Want.WRITE)
 _CONNECTED = Phase.CONNECTED
 
 Waited = TypeVar("Waited", bound=Pending)
@@ -282,11 +283,12 @@ class SharedSession:
         payload: Sequence[memoryview] = ()
         taken: list[int] = []
         try:
+            sent = command.payload is not None and command.count >= LARGE and self._send_large_alone(command, deadline)
             with self._lock:
                 if session.waited_for or waiters.parked or waiters.woken:
-                    return (command,)
+                    return () if sent else (command,)
                 try:
-                    sent = session.send_alone(command)
+                    sent = sent or session.send_alone(command)
                 except BaseException as exc:
                     mover.give_up(exc)
                     raise
@@ -349,6 +351,44 @@ class SharedSession:
             if self._closing is not None:
                 self._close_if_asked()
         return ()
+
+    def _send_large_alone(self, command: Command, deadline: Deadline) -> bool:
+        """Submit a write with a large payload, if its caller is alone, and send that with one call that waits, or a part of it.
+
+        Returns False where the caller is not alone: then nothing has happened.
+        """
+        mover, session = self._mover, self._session
+        sending, sent = False, list[int]()
+        try:
+            with self._lock:
+                if session.waited_for or mover.waiters.parked or mover.waiters.woken:
+                    return False
+                try:
+                    parts = session.submit_large_alone(command)
+                except BaseException as exc:
+                    mover.give_up(exc)
+                    raise
+                if not parts:
+                    return False
+                sending = True
+                session.waited_for, session.sending = _WRITE, True
+            session.send_all(parts, sent, None if deadline.at is None else deadline.remaining())
+            with self._lock:
+                session.waited_for &= ~_WRITE
+                session.sending = sending = False
+                try:
+                    session.count_sent(sent)
+                except BaseException as exc:
+                    mover.give_up(exc)
+                    raise
+        except BaseException:
+            with self._lock:
+                if sending:
+                    session.stop_watching(_WRITE)
+                    mover.move(partial(session.count_sent, sent))
+                mover.hand_over()
+            raise
+        return True
 
     def _stop_alone(self, take_in: Callable[[list[int]], None] | None, taken: list[int], *, watched: bool) -> None:
         """An exception ends the wait of a caller that was alone. What it has received counts, and others may have parked."""
