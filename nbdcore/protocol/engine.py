@@ -39,7 +39,7 @@ from nbdcore.protocol.transmission.buffer import ReceiveBuffer
 from nbdcore.protocol.transmission.commands import ALL_STRICT, Command, Limits, disconnect
 from nbdcore.protocol.transmission.decoder import LARGE, Decoder
 
-__all__ = ["INLINE_PAYLOAD", "SENT_AT_ONCE", "Engine", "Exchange"]
+__all__ = ["INLINE_PAYLOAD", "Engine", "Exchange"]
 
 #: A payload up to so many bytes is copied behind its header, which spares the kernel a part. With 64 in flight a write of 16 KiB
 #: took a client of nbdkit 6.6 us of processor time copied and 7.4 us as a part of its own, one of 32 KiB 11.2 and 10.6 us.
@@ -51,8 +51,8 @@ _READ_OR_WRITE = (_READ, int(CommandType.WRITE))
 _SHUTTING_DOWN = "the server is shutting down"
 # Most commands packed at once: sendmsg takes 1024 parts, and a command has two at most.
 _BURST = 256
-#: Most bytes for one call that waits until they are sent: others have to wait with what they send.
-SENT_AT_ONCE = 1 << 20
+# Most bytes for one call that waits until they are sent: others have to wait with what they send.
+_SENT_AT_ONCE = 1 << 20
 
 
 class Engine:
@@ -351,7 +351,7 @@ class Engine:
         Empty where it is not, and where large answers are due: a server may wait until they are received before it reads on.
         """
         taken: list[memoryview] = []
-        left, begun = SENT_AT_ONCE, self._begun
+        left, begun = _SENT_AT_ONCE, self._begun
         for part in self._parts[:2]:  # a header may come before the payload
             payload, begun = part if begun is None else begun, None
             taken.append(part[:left])

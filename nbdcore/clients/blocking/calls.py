@@ -239,9 +239,10 @@ class BlockingCalls(ManyCalls, BlockingConnectMethods[Connected]):
     # ------------------------------------------------------------------------------------------ running
 
     def _connected(self, call: str) -> commands.Limits:
-        if self._engine.phase is not Phase.CONNECTED:
+        engine = self._engine
+        if engine.phase is not _CONNECTED:
             self._legal(call)
-        return self._engine.limits
+        return engine.limits
 
     def _run(self, request: Request, timeout: float | None) -> None:
         """Run a request, in as many pieces as it takes."""

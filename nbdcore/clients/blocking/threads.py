@@ -353,9 +353,10 @@ class SharedSession:
         return ()
 
     def _send_large_alone(self, command: Command, deadline: Deadline) -> bool:
-        """Submit a write with a large payload, if its caller is alone, and send that with one call that waits, or a part of it.
+        """Submit a write with a large payload, if its caller is alone, and send of it what two calls take, of which one waits.
 
-        Returns False where the caller is not alone: then nothing has happened.
+        Returns False where the caller is not alone: then nothing has happened. One call that waits, alone, was a fifth slower for
+        one thread that writes 1 MiB at a time: it goes to sleep once more. For several threads that write 256 KiB it was faster.
         """
         mover, session = self._mover, self._session
         sending, sent = False, list[int]()
@@ -364,12 +365,14 @@ class SharedSession:
                 if session.waited_for or mover.waiters.parked or mover.waiters.woken:
                     return False
                 try:
-                    parts = session.submit_large_alone(command)
+                    if not session.send_alone(command):
+                        return False
                 except BaseException as exc:
                     mover.give_up(exc)
                     raise
+                parts = self.engine.large_payload(lambda one: one is command) if session.sends_all else ()
                 if not parts:
-                    return False
+                    return True
                 sending = True
                 session.waited_for, session.sending = _WRITE, True
             session.send_all(parts, sent, None if deadline.at is None else deadline.remaining())

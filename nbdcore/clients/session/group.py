@@ -39,10 +39,11 @@ class Group:
     @property
     def speaker(self) -> Engine:
         """The one that speaks for all: one that has not ended, else one that this program ended, else any."""
-        if len(self.engines) == 1:
-            return self.engines[0]
+        first = self.engines[0]
+        if first.phase not in _OVER or len(self.engines) == 1:
+            return first
         best = self.live or [engine for engine in self.engines if engine.ended_by_program]
-        return best[0] if best else self.engines[0]
+        return best[0] if best else first
 
     @property
     def least(self) -> Engine:

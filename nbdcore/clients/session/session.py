@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 from nbdcore.clients import log
 from nbdcore.errors import Disconnected, Error, TLSError
-from nbdcore.protocol.engine import SENT_AT_ONCE, Engine
+from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission.commands import Command
 from nbdcore.streams.base import WANTS, Stream, Want, from_signal_handler
@@ -163,15 +163,6 @@ class Session:
         if count is not None and engine.sent(count):
             self.send()
         return True
-
-    def submit_large_alone(self, command: Command) -> Sequence[memoryview]:
-        """Submit a write with a large payload, where nothing else is under way. Returns what to send first, with `send_all`.
-
-        Empty: it did not, and nothing has happened.
-        """
-        if self._owes or self.sending or self._hung_up is not None or not self.sends_all:
-            return ()
-        return [part[:SENT_AT_ONCE] for part in self.engine.submit_alone(command)]
 
     def count_sent(self, sent: list[int]) -> None:
         """Let the engine know how much `send_all` has sent."""
