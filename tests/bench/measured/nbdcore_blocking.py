@@ -107,6 +107,9 @@ Use = Callable[[int, memoryview], None]
 
 def read_into_few(disk: Any, begin: int, end: int, settings: SimpleNamespace, use: Use | None = None) -> None:
     """Read a range of the disk into a few buffers that are used again and again."""
+    if settings.depth == 1:
+        read_one_by_one(disk, begin, end, settings, use)
+        return
     unused = [memoryview(bytearray(settings.request)) for _ in range(settings.depth)]
     used: dict[int, memoryview] = {}
 
@@ -120,6 +123,16 @@ def read_into_few(disk: Any, begin: int, end: int, settings: SimpleNamespace, us
         if use is not None:
             use(offset, buffer)
         unused.append(buffer)
+
+
+def read_one_by_one(disk: Any, begin: int, end: int, settings: SimpleNamespace, use: Use | None) -> None:
+    """Read a range of the disk into one buffer, again and again."""
+    whole = memoryview(bytearray(settings.request))
+    for offset in range(begin, end, settings.request):
+        buffer = whole[: end - offset]
+        disk.pread_into(buffer, offset)
+        if use is not None:
+            use(offset, buffer)
 
 
 def copy(settings: SimpleNamespace) -> None:
