@@ -67,7 +67,10 @@ class Error(Exception):
         errno: a number of the `errno` module, 0 where none fits.
         message: one sentence for a human.
         server_text: what the server said about it, raw, or "" where it said nothing.
+        names_disk: whether the message says which disk it is about, as the functions for whole disks have it.
     """
+
+    names_disk: bool = False
 
     def __init__(self, errno: int, message: str, *, server_text: str = "") -> None:
         super().__init__(errno, message)  # where the class is an OSError too, that one's attributes are set by this

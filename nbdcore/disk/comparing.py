@@ -89,6 +89,8 @@ def compare(  # noqa: PLR0913 (each says something of its own, by name)
         open_source(first, connections=connections, timeout=timeout, **options) as one,
         open_source(second, connections=connections, timeout=timeout, **options) as other,
     ):
+        if one.name == other.name:  # two programs that were started, say
+            one.name, other.name = f"{one.name} (the first disk)", f"{other.name} (the second disk)"
         sizes = (one.size, other.size)
         begin, end = checked_range(max(sizes), offset, length)
         if strict and min(one.size, end) != min(other.size, end):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nbdcore.clients.extents.columns import Column, CombinedExtentColumns, ExtentColumns
-from nbdcore.disk.losses import loss_told, name_of
+from nbdcore.disk.naming import disk_named, name_of
 from nbdcore.protocol.constants import BASE_ALLOCATION
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ def read_map(
     """
     contexts = contexts or (BASE_ALLOCATION,)
     rest = disk.size - offset if count is None and isinstance(offset, int) else count or 0  # they are checked further down
-    with loss_told("asking about", rest, offset, name_of(disk)):
+    with disk_named("asking about", rest, offset, name_of(disk)):
         return DiskMap(disk.extent_columns(*contexts, offset=offset, count=count, timeout=timeout), *contexts)
 
 

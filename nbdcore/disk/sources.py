@@ -18,7 +18,7 @@ from nbdcore.clients.blocking.client import Client
 from nbdcore.clients.blocking.functions import create_pool
 from nbdcore.clients.blocking.pool import Pool
 from nbdcore.clients.connect.options import ClientOptions
-from nbdcore.disk.losses import loss_told, name_of
+from nbdcore.disk.naming import disk_named, name_of
 from nbdcore.disk.offsets import FLAGS, PositionedFile
 from nbdcore.errors import CommandError, UsageError
 from nbdcore.protocol.constants import BASE_ALLOCATION
@@ -36,9 +36,11 @@ class Source(Protocol):
 
     Attributes:
         size: bytes.
+        name: what errors call it.
     """
 
     size: int
+    name: str
 
     def data(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield (begin, end) of what may hold data, in order. All else between the two offsets is zero."""
@@ -104,7 +106,7 @@ class NBDSource:
         self._client = client
         self._owned = owned
         self._timeout = timeout
-        self._name = name_of(client)
+        self.name: str = name_of(client)
         self.size: int = client.size
         self._multiple = client.block_size.minimum
 
@@ -115,7 +117,7 @@ class NBDSource:
             first = begin - begin % self._multiple
             last = min(self.size, end + -end % self._multiple)
             # A server that fails to tell is still read. What ends the connection ends the reading too.
-            with suppress(CommandError), loss_told("asking about", last - first, first, self._name):
+            with suppress(CommandError), disk_named("asking about", last - first, first, self.name):
                 for extent in self._client.extents(offset=first, count=last - first, timeout=self._timeout):
                     low, at = at, max(at, min(extent.end, end))
                     if not extent.zero and low < at:
@@ -128,7 +130,7 @@ class NBDSource:
         end = offset + count
         first = offset - offset % self._multiple
         last = min(self.size, end + -end % self._multiple)
-        with loss_told("reading", last - first, first, self._name):
+        with disk_named("reading", last - first, first, self.name):
             data = self._client.pread(last - first, first, timeout=self._timeout)
         return data if last - first == count else data[offset - first : end - first]
 
@@ -138,7 +140,7 @@ class NBDSource:
         if offset % self._multiple or (end % self._multiple and end != self.size):
             memory[:] = self.read(len(memory), offset)
         else:
-            with loss_told("reading", len(memory), offset, self._name):
+            with disk_named("reading", len(memory), offset, self.name):
                 self._client.pread_into(memory, offset, timeout=self._timeout)
 
     def interrupt(self) -> None:
@@ -158,7 +160,7 @@ class FileSource:
     """A regular file, or a block device. Raises OSError where it cannot be opened, UsageError for what has no size."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.name: str = str(path)
         # Not blocking: a named pipe that nobody writes to is refused too.
         self._fd = os.open(path, os.O_RDONLY | FLAGS | getattr(os, "O_NONBLOCK", 0))
         self._file = PositionedFile(self._fd)
@@ -194,9 +196,12 @@ class FileSource:
     def read_into(self, memory: memoryview, offset: int) -> None:
         """Read. A file that has become shorter meanwhile is an error."""
         while memory:
-            count = self._file.read_some(memory, offset)
+            try:
+                count = self._file.read_some(memory, offset)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self.name) from error
             if not count:
-                raise OSError(errno.EIO, f"became shorter while it was read: nothing is left at {offset}", str(self._path))
+                raise OSError(errno.EIO, f"became shorter while it was read: nothing is left at {offset}", self.name)
             memory, offset = memory[count:], offset + count
 
     def interrupt(self) -> None:

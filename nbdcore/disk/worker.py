@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from nbdcore.clients.blocking.functions import connect, create_pool
-from nbdcore.disk.losses import loss_told
+from nbdcore.disk.naming import disk_named
 from nbdcore.disk.shared import mapped
 from nbdcore.errors import UsageError
 
@@ -82,7 +82,7 @@ def _serve(pipe: Connection, task: Task, shared: str | None, room: int) -> None:
         pipe.send(Connected(disk.size))
         while (work := _next(pipe)) is not None:
             number, offset, count, place = work
-            with loss_told("working on", count, offset, task.uri):
+            with disk_named("working on", count, offset, task.uri):
                 if memory is None:
                     value = task.function(disk, offset, count)
                 else:

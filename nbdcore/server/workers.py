@@ -146,6 +146,7 @@ class _Worker:
         self.alive: bool = True
         self._stopping = False
         self._counting = threading.Lock()
+        self._ordering = threading.Lock()  # a pipe takes the words of one thread at a time
         level = server_log.getEffectiveLevel()
         with ExitStack() as undo, ExitStack() as far:
             self._orders, orders = context.Pipe()
@@ -179,7 +180,7 @@ class _Worker:
         Then this process is handed no more, and is told to stop when those that it has have left: another one can take its place.
         """
         try:
-            self._orders.send(Handed(str(stream)))
+            self._order(Handed(str(stream)))
             with self._counting:
                 self.clients += 1
             reduction.sendfds(self._clients, [stream.fileno()])
@@ -222,7 +223,11 @@ class _Worker:
 
     def _tell_to_stop(self, seconds: float | None) -> None:
         with suppress(OSError, TypeError, ValueError):  # it has died, or is about to
-            self._orders.send(Stop(seconds))
+            self._order(Stop(seconds))
+
+    def _order(self, order: Handed | Stop) -> None:
+        with self._ordering:
+            self._orders.send(order)
 
     def join(self, latest: Deadline) -> bool:
         """Wait until it has ended, and return whether it has."""

@@ -146,7 +146,7 @@ def test_an_error_in_the_middle_is_one_line_and_no_checksum(path):
     with nbdkit("file", str(path), "error-pread=EIO", "error-pread-rate=100%", filters=["error"]) as server:
         done = invoke("checksum", server.uri)
     [line] = done.stderr.splitlines()
-    assert line.startswith("nbdcore: read")
+    assert line.startswith(f"nbdcore: {server.uri}: read")
     assert (done.stdout, done.exit_code) == ("", 1)
 
 

@@ -137,7 +137,7 @@ def test_an_error_in_the_middle_is_trouble(one):
     failing = ("[", "nbdkit", "--filter=error", "file", str(one), "error-pread=EIO", "error-pread-rate=100%", "]")
     done = run("compare", "--map", one, *failing)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1].startswith("nbdcore: read")
+    assert done.stderr.splitlines()[-1].startswith("nbdcore: the command nbdkit: read")
 
 
 @pytest.mark.interop("nbdkit")

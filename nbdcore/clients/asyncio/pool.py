@@ -28,7 +28,7 @@ class AsyncPool(AsyncCalls["AsyncPool"]):
         super().__init__(options)
 
     def _connected_to(self) -> str:
-        return f"{self.connections} to {self._where}" if self._where else ""
+        return f"{self.connections} to {self.peer}" if self.peer else ""
 
     @property
     def connections(self) -> int:

@@ -55,7 +55,7 @@ class Pool(BlockingCalls["Pool"]):
         super().__init__(options)
 
     def _connected_to(self) -> str:
-        return f"{self.connections} to {self._where}" if self._where else ""
+        return f"{self.connections} to {self.peer}" if self.peer else ""
 
     @property
     def connections(self) -> int:

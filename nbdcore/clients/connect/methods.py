@@ -168,7 +168,7 @@ class ConnectMethods(Info, Generic[Connected]):
         try:
             use((yield from establish(target, settings, timeout=timeout, wait=wait, connections=self._connections)))
         except BaseException as exc:
-            self._engine.fail(given_up(self._where, exc))
+            self._engine.fail(given_up(self.peer, exc))
             raise
 
     def _find(self, call: str, find: Find) -> Steps[Target]:
@@ -215,6 +215,11 @@ class ConnectMethods(Info, Generic[Connected]):
             return None
         return str(uri.with_tls if self._engine.agreement.tls else uri)
 
+    @property
+    def peer(self) -> str:
+        """What this was connected to, in words, such as "the command nbdkit", where there is no URI; "" before connecting."""
+        return "" if self._target is None else str(self._target.endpoint)
+
     def __repr__(self) -> str:
         parts = [f"<{self._shown_as} {self.phase.value}", *filter(None, [self._connected_to()])]
         export = self._engine.agreement.export
@@ -223,9 +228,4 @@ class ConnectMethods(Info, Generic[Connected]):
         return f"{', '.join(parts)}>"
 
     def _connected_to(self) -> str:
-        return self._where
-
-    @property
-    def _where(self) -> str:
-        """What the client was connected to, in words; "" when newly created."""
-        return "" if self._target is None else str(self._target.endpoint)
+        return self.peer

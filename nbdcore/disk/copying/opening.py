@@ -18,6 +18,7 @@ from nbdcore.disk.copying.ends import Destination, Null, NullDestination, Source
 from nbdcore.disk.copying.files import FileDestination, FileSource, open_source_file
 from nbdcore.disk.copying.servers import Disk, ServerDestination, ServerSource
 from nbdcore.disk.copying.streams import StreamDestination, StreamSource, standard_input, standard_output
+from nbdcore.disk.naming import name_of
 from nbdcore.disk.offsets import FLAGS
 from nbdcore.errors import UsageError
 from nbdcore.protocol.constants import BASE_ALLOCATION
@@ -166,5 +167,5 @@ def _named(place: Place) -> str:
     if isinstance(place, str):
         return place
     if isinstance(place, Client | Pool):
-        return place.uri or "the client's server"
+        return name_of(place)
     return " ".join(["[", *place, "]"])  # type: ignore[misc] # a command line: all else was dealt with
