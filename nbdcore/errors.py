@@ -86,7 +86,8 @@ class Error(Exception):
         return f"{text} ({name})" if name else text
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (type(self), (self.errno, self.message), {"server_text": self.server_text})
+        state = {name: value for name, value in vars(self).items() if name not in ("errno", "message")}
+        return (type(self), (self.errno, self.message), state)
 
 
 class UsageError(Error, ValueError):
@@ -120,9 +121,6 @@ class CommandError(Error, OSError):
         super().__init__(errno, message, server_text=server_text)
         self.offset = offset
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return (type(self), (self.errno, self.message), {"server_text": self.server_text, "offset": self.offset})
-
 
 class NegotiationError(Error, OSError):
     """The server refused an option of the handshake: unknown export, TLS required, not allowed.
@@ -138,9 +136,6 @@ class NegotiationError(Error, OSError):
         super().__init__(errno, message, server_text=server_text)
         self.reply = reply
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return (type(self), (self.errno, self.message), {"server_text": self.server_text, "reply": self.reply})
-
 
 class TransportError(Error, OSError):
     """The way to the server could not be opened; the cause is the operating system's own error.
@@ -152,10 +147,6 @@ class TransportError(Error, OSError):
     """
 
     failures: tuple[Error, ...] = ()
-
-    def __reduce__(self) -> tuple[object, ...]:
-        state = {"server_text": self.server_text} | ({"failures": self.failures} if self.failures else {})
-        return (type(self), (self.errno, self.message), state)
 
 
 class TransportUnavailable(TransportError):

@@ -62,6 +62,12 @@ def test_failures_of_several_addresses_survive_copying():
         assert [failure.message for failure in copy.failures] == ["one", "other"]
 
 
+def test_that_an_error_names_its_disk_survives_copying():
+    error = nbdcore.Disconnected(errno.ENOTCONN, "gone")
+    error.names_disk = True
+    assert all(copy.names_disk for copy in (copied(error), pickle.loads(pickle.dumps(error))))
+
+
 def test_what_the_world_did_is_an_oserror_and_what_the_program_did_wrong_is_none():
     world = [nbdcore.TransportError, nbdcore.TransportUnavailable, nbdcore.CommandError, nbdcore.NegotiationError]
     world += [nbdcore.TLSError, nbdcore.ProtocolViolation, nbdcore.Disconnected, nbdcore.DeadlineExceeded]

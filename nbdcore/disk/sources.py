@@ -160,6 +160,7 @@ class FileSource:
     """A regular file, or a block device. Raises OSError where it cannot be opened, UsageError for what has no size."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self.name: str = str(path)
         # Not blocking: a named pipe that nobody writes to is refused too.
         self._fd = os.open(path, os.O_RDONLY | FLAGS | getattr(os, "O_NONBLOCK", 0))
@@ -199,9 +200,11 @@ class FileSource:
             try:
                 count = self._file.read_some(memory, offset)
             except OSError as error:
-                raise OSError(error.errno, error.strerror, self.name) from error
+                if error.errno is None:  # a signal handler's: the system's have a number
+                    raise
+                raise OSError(error.errno, error.strerror, str(self._path)) from error
             if not count:
-                raise OSError(errno.EIO, f"became shorter while it was read: nothing is left at {offset}", self.name)
+                raise OSError(errno.EIO, f"became shorter while it was read: nothing is left at {offset}", str(self._path))
             memory, offset = memory[count:], offset + count
 
     def interrupt(self) -> None:

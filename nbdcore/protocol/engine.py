@@ -515,8 +515,8 @@ class Engine:
     def ends_alone(self, command: Command, count: int) -> bool:
         """Take in the `count` bytes in the places that `begins_alone` returned, if they are all of the rest.
 
-        Returns whether they were, and the command is done then; else what came into each place is for `received`. Others may have
-        submitted commands meanwhile.
+        Returns whether they were, and the command is done then. Else what `begins_alone` took in is decoded now, and what came
+        into each place is for `received`. Others may have submitted commands meanwhile.
         """
         decoder = self._decoder
         if decoder is None:

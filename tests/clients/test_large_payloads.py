@@ -145,6 +145,25 @@ def test_server_that_goes_in_the_middle_of_a_payload_ends_the_call(way, end):
         assert isinstance(outcome[0], Disconnected)
 
 
+@pytest.mark.parametrize("cut", [20, 28])
+def test_connection_that_breaks_between_header_and_payload_is_the_outcome_of_the_call(cut):
+    """Over TCP the end of a connection is an error of its own, and not the end of what was sent."""
+    received = threading.Event()
+
+    def header_only(connection):
+        connection.send(good(connection.receive_request())[:cut])
+        wait_for(received)(connection)
+        connection.reset()
+
+    with ScriptedServer(script(header_only), patience=PATIENCE) as server:
+        client = nbdcore.connect_tcp("127.0.0.1", server.listen_tcp(), timeout=PATIENCE)
+        with in_background(lambda: read(client, bytearray(LARGE))) as outcome:
+            time.sleep(SHORT)  # it gets to where it waits for the payload
+            received.set()
+        assert isinstance(outcome[0], Disconnected)
+        assert client.closed
+
+
 def test_others_send_while_a_payload_is_waited_for(go_on):
     def until_another_has_written(connection):
         reading = connection.receive_request()

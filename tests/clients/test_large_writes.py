@@ -12,12 +12,14 @@ import pytest
 
 import nbdcore
 from nbdcore import CommandError, DeadlineExceeded, Disconnected, Phase
+from nbdcore.clients.blocking.threads import SharedSession
 from nbdcore.clients.session.session import Session
 from nbdcore.protocol import wire
 from nbdcore.protocol.constants import CommandType, ErrorNumber
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.transmission import commands
 from nbdcore.server import MemoryDisk, Server
+from nbdcore.streams.waiting import LOOK_AGAIN
 from nbdcore.testing.scripted import Request, answer, error, hang_up, reset, serve, unless_gone, wait_for
 from tests.alarms import needs_alarms
 from tests.clients.talking import DONE, PATIENCE, SHORT, expected, good, in_background, slow_to_receive, talk, together
@@ -249,3 +251,61 @@ def test_every_byte_of_many_threads_is_right(connections, socket_path):
 
         with pool:
             assert together(threads, work) == [True] * threads
+
+
+# ---------------------------------------------------------------------------------------------- others come in between
+
+SOME = bytes(512 << 10)
+
+
+class Flush:
+    """A flush of another thread, and how long it took."""
+
+    def __init__(self, client):
+        self.seconds = None
+        self._client = client
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        begin = time.monotonic()
+        self._client.flush(timeout=PATIENCE)
+        self.seconds = time.monotonic() - begin
+
+    def join(self, seconds=PATIENCE):
+        self._thread.join(seconds)
+
+
+def test_write_whose_answer_another_caller_has_taken_in_does_not_wait_for_it(monkeypatch):
+    with talk(serve(good)) as (client, _):
+        real, flushes = SharedSession._send_large_alone, []
+
+        def sent(*arguments):
+            outcome = real(*arguments)
+            flushes.append(Flush(client))
+            flushes[0].join()
+            return outcome
+
+        monkeypatch.setattr(SharedSession, "_send_large_alone", sent)
+        with in_background(lambda: client.pwrite(SOME, 0)) as outcome:
+            pass
+        assert outcome == [None]
+        assert flushes[0].seconds is not None
+
+
+def test_what_others_queued_while_a_payload_was_sent_goes_out_with_its_last_byte(monkeypatch):
+    with talk(serve(good)) as (client, _):
+        session = client._shared._session
+        real, flushes = session.send_all, []
+
+        def send_all(*arguments):
+            outcome = real(*arguments)
+            flushes.append(Flush(client))
+            time.sleep(0.03)  # it takes the answer to the write in
+            return outcome
+
+        monkeypatch.setattr(session, "send_all", send_all)
+        client.pwrite(SOME, 0, timeout=PATIENCE)
+        for flush in flushes:
+            flush.join()
+            assert flush.seconds < LOOK_AGAIN

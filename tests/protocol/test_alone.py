@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from nbdcore.errors import Disconnected, ProtocolViolation
+from nbdcore.errors import CommandError, Disconnected, ProtocolViolation
 from nbdcore.protocol.constants import Chunk, CommandType
 from nbdcore.protocol.engine import INLINE_PAYLOAD
 from nbdcore.protocol.state import Phase
@@ -367,6 +369,19 @@ def test_large_read_beside_another_is_not_alone(mode, begin):
     said(engine)
     answer = success(mode, command, LONG)
     assert not engine.begins_alone(command, put(engine, answer[:begin]))
+
+
+@pytest.mark.parametrize(("mode", "count"), [("structured", (1 << 32) - 1), ("extended", (1 << 64) - 1)])
+def test_error_for_the_largest_request_without_data_is_left_as_it_is(mode, count):
+    engine = connected(mode).engine
+    command = commands.trim(replace(engine.limits, strict=0), count, 0)
+    engine.submit(command)
+    said(engine)
+    size = put(engine, broken_off(mode, command, 5))
+    assert not engine.received_alone(command, size)
+    assert not engine.begins_alone(command, size)
+    assert engine.received(size) == 1
+    assert isinstance(command.error, CommandError)
 
 
 @beginnings

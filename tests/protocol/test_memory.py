@@ -13,7 +13,7 @@ from nbdcore.errors import DeadlineExceeded, Disconnected
 from nbdcore.protocol.constants import ErrorNumber
 from nbdcore.protocol.transmission import commands
 from nbdcore.protocol.transmission.decoder import LARGE
-from nbdcore.protocol.transmission.memory import IS_COPIED, allocate
+from nbdcore.protocol.transmission.memory import IS_COPIED, new_memory
 from tests.protocol.harness import MODES, broken_off, connected, error_chunk, feed, hole_chunk, success
 
 SIZE = 32 << 20
@@ -36,7 +36,7 @@ def peak_of(call):
 
 @pytest.mark.parametrize("count", [1, 2, 4096, LARGE])
 def test_what_is_written_is_what_is_taken(count):
-    memory = allocate(count)
+    memory = new_memory(count)
     assert len(memory.view()) == count
     memory.view()[-1:] = b"x"
     assert memory.take() == bytes(count - 1) + b"x"
@@ -45,7 +45,7 @@ def test_what_is_written_is_what_is_taken(count):
 @pytest.mark.skipif(IS_COPIED, reason="CPython 3.12.0 and 3.12.1 crash on what it takes")
 def test_it_is_taken_without_a_copy():
     def fill():
-        memory = allocate(SIZE)
+        memory = new_memory(SIZE)
         memory.view()[:] = memoryview(contents)
         return memory.take()
 
@@ -56,7 +56,7 @@ def test_it_is_taken_without_a_copy():
 
 
 def test_it_is_copied_where_somebody_can_still_write():
-    memory = allocate(8)
+    memory = new_memory(8)
     view = memory.view()
     part = view[2:4]
     view.release()
@@ -67,7 +67,7 @@ def test_it_is_copied_where_somebody_can_still_write():
 
 def test_memory_ends_without_python_code_in_which_a_ctrl_c_would_be_lost():
     entered = []
-    memory = allocate(LARGE)
+    memory = new_memory(LARGE)
     memory.view()[:1] = b"x"
     sys.setprofile(lambda frame, event, _: entered.append(frame.f_code.co_name) if event == "call" else None)
     try:
@@ -81,7 +81,7 @@ def test_memory_that_is_collected_with_a_view_of_it_goes_without_a_word(monkeypa
     said = []
     monkeypatch.setattr(sys, "unraisablehook", said.append)
     for _ in range(10):
-        memory = allocate(LARGE)
+        memory = new_memory(LARGE)
         view = memory.view()
         circle = [memory, view, view[1:]]
         circle.append(circle)

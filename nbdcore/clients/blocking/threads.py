@@ -285,7 +285,8 @@ class SharedSession:
         try:
             sent = command.payload is not None and command.count >= LARGE and self._send_large_alone(command, deadline)
             with self._lock:
-                if session.waited_for or waiters.parked or waiters.woken:
+                # Another may have come since a large payload was sent, taken the answer to it in, and left.
+                if session.waited_for or waiters.parked or waiters.woken or (sent and command.done):
                     return () if sent else (command,)
                 try:
                     sent = sent or session.send_alone(command)
@@ -326,10 +327,12 @@ class SharedSession:
                     mover.hand_over()
             if not payload:
                 return ()
+            wanted = 0
             for rest in payload:
+                wanted += len(rest)
                 if not session.fill(rest, taken, None if deadline.at is None else deadline.remaining(), whole=True):
                     break
-                if taken[-1] != len(rest):
+                if sum(taken) != wanted:  # nothing may have been added, where the stream has failed
                     break
             with self._lock:
                 session.waited_for &= ~_READ
@@ -381,6 +384,8 @@ class SharedSession:
                 session.sending = sending = False
                 try:
                     session.count_sent(sent)
+                    if self.engine.queue:  # of others, who could not send meanwhile; this caller may find its outcome there
+                        session.send()
                 except BaseException as exc:
                     mover.give_up(exc)
                     raise

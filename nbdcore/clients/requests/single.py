@@ -18,7 +18,7 @@ from nbdcore.protocol.constants import CommandFlag, TransmissionFlag
 from nbdcore.protocol.handshake.agreement import Agreement
 from nbdcore.protocol.transmission import commands
 from nbdcore.protocol.transmission.commands import Command, Limits, Strict
-from nbdcore.protocol.transmission.memory import Memory, allocate
+from nbdcore.protocol.transmission.memory import Memory, new_memory
 
 #: Pieces of one split request that are under way at a time: enough to keep a server busy, few enough to bound its memory.
 PIECES_AT_A_TIME = 4
@@ -61,7 +61,7 @@ def read_nothing(limits: Limits, offset: int, *, df: bool = False) -> Command:
 def memory_for(limits: Limits, count: int, offset: int) -> Memory:
     """Return memory for a read too large for one request, after a check of the whole: so that nonsense allocates nothing."""
     _check_whole(lambda part, at: commands.read(limits, part, at), count, offset)
-    return allocate(count)
+    return new_memory(count)
 
 
 def read_into(limits: Limits, buffer: Any, offset: Any, *, df: bool, call: str = "pread_into") -> tuple[int, Request]:

@@ -247,11 +247,18 @@ class Session:
 
     def take_in_payload(self, command: Command, rooms: Sequence[memoryview], taken: list[int]) -> None:
         """Let the engine take in what `fill` received into the rooms that `take_in_alone` returned."""
-        counts = taken.copy()
+        engine, counts = self.engine, taken.copy()
         taken.clear()
-        if not self.engine.ends_alone(command, sum(counts)):
-            for room, count in zip(rooms, counts, strict=False):  # fewer, where the wait was broken off
-                self.take_in(room, [count])
+        if engine.ends_alone(command, sum(counts)):
+            if engine.queue:
+                self.send()
+            return
+        # There are fewer, where the wait was broken off. All are counted before anything else is received.
+        for count in counts[:-1]:
+            if engine.phase not in _OVER:
+                engine.received(count)
+        if counts:
+            self.take_in(rooms[len(counts) - 1], counts[-1:])
 
     def receive(self, times: int = _RECEIVES, *, eager: bool = False, pausing: bool = False) -> None:
         """Receive what is there, let the engine take it in, and close the stream if that was the end.

@@ -26,7 +26,7 @@ from nbdcore.protocol.constants import (
     CommandType,
     TransmissionFlag,
 )
-from nbdcore.protocol.transmission.memory import Memory, allocate
+from nbdcore.protocol.transmission.memory import Memory, new_memory
 
 Buffer = bytes | bytearray | memoryview
 
@@ -205,7 +205,7 @@ class Command:
     def allocate(self) -> memoryview:
         """Give a read memory of its own, where the caller brought none, and return where its data go."""
         if self.target is None:
-            self.memory = allocate(self.count)
+            self.memory = new_memory(self.count)
             self.target = self.memory.view()
         return self.target
 

@@ -173,6 +173,8 @@ class Decoder:
         do not, and nothing has happened.
         """
         incoming, in_flight, head = self.incoming, self._in_flight, self._head
+        if command.type != _READ or not (count == head or (count == head - 8 and self._structured)):
+            return []
         cookie, offset, length = command.cookie, command.offset, command.count + 8
         if not self._structured:
             header = _HEADER.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
@@ -181,9 +183,7 @@ class Decoder:
         else:
             header = _EXTENDED_DATA.pack(EXTENDED_REPLY_MAGIC, DATA_DONE, cookie, offset, length, offset)
         if (
-            not (count == head or (count == head - 8 and self._structured))
-            or command.type != _READ
-            or incoming.end
+            incoming.end
             or incoming.finish is not None
             or not incoming.scratch.startswith(header[:count])
             or len(in_flight) != 1
@@ -201,7 +201,7 @@ class Decoder:
     def ends_alone(self, command: Command, count: int) -> bool:
         """Take `count` bytes in the places that `begins_alone` returned if they are all of the answer; the command is done then.
 
-        Others may have been submitted meanwhile. If they are not, nothing has happened.
+        Other commands may have been submitted meanwhile. False: the bytes are not all, and nothing has happened.
         """
         incoming, head = self.incoming, self._head
         if count != head - incoming.end + command.count:

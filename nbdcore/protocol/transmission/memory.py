@@ -25,13 +25,13 @@ class _File(io.BytesIO):
 IS_COPIED = (3, 12) <= sys.version_info < (3, 12, 2)
 
 
-def allocate(count: int) -> Memory:
+def new_memory(count: int) -> Memory:
     """Return room for so many bytes, all zero at first."""
     return _Copied(count) if IS_COPIED else Memory(count)
 
 
 class Memory:
-    """Room for so many bytes, all zero at first. `allocate` makes one.
+    """Room for so many bytes, all zero at first. `new_memory` makes one.
 
     Args:
         count: bytes.
@@ -60,7 +60,7 @@ class Memory:
 
 
 class _Copied(Memory):
-    """The same where no view of a file may meet the garbage collector."""
+    """The same for CPython 3.12.0 and 3.12.1."""
 
     __slots__ = ("_data",)
 
