@@ -12,7 +12,6 @@ import pytest
 
 import nbdcore
 from nbdcore import CommandError, DeadlineExceeded, Disconnected, Phase
-from nbdcore.clients.blocking.threads import SharedSession
 from nbdcore.clients.session.session import Session
 from nbdcore.protocol import wire
 from nbdcore.protocol.constants import CommandType, ErrorNumber
@@ -274,23 +273,6 @@ class Flush:
 
     def join(self, seconds=PATIENCE):
         self._thread.join(seconds)
-
-
-def test_write_whose_answer_another_caller_has_taken_in_does_not_wait_for_it(monkeypatch):
-    with talk(serve(good)) as (client, _):
-        real, flushes = SharedSession._send_large_alone, []
-
-        def sent(*arguments):
-            outcome = real(*arguments)
-            flushes.append(Flush(client))
-            flushes[0].join()
-            return outcome
-
-        monkeypatch.setattr(SharedSession, "_send_large_alone", sent)
-        with in_background(lambda: client.pwrite(SOME, 0)) as outcome:
-            pass
-        assert outcome == [None]
-        assert flushes[0].seconds is not None
 
 
 def test_what_others_queued_while_a_payload_was_sent_goes_out_with_its_last_byte(monkeypatch):

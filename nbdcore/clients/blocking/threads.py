@@ -40,11 +40,10 @@ from nbdcore.errors import DeadlineExceeded, Error, UsageError, copied
 from nbdcore.protocol.engine import Engine
 from nbdcore.protocol.state import Phase
 from nbdcore.protocol.transmission.commands import Command, disconnect
-from nbdcore.protocol.transmission.decoder import LARGE
 from nbdcore.streams.base import WANTS, Want
 from nbdcore.streams.waiting import LOOK_AGAIN, Deadline, Watch, sooner, wait_any
 
-_READ, _WRITE = int(Want.READ), int(Want.WRITE)
+_READ = int(Want.READ)
 _CONNECTED = Phase.CONNECTED
 
 Waited = TypeVar("Waited", bound=Pending)
@@ -283,13 +282,11 @@ class SharedSession:
         payload: Sequence[memoryview] = ()
         taken: list[int] = []
         try:
-            sent = command.payload is not None and command.count >= LARGE and self._send_large_alone(command, deadline)
             with self._lock:
-                # Another may have come since a large payload was sent, taken the answer to it in, and left.
-                if session.waited_for or waiters.parked or waiters.woken or (sent and command.done):
-                    return () if sent else (command,)
+                if session.waited_for or waiters.parked or waiters.woken:
+                    return (command,)
                 try:
-                    sent = sent or session.send_alone(command)
+                    sent = session.send_alone(command)
                 except BaseException as exc:
                     mover.give_up(exc)
                     raise
@@ -354,49 +351,6 @@ class SharedSession:
             if self._closing is not None:
                 self._close_if_asked()
         return ()
-
-    def _send_large_alone(self, command: Command, deadline: Deadline) -> bool:
-        """Submit a write with a large payload, if its caller is alone, and send of it what two calls take, of which one waits.
-
-        Returns False where the caller is not alone: then nothing has happened. One call that waits, alone, was a fifth slower for
-        one thread that writes 1 MiB at a time: it goes to sleep once more. For several threads that write 256 KiB it was faster.
-        """
-        mover, session = self._mover, self._session
-        sending, sent = False, list[int]()
-        try:
-            with self._lock:
-                if session.waited_for or mover.waiters.parked or mover.waiters.woken:
-                    return False
-                try:
-                    if not session.send_alone(command):
-                        return False
-                except BaseException as exc:
-                    mover.give_up(exc)
-                    raise
-                parts = self.engine.large_payload(lambda one: one is command) if session.sends_all else ()
-                if not parts:
-                    return True
-                sending = True
-                session.waited_for, session.sending = _WRITE, True
-            session.send_all(parts, sent, None if deadline.at is None else deadline.remaining())
-            with self._lock:
-                session.waited_for &= ~_WRITE
-                session.sending = sending = False
-                try:
-                    session.count_sent(sent)
-                    if self.engine.queue:  # of others, who could not send meanwhile; this caller may find its outcome there
-                        session.send()
-                except BaseException as exc:
-                    mover.give_up(exc)
-                    raise
-        except BaseException:
-            with self._lock:
-                if sending:
-                    session.stop_watching(_WRITE)
-                    mover.move(partial(session.count_sent, sent))
-                mover.hand_over()
-            raise
-        return True
 
     def _stop_alone(self, take_in: Callable[[list[int]], None] | None, taken: list[int], *, watched: bool) -> None:
         """An exception ends the wait of a caller that was alone. What it has received counts, and others may have parked."""

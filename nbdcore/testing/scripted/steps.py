@@ -115,7 +115,7 @@ def answer(*replies: Reply | bytes, **expected: int | bytes) -> Step:
 
 
 def serve(reply: Reply) -> Step:
-    """Answer each request until the goodbye; a client that hangs up without one ends it too."""
+    """Answer each request until the goodbye; a client that hangs up without one ends it too, whether it was answered or not."""
 
     def step(connection: Connection) -> None:
         while True:
@@ -127,6 +127,10 @@ def serve(reply: Reply) -> Step:
                 return
             if request.kind == CommandType.DISC:
                 return
-            connection.send(reply(request))
+            answer = reply(request)
+            try:
+                connection.send(answer)
+            except ClientGone:
+                return
 
     return step
