@@ -6,7 +6,6 @@ it, that is an OSError (ENOTSUP): the caller has another way. They are found by 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import functools
 import os
@@ -64,6 +63,8 @@ def _seek(fd: int, offset: int, what: int | None, *, unknown: int | None) -> int
 
 
 def _fallocate(fd: int, mode: int, offset: int, count: int) -> None:
+    import ctypes  # a fortieth of what a command takes to begin, and few of them make a hole
+
     function = _function()
     if function is None:
         raise OSError(errno.ENOTSUP, "no fallocate() on this platform")
@@ -79,6 +80,8 @@ def _fallocate(fd: int, mode: int, offset: int, count: int) -> None:
 def _function() -> Callable[..., Any] | None:
     if not sys.platform.startswith("linux"):
         return None
+    import ctypes
+
     library = ctypes.CDLL(None, use_errno=True)
     # glibc has the 64-bit variant under its own name, which is what matters where off_t has 32 bits; musl has only one.
     function = getattr(library, "fallocate64", None) or getattr(library, "fallocate", None)
