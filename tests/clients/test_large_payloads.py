@@ -44,14 +44,17 @@ def read_in_a_loop(client, buffer, **options):
 ways = pytest.mark.parametrize("way", [read, read_in_a_loop])
 
 
-@needs_alarms
-@ways
-def test_ctrl_c_in_the_middle_of_a_payload_leaves_the_connection_usable(way, go_on):
+#: Bytes of a reply that come before the server stands still: in the header, behind it, and about the offset of the data.
+CUTS = [1, 20, 24, 28, 29]
+
+
+def check_ctrl_c(way, cut, go_on, condition):
+    """Press Ctrl-C when so much of the reply has come: `condition(client, buffer)` returns what tells so."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with talk(in_two_parts(good, HALF, go_on), serve(good)) as (client, _):
+        with talk(in_two_parts(good, cut, go_on), serve(good)) as (client, _):
             buffer = bytearray(LARGE)
-            with ctrl_c_when(halfway(buffer)), pytest.raises(KeyboardInterrupt):
+            with ctrl_c_when(condition(client, buffer)), pytest.raises(KeyboardInterrupt):
                 way(client, buffer)
             assert client.phase is Phase.CONNECTED
             given_up = bytes(buffer)
@@ -62,29 +65,21 @@ def test_ctrl_c_in_the_middle_of_a_payload_leaves_the_connection_usable(way, go_
         signal.signal(signal.SIGINT, before)
 
 
-#: Bytes of a reply that come before the server stands still: in the header, behind it, and about the offset of the data.
-CUTS = [1, 20, 24, 28, 29]
+@needs_alarms
+@ways
+def test_ctrl_c_in_the_middle_of_a_payload_leaves_the_connection_usable(way, go_on):
+    check_ctrl_c(way, HALF, go_on, lambda _, buffer: halfway(buffer))
 
 
 @needs_alarms
 @pytest.mark.parametrize("cut", CUTS)
 def test_ctrl_c_at_the_beginning_of_a_payload_leaves_the_connection_usable(cut, go_on):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with talk(in_two_parts(good, cut, go_on), serve(good)) as (client, _):
-            buffer, heard = bytearray(LARGE), client._engine.traffic.bytes_received
-            with (
-                ctrl_c_when(lambda: client._engine.traffic.bytes_received >= heard + min(cut, 20)),
-                pytest.raises(KeyboardInterrupt),
-            ):
-                read(client, buffer)
-            assert client.phase is Phase.CONNECTED
-            given_up = bytes(buffer)
-            go_on.set()
-            assert client.pread(LARGE, 9, timeout=PATIENCE) == expected(9, LARGE)
-            assert buffer == given_up
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def begun(client, _):
+        traffic = client._engine.traffic
+        heard = traffic.bytes_received + min(cut, 20)
+        return lambda: traffic.bytes_received >= heard
+
+    check_ctrl_c(read, cut, go_on, begun)
 
 
 @pytest.mark.parametrize("cut", CUTS)
