@@ -120,6 +120,8 @@ def test_reader_that_went_away_is_no_news(arguments):
         (("checksum", "-"), "<&-", "standard input"),
         (("copy", "-", "new"), "<&-", "standard input"),
         (("copy", "disk", "-"), ">&-", "standard output"),
+        (("copy", "/dev/stdin", "new"), "<&-", "standard input"),
+        (("copy", "disk", "/dev/stdout"), ">&-", "standard output"),
     ],
     ids=str,
 )

@@ -30,6 +30,9 @@ __all__ = ["Place", "open_destination", "open_source"]
 Place: TypeAlias = str | os.PathLike[str] | Client | Pool | Sequence[str] | Null
 
 _STANDARD = "-"
+# The standard streams by their paths. Where one is closed, something else has its number, and would be copied without a word.
+_INPUT = frozenset({"/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"})
+_OUTPUT = frozenset({"/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"})
 _NULL = "null:"
 # Of a file that a copy creates, before the umask; as with nbdcopy.
 _MODE = 0o644
@@ -70,6 +73,8 @@ def open_source(
     if place == _STANDARD:
         return StreamSource("standard input", standard_input(), owned=False)
     path = os.fspath(place)  # type: ignore[arg-type] # all else was dealt with
+    if path in _INPUT:
+        standard_input()
     fd, mode = open_source_file(path)
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, fd)
@@ -113,6 +118,8 @@ def open_destination(
 
 
 def _local_destination(path: str, *, keep: bool) -> Destination:
+    if path in _OUTPUT:
+        standard_output()
     try:
         mode = Path(path).stat().st_mode
     except FileNotFoundError:
