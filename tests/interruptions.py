@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -52,6 +53,7 @@ def _interrupted_at_step(number: int, work: Callable[[], Any]) -> BaseException 
                 raise KeyboardInterrupt
             left[0] -= 1
 
+    gc.disable()  # what looks on while the collector works is no step of this
     sys.setprofile(profile)
     try:
         work()
@@ -59,4 +61,5 @@ def _interrupted_at_step(number: int, work: Callable[[], Any]) -> BaseException 
         return exc
     finally:
         sys.setprofile(None)
+        gc.enable()
     return None

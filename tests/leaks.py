@@ -129,7 +129,11 @@ def _listens(path: Path) -> bool:
     return True
 
 
-def settled(look: Callable[[], Found], *, seconds: float = 5) -> Found:
+# Seconds for what ends by itself. A command that does not has 5 until it is sent SIGTERM.
+_MOMENT = 15
+
+
+def settled(look: Callable[[], Found], *, seconds: float = _MOMENT) -> Found:
     """Return what `look` still finds when it has had `seconds` to find nothing: a process takes a moment to end."""
     end = time.monotonic() + seconds
     while (found := look()) and time.monotonic() < end:
@@ -138,7 +142,7 @@ def settled(look: Callable[[], Found], *, seconds: float = 5) -> Found:
 
 
 @contextlib.contextmanager
-def none_left_open(*, seconds: float = 5) -> Iterator[None]:
+def none_left_open(*, seconds: float = _MOMENT) -> Iterator[None]:
     """Fail where, `seconds` after the end of the block, a descriptor is open or a thread runs that was not at its beginning."""
     before = _descriptor_numbers()
     threads = set(threading.enumerate())

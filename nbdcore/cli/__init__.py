@@ -39,6 +39,9 @@ def main(name: str = "nbdcore") -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED
     finally:
+        # A KeyboardInterrupt that passed through exec of a string, as dataclasses do when they are imported, is kept in mind by
+        # CPython: it ends a program of `python -m` by SIGINT, whatever its exit status. The next exec has it forgotten.
+        exec("")  # noqa: S102 (nothing)
         gc.freeze()  # or the interpreter looks through all of them several times while it ends, a sixth of a short command
 
 

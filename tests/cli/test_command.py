@@ -134,6 +134,15 @@ def test_disk_that_would_go_through_a_stream_that_is_closed_is_an_error(words, r
     assert not (tmp_path / "new").exists()
 
 
+def test_ctrl_c_while_a_module_makes_its_dataclasses_is_the_exit_status_as_ever(tmp_path):
+    (tmp_path / "stopped.py").write_text(
+        "import sys\nfrom nbdcore import cli\nfrom nbdcore.cli import app\n"
+        "app.run = lambda name: exec('raise KeyboardInterrupt')\nsys.exit(cli.main())\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "stopped"], cwd=tmp_path, capture_output=True, timeout=DEADLINE, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == (b"", b"", 130)
+
+
 @pytest.mark.parametrize("arguments", ["transports", "demo"])
 def test_without_any_standard_output_it_does_its_work(arguments):
     code = "import sys; sys.stdout = None; from nbdcore.cli import main; sys.exit(main())"

@@ -227,8 +227,11 @@ def test_no_thread_for_a_program_is_a_transport_error_and_leaves_nothing(start, 
     assert [*folder.iterdir()] == []
 
 
-@pytest.mark.parametrize("start", [run_command, lambda command: drive(run_activated(command), Deadline.after(PATIENCE), "")])
+@pytest.mark.parametrize(
+    "start", [lambda: run_command(["cat"]), lambda: drive(run_activated(["sleep", "100"]), Deadline.after(PATIENCE), "")]
+)
 def test_no_descriptors_for_a_program_is_a_transport_error_and_leaves_nothing(start, folder):
+    """The programs end when their stream is closed: at the end of their input, and by the signal that an activated one gets."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     failed = 0
     before = leaks.children()
@@ -241,7 +244,7 @@ def test_no_descriptors_for_a_program_is_a_transport_error_and_leaves_nothing(st
         for room in range(1, 14):
             resource.setrlimit(resource.RLIMIT_NOFILE, (used + room, hard))
             try:
-                start(["sleep", "100"]).close()
+                start().close()
             except TransportError as exc:
                 assert exc.errno == errno.EMFILE  # noqa: PT017 (with room for all that it needs it succeeds)
                 failed += 1
