@@ -271,8 +271,8 @@ class Flush:
         self._client.flush(timeout=PATIENCE)
         self.seconds = time.monotonic() - begin
 
-    def join(self, seconds=PATIENCE):
-        self._thread.join(seconds)
+    def join(self):
+        self._thread.join(PATIENCE)
 
 
 def test_what_others_queued_while_a_payload_was_sent_goes_out_with_its_last_byte(monkeypatch):
